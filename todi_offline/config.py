@@ -1,0 +1,131 @@
+"""A TOML file and overrides in, one frozen dataclass out.
+
+Every config of this library is a frozen, keyword-only dataclass that stands beside the function which takes it.
+Defaults < TOML file < overrides (the command line); a key that no field has is an error.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from todi_offline.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def load_config(cls: type[C], path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:
+    """Build `cls` from its defaults, the TOML file at `path` and `overrides`, the later winning.
+
+    A field that is itself a config is a table of the file. In `overrides` its fields stand flat, by their own names.
+
+    Raises:
+        ConfigError: the file cannot be read; a key is unknown; a value is missing or has the wrong type or range.
+    """
+    tables = _read_toml(path) if path else {}
+    for key, value in (overrides or {}).items():
+        _place(cls, tables, key, value)
+    return _build(cls, tables, where=str(path) if path else "the settings")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as values that JSON and TOML know, in the order of its fields."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def flat_fields(cls: type) -> Iterator[tuple[str, type]]:
+    """Yield the name of every setting of `cls` and its tables, with the config class that holds it."""
+    for name, kind in _field_types(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from flat_fields(typing.cast(type, kind))
+        else:
+            yield name, cls
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _place(cls: type, tables: dict[str, Any], key: str, value: Any) -> None:
+    """Put a flat override where its field is: here, or in the table that has it."""
+    kinds = _field_types(cls)
+    if key in kinds:
+        tables[key] = value
+        return
+    for name, kind in kinds.items():
+        if dataclasses.is_dataclass(kind) and key in dict(flat_fields(typing.cast(type, kind))):
+            _place(typing.cast(type, kind), tables.setdefault(name, {}), key, value)
+            return
+    raise ConfigError(_unknown(key, [name for name, _ in flat_fields(cls)], "the settings"))
+
+
+def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    kinds = _field_types(cls)
+    for key in values:
+        if key not in kinds:
+            raise ConfigError(_unknown(key, kinds, where))
+    arguments = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            table = values.get(field.name, {})
+            if isinstance(table, Mapping):
+                table = _build(typing.cast(type, kind), table, f"{where} [{field.name}]")
+            arguments[field.name] = table
+        elif field.name in values:
+            arguments[field.name] = _coerce(values[field.name], kind, f"{field.name} in {where}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{field.name} is required: name it in {where}")
+    return cls(**arguments)
+
+
+def _coerce(value: Any, kind: Any, name: str) -> Any:
+    """Return `value` as `kind`: lists become tuples, strings become paths, whole numbers may serve as floats."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(arg for arg in args if arg is not type(None)), name)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(item, args[0], name) for item in value)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value).expanduser()
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ConfigError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _unknown(key: str, known: Any, where: str) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(known)}"
+    return f"{key!r} is no setting of {where}; {hint}"

@@ -1,0 +1,66 @@
+"""Everything that this library raises on purpose.
+
+    TodiError
+    ├── ConfigError              a setting that is unknown, out of range or contradicts another
+    ├── DataError                a data set that cannot be read as examples
+    ├── ModelError               a model, tokenizer or adapter that cannot be loaded or does not fit
+    │   └── TeacherOutputError   NaN or +inf among the teacher's logits
+    ├── TargetsError             targets asked for in a form that they do not have
+    └── CacheError               a cache that cannot be used
+        ├── CacheFormatError     not a cache, or one of a version or layout unknown here
+        ├── CacheIncompleteError not sealed, or a shard is missing
+        ├── CacheCorruptError    bytes that are not those which were written
+        ├── CacheMismatchError   made by or for something else than what it is used with
+        └── CacheLockedError     another process is writing to it
+
+A message says what was found, what was expected, where, and what to do.
+The command line prints it as one line and exits with 1.
+"""
+
+
+class TodiError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(TodiError):
+    """A setting is unknown, out of range or contradicts another."""
+
+
+class DataError(TodiError):
+    """A data set cannot be read as examples."""
+
+
+class ModelError(TodiError):
+    """A model, tokenizer or adapter cannot be loaded, or does not fit its use."""
+
+
+class TeacherOutputError(ModelError):
+    """The teacher's logits hold NaN or +inf."""
+
+
+class TargetsError(TodiError):
+    """Targets are asked for in a form that they do not have."""
+
+
+class CacheError(TodiError):
+    """A cache cannot be used."""
+
+
+class CacheFormatError(CacheError):
+    """A folder is not a cache, or one of a version or layout unknown here."""
+
+
+class CacheIncompleteError(CacheError):
+    """A cache is not sealed, or one of its shards is missing."""
+
+
+class CacheCorruptError(CacheError):
+    """Bytes of a cache are not those that were written."""
+
+
+class CacheMismatchError(CacheError):
+    """A cache was made by or for something else than what it is used with."""
+
+
+class CacheLockedError(CacheError):
+    """Another process is writing to the cache."""
