@@ -1,0 +1,15 @@
+"""The cache: sparse teacher targets at rest. numpy, pyarrow and zarr only, never torch.
+
+Read in this order:
+
+    layout       which arrays there are, on which axis, of which dtype and codec; the history of the format
+    encoding     log-probs <-> stored numbers
+    fingerprint  what identifies a tokenizer, a sequence, a piece of metadata
+    manifest     what the cache says of itself
+    plan         which sequence lies in which shard, decided before the teacher runs
+    commit       atomic files, commit records, the seal, the lock
+    writer       rows -> shards
+    shard        one Zarr shard file -> decoded rows, read directly
+    reader       shards -> sequences
+    verify       a cache -> everything that is wrong with it
+"""

@@ -1,0 +1,68 @@
+"""Tokenizers, sequences and metadata in, short hashes that identify them out.
+
+All are BLAKE2b of 16 bytes in hexadecimal: against accident, not against an adversary.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+KEY_BYTES = 16
+
+
+def hash_json(value: Any) -> str:
+    """Return the hash of a JSON-able value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).hexdigest()
+
+
+def hash_bytes(pieces: Iterable[bytes]) -> str:
+    """Return the hash of a stream of bytes."""
+    state = hashlib.blake2b(digest_size=KEY_BYTES)
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
+
+
+def content_key(token_ids: npt.NDArray[np.uint32], target_mask: npt.NDArray[np.bool_]) -> bytes:
+    """Return what identifies a sequence: a hash over its token ids and its target mask, 16 bytes."""
+    state = hashlib.blake2b(len(token_ids).to_bytes(8, "little"), digest_size=KEY_BYTES)
+    state.update(np.ascontiguousarray(token_ids, "<u4").tobytes())
+    state.update(np.packbits(target_mask).tobytes())
+    return state.digest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
+    """Return a hash for each part of a transformers tokenizer that decides what ids mean.
+
+    Parts: `vocabulary`, `merges`, `added_tokens`, `special_ids`, `chat_template`. A copy in another folder, and one
+    saved and loaded again, has the same.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges", [])]
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
+    added = {str(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    return {
+        "vocabulary": hash_json(tokenizer.get_vocab()),
+        "merges": hash_json(merges),
+        "added_tokens": hash_json(added),
+        "special_ids": hash_json(special),
+        "chat_template": hash_json(tokenizer.chat_template),
+    }
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key whose values differ, with both of them, nested keys as `a.b`."""
+    lines = []
+    for key in sorted(found.keys() | expected.keys()):
+        mine, other = found.get(key), expected.get(key)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            lines += [f"{key}.{line}" for line in differences(mine, other)]
+        elif mine != other:
+            lines.append(f"{key}: {mine!r} here, {other!r} there")
+    return lines

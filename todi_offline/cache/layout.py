@@ -1,0 +1,148 @@
+"""Settings in; the arrays of a cache out: their axes, dtypes, chunks and codecs.
+
+History of the format
+
+    1   the first: token_ids, target_mask, topk_ids, topk_logprobs, tail_logsumexp, label_logprob and,
+        where tail samples were asked for, tail_ids and tail_logprobs
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from todi_offline.errors import ConfigError
+
+FORMAT_VERSION = 1
+
+CHUNK_TARGETS = 512  # measured: the best random read of 512 targets
+CHUNK_TOKENS = 4096
+
+MANIFEST_KEY = "todi_offline"  # the attribute of the Zarr group that holds the manifest
+TOKENIZER_KEY = "tokenizer.json"  # for tools that show text; training never re-tokenises
+
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("content_key", pa.binary(16)),
+        ("shard", pa.uint32()),
+        ("token_start", pa.int64()),
+        ("num_tokens", pa.int32()),
+        ("target_start", pa.int64()),
+        ("num_targets", pa.int32()),
+        ("teacher_nll", pa.float32()),
+        ("topk_mass", pa.float32()),
+    ]
+)
+
+Axis = Literal["token", "target"]
+CODECS = ("compact", "balanced", "fast")
+ENCODINGS = ("f16", "q8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSettings:
+    """What is kept of every teacher distribution, and how it is stored."""
+
+    k: int = 32
+    """Entries kept a position, the most probable first."""
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    """Temperatures at which the mass of everything else is kept; training may use these and no others."""
+    tail_samples: int = 8
+    """Ids drawn a position from everything else; 0 for none."""
+    tail_temperature: float = 1.0
+    """The temperature at which they are drawn; one of `temperatures`."""
+    tail_seed: int = 0
+    """Seed of these draws."""
+    encoding: Literal["f16", "q8"] = "f16"
+    """How log-probs are stored: half precision, or steps of 1/16 nat (half the bytes)."""
+    codec: Literal["compact", "balanced", "fast"] = "compact"
+    """pcodec (fewest bytes), blosc-zstd, or blosc-lz4."""
+    shard_tokens: int = 262_144
+    """Tokens a shard can hold; what is not yet in a finished shard is lost when a capture is killed."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no capture could honour."""
+        if self.k < 1 or self.tail_samples < 0:
+            raise ConfigError(f"k is {self.k} and tail_samples {self.tail_samples}; expected k >= 1 and samples >= 0")
+        if not self.temperatures or not all(math.isfinite(t) and t > 0 for t in self.temperatures):
+            raise ConfigError(f"temperatures are {self.temperatures}; expected at least one, each above 0")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ConfigError(f"temperatures are {self.temperatures}; expected each once")
+        if self.tail_samples and self.tail_temperature not in self.temperatures:
+            raise ConfigError(
+                f"tail_temperature is {self.tail_temperature}, not one of the temperatures {self.temperatures}: "
+                "samples can only be weighted with the tail's mass at their own temperature; add it"
+            )
+        if self.shard_tokens < CHUNK_TOKENS or self.shard_tokens % CHUNK_TOKENS:
+            raise ConfigError(f"shard_tokens is {self.shard_tokens}; expected a multiple of {CHUNK_TOKENS}")
+        if self.encoding not in ENCODINGS or self.codec not in CODECS:
+            raise ConfigError(
+                f"encoding {self.encoding!r} with codec {self.codec!r}; "
+                f"expected one of {', '.join(ENCODINGS)} and one of {', '.join(CODECS)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array of a cache: rows along `axis`, and `columns` numbers a row (None: the row is one number)."""
+
+    name: str
+    axis: Axis
+    dtype: np.dtype[np.generic]
+    columns: int | None
+    shard_rows: int
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of an inner chunk, the unit of compression and of checksums."""
+        return CHUNK_TOKENS if self.axis == "token" else CHUNK_TARGETS
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Inner chunks of a shard; all lie along the first axis."""
+        return self.shard_rows // self.chunk_rows
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of `rows` rows."""
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+    def object_key(self, shard: int) -> str:
+        """Return the path of a shard's object inside the cache."""
+        return f"{self.name}/c/{shard}" if self.columns is None else f"{self.name}/c/{shard}/0"
+
+
+def array_specs(settings: CacheSettings, vocab_size: int) -> Mapping[str, ArraySpec]:
+    """Return the arrays of a cache with these settings over a vocabulary of that many ids, by name."""
+    id_dtype = "<u2" if vocab_size <= 65_536 else "<u4"
+    logprob_dtype = {"f16": "<f2", "q8": "|u1"}[settings.encoding]
+    rows: list[tuple[str, Axis, npt.DTypeLike, int | None]] = [
+        ("token_ids", "token", "<u4", None),
+        ("target_mask", "token", "|u1", None),
+        ("topk_ids", "target", id_dtype, settings.k),
+        ("topk_logprobs", "target", logprob_dtype, settings.k),
+        ("tail_logsumexp", "target", "<f4", len(settings.temperatures)),
+        ("label_logprob", "target", "<f4", None),
+    ]
+    if settings.tail_samples:
+        rows.append(("tail_ids", "target", id_dtype, settings.tail_samples))
+        rows.append(("tail_logprobs", "target", "<f2", settings.tail_samples))
+    return {
+        name: ArraySpec(name, axis, np.dtype(dtype), columns, settings.shard_tokens)
+        for name, axis, dtype, columns in rows
+    }
+
+
+def sequences_key(shard: int) -> str:
+    """Return the path of a shard's sequence table inside the cache."""
+    return f"sequences/{shard:06d}.parquet"
+
+
+def record_key(shard: int) -> str:
+    """Return the path of a shard's commit record inside the cache."""
+    return f"commits/{shard:06d}.json"

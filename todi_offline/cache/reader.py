@@ -1,0 +1,162 @@
+"""A cache folder in, sequences with their targets out, in any order."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from todi_offline.cache.commit import SEAL_KEY, read_object, read_record, read_seal
+from todi_offline.cache.encoding import TargetRows, decode_rows
+from todi_offline.cache.layout import MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
+from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.shard import ShardFile
+from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
+
+_NUMBERS = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSequence:
+    """A sequence as the teacher read it, with its targets."""
+
+    token_ids: npt.NDArray[np.uint32]
+    """[token]"""
+    target_mask: npt.NDArray[np.bool_]
+    """[token]: True at t where the prediction made at t, for token t + 1, is stored."""
+    targets: TargetRows
+    """One row for each True of `target_mask`, in order."""
+
+
+def open_cache(path: str | Path, *, allow_unsealed: bool = False) -> "Cache":
+    """Open a cache for reading.
+
+    `allow_unsealed` admits one whose capture has not finished: its committed shards are read.
+
+    Raises:
+        CacheFormatError: the folder is no cache, or one of another format version.
+        CacheIncompleteError: it is not sealed, or a part of it is missing.
+        CacheCorruptError: metadata or the sequence table are not what was written.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    if allow_unsealed and not (root / SEAL_KEY).exists():
+        shards = sorted(int(record.stem) for record in (root / "commits").glob("*.json") if record.stem.isdigit())
+    else:
+        seal = read_seal(root)
+        for key, expected in seal.objects.items():
+            read_object(root, key, expected)
+        shards = list(range(seal.num_shards))
+    tables = [_read_table(root, shard) for shard in shards]
+    return Cache(root, manifest, pa.concat_tables(tables) if tables else None)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read what a cache says of itself."""
+    if not (root / "zarr.json").is_file():
+        raise CacheFormatError(f"{root} is no cache: it has no zarr.json; name the folder that `todi capture` wrote")
+    try:
+        group = json.loads(read_object(root, "zarr.json"))
+        values = group["attributes"][MANIFEST_KEY]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CacheFormatError(f"{root / 'zarr.json'} holds no todi_offline manifest") from error
+    return Manifest.from_json(values, str(root))
+
+
+class Cache:
+    """A sequence of `CachedSequence`. Safe to fork and to share between threads: it holds no open file."""
+
+    def __init__(self, root: Path, manifest: Manifest, sequences: pa.Table | None) -> None:
+        """Use `open_cache`."""
+        if sequences is None or not len(sequences):
+            raise CacheIncompleteError(f"{root} holds no committed shard yet; run its capture again to go on")
+        self.root = root
+        self.manifest = manifest
+        self.sequences = sequences
+        """The sequence table: id, source, content key, place, teacher NLL and top-k mass of every sequence."""
+        self._numbers = {name: sequences[name].to_numpy() for name in _NUMBERS}
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.sequences)
+
+    def __iter__(self) -> Iterator[CachedSequence]:
+        """Yield the sequences in the order of the capture."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        """Read a sequence; every chunk that is touched is compared with its checksum.
+
+        Raises:
+            CacheCorruptError, CacheIncompleteError: naming sequence, file and chunk.
+        """
+        index = range(len(self))[index]
+        shard, token_start, num_tokens, target_start, num_targets = (
+            int(self._numbers[name][index]) for name in _NUMBERS
+        )
+        first = shard * self.manifest.settings.shard_tokens
+        spans = {
+            "token": (token_start - first, token_start - first + num_tokens),
+            "target": (target_start - first, target_start - first + num_targets),
+        }
+        try:
+            arrays = {
+                name: ShardFile(self.root / spec.object_key(shard), spec, self.manifest.settings.codec).read_rows(
+                    *spans[spec.axis]
+                )
+                for name, spec in self.manifest.arrays.items()
+            }
+        except CacheError as error:
+            raise type(error)(f"sequence {self.sequences['id'][index].as_py()!r} (number {index}): {error}") from error
+        return self._decode(index, arrays)
+
+    def _decode(self, index: int, arrays: dict[str, npt.NDArray[Any]]) -> CachedSequence:
+        settings = self.manifest.settings
+        token_ids, mask = arrays.pop("token_ids"), arrays.pop("target_mask").astype(np.bool_)
+        if mask.sum() != len(arrays["topk_ids"]):
+            raise CacheCorruptError(
+                f"sequence {index} of {self.root} has {mask.sum()} supervised positions and "
+                f"{len(arrays['topk_ids'])} targets; run `todi-cache verify`"
+            )
+        rows = decode_rows(arrays, settings.encoding, settings.temperatures, settings.tail_temperature)
+        return CachedSequence(token_ids, mask, rows)
+
+    @property
+    def num_tokens(self) -> npt.NDArray[np.int32]:
+        """Tokens of every sequence."""
+        return self._numbers["num_tokens"]
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int32]:
+        """Targets of every sequence."""
+        return self._numbers["num_targets"]
+
+    @cached_property
+    def bytes_by_array(self) -> Mapping[str, int]:
+        """Bytes on disk by array, and of the sequence tables."""
+        shards = np.unique(self._numbers["shard"]).tolist()
+        sums = {"sequences": 0, **dict.fromkeys(self.manifest.arrays, 0)}
+        for shard in shards:
+            for key, found in read_record(self.root, record_key(shard)).objects.items():
+                sums[key.split("/")[0]] += found.num_bytes
+        return sums
+
+
+def _read_table(root: Path, shard: int) -> pa.Table:
+    record = read_record(root, record_key(shard))
+    if sequences_key(shard) not in record.objects:
+        raise CacheFormatError(f"the commit record of shard {shard} of {root} names no sequence table")
+    data = read_object(root, sequences_key(shard), record.objects[sequences_key(shard)])
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        if table.schema.remove_metadata() != SEQUENCE_SCHEMA:
+            raise CacheFormatError(f"{root / sequences_key(shard)} has the columns {table.column_names}")
+    except pa.ArrowException as error:
+        raise CacheCorruptError(f"{root / sequences_key(shard)} cannot be read: {error}") from error
+    return table

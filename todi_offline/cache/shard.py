@@ -1,0 +1,143 @@
+"""Rows in, the bytes of a Zarr shard out; and back, one chunk at a time, without Zarr.
+
+What is on the disk is a plain `sharding_indexed` shard: the inner chunks, each followed by its CRC-32C, then an index
+of (offset, bytes) pairs of u64 for each chunk, then the index's own CRC-32C. Reading one directly (the index once,
+`pread` of the chunk, compare, decode) is many times faster than the general path; zarr-python is the oracle of both
+directions in the tests.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from todi_offline.cache.layout import ArraySpec
+from todi_offline.errors import CacheCorruptError, CacheIncompleteError
+
+PCODEC_LEVEL = 8
+_CRC_BYTES = 4
+
+
+def blosc_options(codec: str, dtype: np.dtype[np.generic]) -> dict[str, Any]:
+    """Return the options of blosc for arrays of this dtype, or none where pcodec serves: it takes no single bytes."""
+    if codec == "compact" and dtype.itemsize > 1:
+        return {}
+    shuffle = "shuffle" if dtype.itemsize > 1 else "noshuffle"
+    return {"cname": "lz4" if codec == "fast" else "zstd", "clevel": 5, "shuffle": shuffle}
+
+
+def encode_shard(spec: ArraySpec, values: npt.NDArray[Any], codec: str) -> bytes:
+    """Return one shard of an array; rows beyond `values` are 0."""
+    chunks = []
+    for start in range(0, spec.shard_rows, spec.chunk_rows):
+        rows = np.ascontiguousarray(values[start : start + spec.chunk_rows], spec.dtype)
+        chunks.append(_encode_chunk(spec, rows, codec) if len(rows) else _empty_chunk(spec, codec))
+    sizes = np.array([len(chunk) for chunk in chunks], "<u8")
+    index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8").tobytes()
+    return b"".join([*chunks, index, _crc(index)])
+
+
+def _encode_chunk(spec: ArraySpec, rows: npt.NDArray[Any], codec: str) -> bytes:
+    if len(rows) < spec.chunk_rows:
+        rows = np.concatenate([rows, np.zeros(spec.shape(spec.chunk_rows - len(rows)), spec.dtype)])
+    body = bytes(_codec(codec, spec.dtype).encode(rows))
+    return body + _crc(body)
+
+
+@lru_cache(maxsize=64)
+def _empty_chunk(spec: ArraySpec, codec: str) -> bytes:
+    return _encode_chunk(spec, np.zeros(spec.shape(0), spec.dtype), codec)
+
+
+def _crc(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """The object of one array in one shard; `codec` is a name of `layout.CODECS`."""
+
+    path: Path
+    spec: ArraySpec
+    codec: str
+
+    def read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return rows `start` to `stop` of the shard.
+
+        Raises:
+            CacheIncompleteError: the file is missing.
+            CacheCorruptError: a chunk's bytes are not those that were written; names the file and the chunk.
+        """
+        size = self.spec.chunk_rows
+        chunks = [self.read_chunk(chunk) for chunk in range(start // size, (max(stop, start + 1) - 1) // size + 1)]
+        rows = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        first = start // size * size
+        return rows[start - first : stop - first]
+
+    def read_chunk(self, chunk: int) -> npt.NDArray[Any]:
+        """Return all rows of an inner chunk; the same errors as `read_rows`."""
+        descriptor = self._open()
+        try:
+            offset, num_bytes = self._index(descriptor)[chunk]
+            data = os.pread(descriptor, num_bytes, offset)
+        finally:
+            os.close(descriptor)
+        return self._decode(data, num_bytes, chunk)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CacheIncompleteError(f"the cache lacks {self.path}; `todi-cache verify` lists what is missing") from error
+
+    def _index(self, descriptor: int) -> list[tuple[int, int]]:
+        status = os.fstat(descriptor)
+        return _read_index(self.path, self.spec.chunks_per_shard, status.st_size, status.st_mtime_ns)
+
+    def _decode(self, data: bytes, num_bytes: int, chunk: int) -> npt.NDArray[Any]:
+        body = data[:-_CRC_BYTES]
+        if len(data) < num_bytes or _crc(body) != data[-_CRC_BYTES:]:
+            raise self._corrupt(chunk, "its checksum does not match")
+        try:
+            values = np.frombuffer(_codec(self.codec, self.spec.dtype).decode(body), self.spec.dtype)
+            return values.reshape(self.spec.shape(self.spec.chunk_rows))
+        except (ValueError, RuntimeError) as error:
+            raise self._corrupt(chunk, str(error)) from error
+
+    def _corrupt(self, chunk: int, why: str) -> CacheCorruptError:
+        rows = f"rows {chunk * self.spec.chunk_rows} to {(chunk + 1) * self.spec.chunk_rows}"
+        return CacheCorruptError(f"chunk {chunk} ({rows}) of {self.path} is damaged: {why}; run `todi-cache verify`")
+
+
+@lru_cache(maxsize=4096)
+def _read_index(path: Path, num_chunks: int, file_size: int, _modified_ns: int) -> list[tuple[int, int]]:
+    """Read (offset, bytes) of every chunk; kept for a file of this size and age."""
+    index_bytes = num_chunks * 16 + _CRC_BYTES
+    if file_size < index_bytes:
+        raise CacheCorruptError(f"{path} is cut short: {file_size} bytes, less than its index of {index_bytes}")
+    with path.open("rb") as file:
+        file.seek(file_size - index_bytes)
+        data = file.read(index_bytes)
+    if _crc(data[:-_CRC_BYTES]) != data[-_CRC_BYTES:]:
+        raise CacheCorruptError(f"the chunk index of {path} is damaged: its checksum does not match")
+    pairs = np.frombuffer(data[:-_CRC_BYTES], "<u8").reshape(num_chunks, 2)
+    body = file_size - index_bytes
+    if (pairs[:, 1] < _CRC_BYTES).any() or (pairs > body).any() or (pairs.sum(axis=1) > body).any():
+        raise CacheCorruptError(f"the chunk index of {path} points outside the file")
+    return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
+
+
+@lru_cache(maxsize=16)
+def _codec(codec: str, dtype: np.dtype[np.generic]) -> Any:
+    from numcodecs import Blosc
+    from numcodecs.pcodec import PCodec
+
+    options = blosc_options(codec, dtype)
+    if not options:
+        return PCodec(level=PCODEC_LEVEL)
+    return Blosc(options["cname"], options["clevel"], Blosc.SHUFFLE if options["shuffle"] == "shuffle" else 0)

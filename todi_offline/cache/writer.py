@@ -1,0 +1,249 @@
+"""Rows of a shard in, its Zarr objects, sequence table and commit record out.
+
+    with CacheWriter(root, manifest, num_shards) as writer:      # creates the cache, or goes on with it
+        for shard in writer.missing_shards():
+            writer.write_shard(shard, rows)
+        writer.seal()
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from todi_offline.cache.commit import (
+    SEAL_KEY,
+    CacheLock,
+    CommitRecord,
+    ObjectSum,
+    Seal,
+    read_object,
+    read_record,
+    read_seal,
+    to_bytes,
+    write_object,
+)
+from todi_offline.cache.encoding import TargetRows, encode_rows
+from todi_offline.cache.fingerprint import content_key, differences, hash_bytes
+from todi_offline.cache.layout import (
+    MANIFEST_KEY,
+    SEQUENCE_SCHEMA,
+    TOKENIZER_KEY,
+    ArraySpec,
+    record_key,
+    sequences_key,
+)
+from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, encode_shard
+from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """A captured sequence: what the teacher read, and its targets."""
+
+    id: str
+    source: str
+    token_ids: npt.NDArray[np.uint32]
+    target_mask: npt.NDArray[np.bool_]
+    targets: TargetRows
+
+
+class CacheWriter:
+    """A cache folder, locked for writing."""
+
+    def __init__(self, root: Path, manifest: Manifest, num_shards: int, tokenizer_json: str | None = None) -> None:
+        """Name what is to be written; `tokenizer_json` lets the tools show text without the teacher."""
+        self.root = root
+        self.manifest = manifest
+        self.num_shards = num_shards
+        self._tokenizer_json = tokenizer_json
+        self._lock = CacheLock(root)
+
+    def __enter__(self) -> "CacheWriter":
+        """Lock the folder, and create the cache or check that it is the one to go on with.
+
+        Raises:
+            CacheLockedError: another process writes to it.
+            CacheMismatchError: it was begun with other settings, data, teacher or tokenizer.
+            CacheError: the folder is not empty and no cache, or cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(f"cannot create {self.root}: {error.strerror}; choose another folder") from error
+        if not (self.root / "zarr.json").exists() and _foreign(self.root):
+            raise CacheError(f"{self.root} is not empty and holds no cache; choose another folder")
+        self._lock.__enter__()
+        try:
+            self._create_or_check()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Unlock the folder."""
+        self._lock.__exit__(kind, error, trace)
+
+    def missing_shards(self) -> list[int]:
+        """Return the shards that have no commit record yet."""
+        return [shard for shard in range(self.num_shards) if not (self.root / record_key(shard)).exists()]
+
+    def write_shard(self, shard: int, sequences: list[SequenceRows]) -> CommitRecord:
+        """Write the objects of a shard, then its commit record; until then the shard does not exist."""
+        objects: dict[str, ObjectSum] = {}
+        for name, values in _shard_arrays(sequences, self.manifest.settings.encoding).items():
+            spec = self.manifest.arrays[name]
+            key = spec.object_key(shard)
+            objects[key] = write_object(self.root, key, encode_shard(spec, values, self.manifest.settings.codec))
+        table = sequence_table(shard, sequences, self.manifest.settings.shard_tokens)
+        objects[sequences_key(shard)] = write_object(self.root, sequences_key(shard), _parquet(table))
+        record = CommitRecord(
+            shard=shard,
+            num_sequences=len(sequences),
+            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+            num_targets=sum(len(sequence.targets) for sequence in sequences),
+            content=hash_bytes(table["content_key"].to_pylist()),
+            objects=objects,
+        )
+        write_object(self.root, record_key(shard), to_bytes(record))
+        return record
+
+    def seal(self) -> Seal:
+        """Close the cache once every shard is committed.
+
+        Raises:
+            CacheIncompleteError: a shard is not committed, or one of its objects is gone or of another size.
+        """
+        missing = self.missing_shards()
+        if missing:
+            raise CacheIncompleteError(f"{self.root} cannot be sealed: shards {missing} are not committed")
+        records = [read_record(self.root, record_key(shard)) for shard in range(self.num_shards)]
+        for record in records:
+            _require_objects(self.root, record)
+        keys = [*metadata_keys(self.root, self.manifest), *(record_key(shard) for shard in range(self.num_shards))]
+        seal = Seal(
+            num_shards=self.num_shards,
+            num_sequences=sum(record.num_sequences for record in records),
+            num_tokens=sum(record.num_tokens for record in records),
+            num_targets=sum(record.num_targets for record in records),
+            objects={key: ObjectSum.of(read_object(self.root, key)) for key in keys},
+        )
+        write_object(self.root, SEAL_KEY, to_bytes(seal))
+        return seal
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the cache is finished."""
+        return (self.root / SEAL_KEY).exists() and read_seal(self.root).num_shards == self.num_shards
+
+    def _create_or_check(self) -> None:
+        manifest = self.manifest.to_json()
+        if (self.root / "zarr.json").exists():
+            found = json.loads(read_object(self.root, "zarr.json")).get("attributes", {}).get(MANIFEST_KEY, {})
+            lines = differences(found, json.loads(json.dumps(manifest)))
+            if lines:
+                raise CacheMismatchError(
+                    f"{self.root} was begun otherwise (there / here): {'; '.join(lines)}; "
+                    "go on with the command that began it, or choose another folder"
+                )
+            return
+        if self._tokenizer_json is not None:
+            write_object(self.root, TOKENIZER_KEY, self._tokenizer_json.encode())
+        for spec in self.manifest.arrays.values():
+            metadata = array_metadata(spec, self.manifest.settings.codec, self.num_shards)
+            write_object(self.root, f"{spec.name}/zarr.json", metadata)
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {MANIFEST_KEY: manifest}}
+        write_object(self.root, "zarr.json", (json.dumps(group, indent=1) + "\n").encode())
+
+
+def metadata_keys(root: Path, manifest: Manifest) -> list[str]:
+    """Return the objects that describe a cache as a whole."""
+    tokenizer = [TOKENIZER_KEY] if (root / TOKENIZER_KEY).exists() else []
+    return ["zarr.json", *(f"{name}/zarr.json" for name in manifest.arrays), *tokenizer]
+
+
+def array_metadata(spec: ArraySpec, codec: str, num_shards: int) -> bytes:
+    """Return the `zarr.json` of an array, as zarr-python writes it."""
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+    from zarr.codecs.numcodecs import PCodec
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
+        options = blosc_options(codec, spec.dtype)
+        array = zarr.create_array(
+            zarr.storage.MemoryStore(),
+            shape=spec.shape(num_shards * spec.shard_rows),
+            shards=spec.shape(spec.shard_rows),
+            chunks=spec.shape(spec.chunk_rows),
+            dtype=spec.dtype,
+            fill_value=0,
+            filters=None,
+            serializer="auto" if options else PCodec(level=PCODEC_LEVEL),
+            compressors=[*([BloscCodec(**options)] if options else []), Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
+        return (json.dumps(array.metadata.to_dict(), indent=1, default=str) + "\n").encode()
+
+
+def sequence_table(shard: int, sequences: list[SequenceRows], shard_tokens: int) -> pa.Table:
+    """Return the table of what belongs to a sequence rather than to a position."""
+    num_tokens = np.array([len(sequence.token_ids) for sequence in sequences], np.int64)
+    num_targets = np.array([len(sequence.targets) for sequence in sequences], np.int64)
+    columns = {
+        "id": [sequence.id for sequence in sequences],
+        "source": [sequence.source for sequence in sequences],
+        "content_key": [content_key(sequence.token_ids, sequence.target_mask) for sequence in sequences],
+        "shard": np.full(len(sequences), shard),
+        "token_start": shard * shard_tokens + np.cumsum(num_tokens) - num_tokens,
+        "num_tokens": num_tokens,
+        "target_start": shard * shard_tokens + np.cumsum(num_targets) - num_targets,
+        "num_targets": num_targets,
+        "teacher_nll": [-sequence.targets.label_logprob.mean(dtype=np.float64) for sequence in sequences],
+        "topk_mass": [np.exp(sequence.targets.logprobs).sum(axis=1).mean(dtype=np.float64) for sequence in sequences],
+    }
+    return pa.table({name: pa.array(column).cast(SEQUENCE_SCHEMA.field(name).type) for name, column in columns.items()})
+
+
+def _shard_arrays(sequences: list[SequenceRows], encoding: str) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a shard: its sequences end to end."""
+    encoded = [encode_rows(sequence.targets, encoding) for sequence in sequences]
+    return {
+        "token_ids": np.concatenate([sequence.token_ids for sequence in sequences]),
+        "target_mask": np.concatenate([sequence.target_mask for sequence in sequences]),
+        **{name: np.concatenate([arrays[name] for arrays in encoded]) for name in encoded[0]},
+    }
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _require_objects(root: Path, record: CommitRecord) -> None:
+    for key, expected in record.objects.items():
+        path = root / key
+        found = path.stat().st_size if path.exists() else None
+        if found != expected.num_bytes:
+            raise CacheIncompleteError(
+                f"{path} has {found if found is not None else 'no'} bytes, expected {expected.num_bytes}; "
+                "`todi-cache verify` lists what is damaged"
+            )
+
+
+def _foreign(root: Path) -> bool:
+    """Whether a folder holds files that no interrupted creation of a cache would have left."""
+    ours = {".lock", TOKENIZER_KEY}
+    return any(path.is_file() and path.name not in ours for path in root.iterdir() if not path.name.endswith(".tmp"))
