@@ -1,0 +1,107 @@
+"""The embedded data set is the same everywhere, reads well and costs nothing to the program around it."""
+
+import builtins
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from todi_offline import stdlib_corpus
+from todi_offline.errors import DataError
+from todi_offline.stdlib_corpus import MAX_CHARS, MIN_CHARS, MODULES, stdlib_pairs
+
+
+@pytest.fixture
+def fresh():
+    """Build the corpus anew within the test, and again after it."""
+    stdlib_corpus._entries.cache_clear()
+    yield
+    stdlib_corpus._entries.cache_clear()
+
+
+def test_there_is_about_a_million_characters_in_some_fourteen_hundred_pairs():
+    pairs = stdlib_pairs("train") + stdlib_pairs("heldout")
+    assert 1_200 < len(pairs) < 1_800
+    assert 800_000 < sum(len(pair.response) for pair in pairs) < 1_300_000
+
+
+def test_about_a_tenth_is_held_out_and_shares_no_text_or_name_with_the_rest():
+    train, heldout = stdlib_pairs("train"), stdlib_pairs("heldout")
+    assert 0.06 < len(heldout) / (len(train) + len(heldout)) < 0.14
+    assert not {pair.response for pair in train} & {pair.response for pair in heldout}
+    assert not {_last_name(pair.id) for pair in train} & {_last_name(pair.id) for pair in heldout}
+
+
+def _last_name(identifier: str) -> str:
+    name, _, _ = identifier.partition("#")
+    return name.rpartition("/")[2] if "/" in name else name.rpartition(".")[2]
+
+
+def test_ids_and_instructions_and_responses_are_unique():
+    pairs = stdlib_pairs("train") + stdlib_pairs("heldout")
+    for values in zip(*((pair.id, pair.instruction, pair.response) for pair in pairs), strict=True):
+        assert len(set(values)) == len(pairs)
+
+
+def test_responses_are_clean_and_of_a_readable_length():
+    for pair in stdlib_pairs("train") + stdlib_pairs("heldout"):
+        assert MIN_CHARS <= len(pair.response) <= 1.5 * MAX_CHARS, pair.id
+        assert pair.response.strip("\n") == pair.response, pair.id
+        assert "\n\n\n" not in pair.response, pair.id
+        assert " \n" not in pair.response, pair.id
+        assert "\t" not in pair.response, pair.id
+
+
+def test_instructions_are_worded_in_many_ways_and_name_what_they_ask_for():
+    pairs = stdlib_pairs()
+    assert len({pair.instruction.split("`")[0].split("“")[0] for pair in pairs}) >= 10
+    assert all(_last_name(pair.id) in pair.instruction for pair in pairs)
+
+
+def test_another_process_with_other_modules_loaded_builds_the_same_pairs():
+    script = (
+        "import json, dataclasses, datasets, todi_offline.stdlib_corpus as corpus\n"
+        "print(json.dumps([dataclasses.asdict(pair) for pair in corpus.stdlib_pairs('heldout')]))"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    assert json.loads(answer.stdout) == [asdict(pair) for pair in stdlib_pairs("heldout")]
+
+
+def test_building_it_prints_nothing_and_warns_of_nothing():
+    script = "import todi_offline.stdlib_corpus as corpus; corpus.stdlib_pairs()"
+    answer = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, text=True
+    )
+    assert answer.stdout == answer.stderr == ""
+
+
+def test_modules_with_side_effects_are_not_imported():
+    assert not {"antigravity", "this", "idlelib", "turtledemo", "turtle", "test"} & set(MODULES.split())
+
+
+def test_missing_modules_are_passed_over(monkeypatch, fresh):
+    real_import = builtins.__import__
+
+    def without_topics(name, *args, **kwargs):
+        if name == "pydoc_data.topics":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_topics)
+    monkeypatch.setattr(stdlib_corpus, "MODULES", "textwrap no_such_module")
+    assert {pair.id for pair in stdlib_pairs()} >= {"textwrap.dedent", "textwrap.shorten"}
+    assert {pair.id.split(".")[0] for pair in stdlib_pairs()} == {"textwrap"}
+
+
+def test_an_unknown_split_is_refused_with_the_list_of_those_that_exist():
+    with pytest.raises(DataError, match="no split 'test'; its splits are train, heldout"):
+        stdlib_pairs("test")
+
+
+def test_parts_put_together_are_the_whole_text():
+    text = "\n\n".join(f"Paragraph {number}. " + "word " * (number * 7 % 90) for number in range(60))
+    parts = stdlib_corpus._parts(text)
+    assert len(parts) > 1
+    assert "\n\n".join(part.strip("\n") for part in parts) == text
