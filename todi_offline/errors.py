@@ -35,7 +35,12 @@ class ModelError(TodiError):
 
 
 class TeacherOutputError(ModelError):
-    """The teacher's logits hold NaN or +inf."""
+    """The teacher's logits hold NaN or +inf; `row` says which row of those given."""
+
+    def __init__(self, message: str, row: int) -> None:
+        """Keep the row, so that a caller can name the example that it belongs to."""
+        super().__init__(message)
+        self.row = row
 
 
 class TargetsError(TodiError):

@@ -1,0 +1,226 @@
+"""A folder, hub id or GGUF file in, a causal language model and its tokenizer out; and where its head runs.
+
+Everything here serves teacher and student alike. What transformers knows is left to transformers.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from todi_offline.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+Model = Any  # transformers.PreTrainedModel, or one wrapped by peft, DDP or FSDP
+Tokenizer = Any  # transformers.PreTrainedTokenizerBase
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the accelerator where there is one, else the CPU."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ModelError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps") from error
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """Return the dtype of that name; `auto` is left to transformers, which takes the checkpoint's."""
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ModelError(f"dtype {name!r} is unknown; expected auto, float32, bfloat16 or float16")
+    return name if dtype is None else dtype
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Load the tokenizer of a folder, hub id or GGUF file.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    location, options = _location(path)
+    try:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{path} has no tokenizer that can be loaded ({_first_line(error)}); if the folder holds a model alone, "
+            "save the teacher's tokenizer into it"
+        ) from error
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a causal language model. A GGUF file is de-quantised, and can then be saved as any other model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location, options = _location(path)
+    options |= {"attn_implementation": attention} if attention else {}
+    options |= {"device_map": device_map} if device_map else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=resolve_dtype(dtype), trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if "gguf_file" in options:
+        model = _without_quantization(model)
+    return model if device_map else model.to(resolve_device(device))
+
+
+def real_vocab_size(tokenizer: Tokenizer, model: Model) -> int:
+    """Return the number of ids that mean something: the tokenizer's; what lies beyond pads the embedding.
+
+    Raises:
+        ModelError: the tokenizer knows ids that the model's head does not have.
+    """
+    known = max(tokenizer.get_vocab().values()) + 1
+    head = output_head(model)
+    width = getattr(head, "out_features", None) or head.weight.shape[0]
+    if known > width:
+        raise ModelError(
+            f"the tokenizer knows {known} ids and the model's head only {width}: they do not belong together, "
+            "or the embeddings were not resized after tokens were added"
+        )
+    return known
+
+
+def output_head(model: Model) -> nn.Module:
+    """Return the module that turns hidden states into logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output embeddings; a causal language model is expected")
+    return head  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def head_at(model: Model, positions: Int[Tensor, " target"]) -> Iterator[None]:
+    """Within, the model's forward pass runs its head at these positions only, and returns logits [1, target, vocab].
+
+    Positions count over the flattened batch: row * sequence length + column. The hook sits on the head, so whatever
+    wraps the model (adapters, DDP, FSDP, checkpointing), and whatever it does to its logits, stays as it is.
+    """
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0].flatten(0, 1)
+        return (hidden[positions.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    handle = output_head(model).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedHead:
+    """A model's head as a function of hidden states, so that logits need never exist for all positions at once."""
+
+    model: Model
+    scale: float
+    softcap: float | None
+
+    def hidden_states(
+        self, positions: Int[Tensor, " target"], **inputs: Tensor
+    ) -> Float[Tensor, "target hidden"]:
+        """Run the model without its head, and return what the head would read at these flat positions."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0].flatten(0, 1)
+            kept.append(hidden[positions.to(hidden.device)])
+            return (args[0][:, :0], *args[1:])
+
+        handle = output_head(self.model).register_forward_pre_hook(keep)
+        try:
+            self.model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    def logits(self, hidden: Float[Tensor, "target hidden"]) -> Float[Tensor, "target vocab"]:
+        """Return the model's logits of these hidden states."""
+        logits = output_head(self.model)(hidden) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def chunked_head(model: Model) -> ChunkedHead | None:
+    """Return the head of a model as a function, or None where it does something to its logits that is unknown here.
+
+    Known are a scale (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`) and a
+    soft cap (Gemma's `final_logit_softcapping`); the result is compared with the model's own logits.
+    """
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    head = ChunkedHead(model, float(scale), getattr(config, "final_logit_softcapping", None))
+    probe = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        with torch.no_grad():
+            own = model(input_ids=probe, use_cache=False).logits[0]
+            ours = head.logits(head.hidden_states(torch.arange(4), input_ids=probe))
+        same = own.shape == ours.shape and torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2)
+    except (RuntimeError, TypeError, IndexError):
+        same = False
+    if not same:
+        logger.warning(
+            "%s does something to its logits that is unknown here; its own head runs on whole batches, "
+            "which takes more memory",
+            type(model).__name__,
+        )
+    return head if same else None
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Model) -> Iterator[None]:
+    """Within, the model is in evaluation mode and no gradient is kept."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _location(path: str) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes for a path."""
+    file = Path(path).expanduser()
+    if file.suffix == ".gguf":
+        if not file.is_file():
+            raise ModelError(f"there is no file {path}; name a GGUF file, a folder with a model, or a hub id")
+        return str(file.parent), {"gguf_file": file.name}
+    return (str(file) if file.exists() else path), {}
+
+
+def _without_quantization(model: Model) -> Model:
+    """Move a de-quantised model's state into a fresh one: transformers refuses to save the former."""
+    values = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    fresh = type(model)(type(model.config).from_dict(values)).to(model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    return fresh.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

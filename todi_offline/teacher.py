@@ -1,0 +1,296 @@
+"""Batches of examples in, the teacher's sparse targets at their supervised positions out."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.fingerprint import content_key, hash_bytes, hash_json, tokenizer_fingerprint
+from todi_offline.cache.layout import CacheSettings
+from todi_offline.data import Example
+from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
+from todi_offline.models import (
+    ChunkedHead,
+    Model,
+    Tokenizer,
+    chunked_head,
+    evaluation_mode,
+    head_at,
+    load_model,
+    load_tokenizer,
+    real_vocab_size,
+)
+from todi_offline.targets import SparseTargets, teacher_targets
+
+logger = logging.getLogger(__name__)
+
+_LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
+_SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Which teacher, where and how it runs."""
+
+    teacher: str
+    """A folder, a hub id, or a GGUF file."""
+    device: str = "auto"
+    """`auto` is the accelerator where there is one, else the CPU."""
+    dtype: str = "auto"
+    """`auto` is the checkpoint's."""
+    device_map: str | None = None
+    """Passed to transformers, to spread a large teacher over several devices."""
+    attention: str | None = None
+    """Passed to transformers as `attn_implementation`."""
+    adapter: str | None = None
+    """A folder or hub id of a peft adapter, merged into nothing and fingerprinted with the teacher."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    batch_tokens: int = 4096
+    """Tokens of a forward pass, padding included."""
+
+    def __post_init__(self) -> None:
+        """Refuse an empty batch."""
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens is {self.batch_tokens}; expected at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A loaded teacher: what `capture` needs of it."""
+
+    model: Model
+    tokenizer: Tokenizer
+    vocab_size: int
+    """Ids that the tokenizer knows; logits beyond pad the embedding and are dropped."""
+    head: ChunkedHead | None
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """Load a teacher with its tokenizer and adapters.
+
+    Raises:
+        ModelError: a part cannot be loaded, or they do not belong together.
+    """
+    tokenizer = load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.teacher,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.adapter:
+        model = _with_adapter(model, config.adapter)
+    return as_teacher(model, tokenizer)
+
+
+def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
+    """Make a teacher of a model that is already loaded."""
+    with evaluation_mode(model):
+        return Teacher(model, tokenizer, real_vocab_size(tokenizer, model), chunked_head(model))
+
+
+def length_batches(num_tokens: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group sequences of like length so that a batch, padded to its longest, holds at most `batch_tokens` tokens.
+
+    A sequence longer than that is a batch by itself. Longest first, so that memory runs out at once or never.
+    """
+    order = sorted(range(len(num_tokens)), key=lambda index: (-num_tokens[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * num_tokens[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSettings) -> list[TargetRows]:
+    """Run the teacher over one batch, padded on the right, and return the targets of each example.
+
+    Padding needs no mask: a causal model never looks to the right.
+
+    Raises:
+        TeacherOutputError: a logit is NaN or +inf; names the example and the position.
+    """
+    device = teacher.model.get_input_embeddings().weight.device
+    length = max(len(example.token_ids) for example in examples)
+    input_ids = np.zeros((len(examples), length), np.int64)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.token_ids)] = example.token_ids
+    columns = [np.flatnonzero(example.target_mask) for example in examples]
+    positions = np.concatenate([row * length + column for row, column in enumerate(columns)])
+    labels = torch.from_numpy(input_ids.reshape(-1)[positions + 1])
+    uniforms = np.concatenate([tail_uniforms(example, settings) for example in examples])
+    with evaluation_mode(teacher.model):
+        chunks = _logit_chunks(teacher, torch.from_numpy(input_ids).to(device), torch.from_numpy(positions))
+        try:
+            rows = _sparsify_chunks(chunks, labels, torch.from_numpy(uniforms), settings)
+        except TeacherOutputError as error:
+            raise _located(error, examples, columns) from error
+    ends = np.cumsum([len(column) for column in columns])
+    return [_slice(rows, int(end) - len(column), int(end)) for end, column in zip(ends, columns, strict=True)]
+
+
+def tail_uniforms(example: Example, settings: CacheSettings) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the uniform numbers [target, sample] that decide the tail samples of an example.
+
+    They depend on its content and the seed alone: not on the batch, the shard or the worker.
+    """
+    key = content_key(example.token_ids, example.target_mask) + settings.tail_seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(key, digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return generator.random((int(example.target_mask.sum()), settings.tail_samples))
+
+
+def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
+    """Return what identifies a teacher: hashes of config, weights and adapters, its dtype, and its kind for people.
+
+    A copy in another folder has the same; a fine-tune of one layer has not. Of tensors beyond 256 MiB every n-th
+    block of 1 MiB is hashed, always the first and the last, and `weights_sampled` says so.
+    """
+    model = teacher.model
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith("_") and key not in ("transformers_version", "dtype", "torch_dtype", "use_cache")
+    }
+    tensors = sorted(model.state_dict().items())
+    sampled = any(tensor.nbytes > _SAMPLED_TENSOR_BYTES for _, tensor in tensors)
+    adapters = {name: hash_json(value.to_dict()) for name, value in getattr(model, "peft_config", {}).items()}
+    return {
+        "model_type": model.config.model_type,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": hash_json(config),
+        "weights": hash_bytes(piece for name, tensor in tensors for piece in _tensor_pieces(name, tensor)),
+        "weights_sampled": sampled,
+        "adapters": adapters,
+    }
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str | None:
+    """Return a tokenizer as `tokenizers` reads it, or None where it has no such form."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else backend.to_str()
+
+
+def _logit_chunks(
+    teacher: Teacher, input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, " target"]
+) -> Iterator[Float[Tensor, "chunk vocab"]]:
+    rows = max(1, _LOGIT_BYTES // (4 * teacher.vocab_size))
+    if teacher.head is None:
+        with head_at(teacher.model, positions):
+            logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]
+        for chunk in logits.split(rows):
+            yield chunk[:, : teacher.vocab_size]
+        return
+    for hidden in teacher.head.hidden_states(positions, input_ids=input_ids).split(rows):
+        yield teacher.head.logits(hidden)[:, : teacher.vocab_size]
+
+
+def _sparsify_chunks(
+    chunks: Iterator[Float[Tensor, "chunk vocab"]],
+    labels: Int[Tensor, " target"],
+    uniforms: Float[Tensor, "target sample"],
+    settings: CacheSettings,
+) -> TargetRows:
+    parts, start = [], 0
+    for logits in chunks:
+        rows = slice(start, start + len(logits))
+        try:
+            targets, label_logprob = teacher_targets(
+                logits,
+                labels[rows].to(logits.device),
+                settings.k,
+                settings.temperatures,
+                uniforms[rows].to(logits.device) if settings.tail_samples else None,
+                settings.tail_temperature,
+            )
+        except TeacherOutputError as error:
+            raise TeacherOutputError(str(error), start + error.row) from error
+        parts.append(_to_numpy(targets, label_logprob))
+        start = rows.stop
+    return _concatenate(parts)
+
+
+def _to_numpy(targets: SparseTargets, label_logprob: Float[Tensor, " target"]) -> TargetRows:
+    def plain(tensor: Tensor | None, dtype: str) -> Any:
+        return None if tensor is None else tensor.cpu().numpy().astype(dtype)
+
+    return TargetRows(
+        ids=plain(targets.ids, "<u4"),
+        logprobs=plain(targets.logprobs, "<f4"),
+        tail_logsumexp=plain(targets.tail_logsumexp, "<f4"),
+        label_logprob=plain(label_logprob, "<f4"),
+        temperatures=targets.temperatures,
+        tail_temperature=targets.tail_temperature,
+        tail_ids=plain(targets.tail_ids, "<u4"),
+        tail_logprobs=plain(targets.tail_logprobs, "<f4"),
+    )
+
+
+_ARRAY_FIELDS = ("ids", "logprobs", "tail_logsumexp", "label_logprob", "tail_ids", "tail_logprobs")
+
+
+def _concatenate(parts: list[TargetRows]) -> TargetRows:
+    first = parts[0]
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in _ARRAY_FIELDS
+        if getattr(first, name) is not None
+    }
+    return dataclasses.replace(first, **joined)
+
+
+def _slice(rows: TargetRows, start: int, stop: int) -> TargetRows:
+    cut = {name: getattr(rows, name)[start:stop] for name in _ARRAY_FIELDS if getattr(rows, name) is not None}
+    return dataclasses.replace(rows, **cut)
+
+
+def _located(
+    error: TeacherOutputError, examples: Sequence[Example], columns: Sequence[np.ndarray[Any, Any]]
+) -> TeacherOutputError:
+    """Say which example and position the row of a batch is."""
+    row = error.row
+    for example, column in zip(examples, columns, strict=True):
+        if row < len(column):
+            return TeacherOutputError(
+                f"the teacher's logits for example {example.id!r} at position {column[row]} hold NaN or +inf; nothing "
+                "of this shard is committed. Try --dtype float32 or bfloat16, or take the example out of the data",
+                error.row,
+            )
+        row -= len(column)
+    return error
+
+
+def _tensor_pieces(name: str, tensor: Tensor) -> Iterator[bytes]:
+    yield f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode()
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    step = max(1, -(-flat.numel() // _SAMPLED_TENSOR_BYTES)) * _BLOCK_BYTES
+    starts = {*range(0, flat.numel(), step), max(0, flat.numel() - _BLOCK_BYTES)}
+    for start in sorted(starts):
+        yield flat[start : start + _BLOCK_BYTES].cpu().numpy().tobytes()
+
+
+def _with_adapter(model: Model, adapter: str) -> Model:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("an adapter needs peft: pip install 'todi-offline[lora]'") from error
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{adapter} cannot be loaded as an adapter of the teacher: {error}") from error
