@@ -1,0 +1,10 @@
+"""Student logits and teacher targets in, the training loss out.
+
+divergences.py  every divergence, dense and from sparse targets, one value a position
+objective.py    cross-entropy and divergence as the one number that is trained on
+"""
+
+from todi_offline.losses.divergences import DIVERGENCES, dense_divergence, sparse_divergence
+from todi_offline.losses.objective import distillation_loss
+
+__all__ = ["DIVERGENCES", "dense_divergence", "distillation_loss", "sparse_divergence"]

@@ -1,0 +1,79 @@
+"""Student logits, labels and teacher targets in, the loss that is trained on and what is logged of it out."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from todi_offline.losses.divergences import (
+    Divergence,
+    Entries,
+    entry_divergence,
+    forward_kl,
+    reverse_kl,
+    student_entries,
+    teacher_entries,
+)
+from todi_offline.targets import SparseTargets
+
+
+def distillation_loss(
+    student_logits: Float[Tensor, "target vocab"],
+    labels: Int[Tensor, " target"],
+    targets: SparseTargets,
+    *,
+    divergence: str | Divergence = "todi",
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    k: int | None = None,
+    tail: str = "auto",
+    tail_weight: float | None = None,
+    kd_weight: float = 0.5,
+    num_targets: Tensor | float | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Return the sum over targets of (1 - w) CE + w KD over their number, w = kd_weight, and sums to log.
+
+    CE is at temperature 1, KD at `temperature` without a factor T^2, as in the code of the ToDi paper.
+    `num_targets` is the number of targets over all ranks and accumulated micro-batches, so that the gradients
+    of micro-batches add up to those of one batch; by default it is the number of these rows. With kd_weight =
+    0 the loss is plain fine-tuning, and the divergence is computed for the log only.
+
+    The sums run over the targets and carry no gradient:
+
+    - cross_entropy; kd; forward_kl and reverse_kl, at `temperature` and with a bucket
+    - teacher_kept_mass and student_kept_mass, of the k kept ids; tail_share, the teacher's mass off them
+    - share_a_above_half, the share of entries that the teacher gives more than the student does: ToDi's gate
+    - num_targets, the rows
+
+    Raises:
+        TargetsError: as `sparse_divergence`.
+    """
+    logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+    teacher = teacher_entries(targets, temperature)
+    student, log_partition = student_entries(logits, targets, temperature)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and kd_weight != 0):
+        kd = entry_divergence(
+            teacher, student, divergence, beta=beta, k=k, tail=tail, tail_weight=tail_weight
+        ).sum()
+    if temperature != 1:
+        log_partition = logits.logsumexp(-1)
+    cross_entropy = (log_partition - logits.gather(-1, labels[:, None]).squeeze(-1)).sum()
+    total = (1 - kd_weight) * cross_entropy + kd_weight * kd
+    k = teacher.kept.shape[1] if k is None else k
+    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | _sums(
+        teacher.narrow(k), student.narrow(k)
+    )
+    return total / (max(len(labels), 1) if num_targets is None else num_targets), sums
+
+
+@torch.no_grad()
+def _sums(teacher: Entries, student: Entries) -> dict[str, Tensor]:
+    p, q = teacher.with_bucket(), student.with_bucket()
+    return {
+        "forward_kl": forward_kl(p, q).sum(),
+        "reverse_kl": reverse_kl(p, q).sum(),
+        "teacher_kept_mass": teacher.kept.exp().sum(),
+        "student_kept_mass": student.kept.exp().sum(),
+        "tail_share": teacher.tail.exp().sum(),
+        "share_a_above_half": (p > q).to(q.dtype).mean(-1).sum(),
+        "num_targets": q.new_tensor(len(q)),
+    }
