@@ -20,7 +20,7 @@ CHATML = (
 def tiny_tokenizer(chat: bool = True, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Return a tokenizer of exactly `vocab_size` entries that loses nothing and adds no token of its own.
 
-    With `chat`, the template is ChatML and EOS is `<|im_end|>`; without, there is none and EOS is `<|endoftext|>`.
+    With `chat` it has the ChatML template and EOS is `<|im_end|>`; without, EOS is `<|endoftext|>`.
     """
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(vocab_size)),
