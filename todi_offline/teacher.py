@@ -1,6 +1,5 @@
 """Batches of examples in, the teacher's sparse targets at their supervised positions out."""
 
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -141,7 +140,7 @@ def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSet
         except TeacherOutputError as error:
             raise _located(error, examples, columns) from error
     ends = np.cumsum([len(column) for column in columns])
-    return [_slice(rows, int(end) - len(column), int(end)) for end, column in zip(ends, columns, strict=True)]
+    return [rows[int(end) - len(column) : int(end)] for end, column in zip(ends, columns, strict=True)]
 
 
 def tail_uniforms(example: Example, settings: CacheSettings) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -223,7 +222,7 @@ def _sparsify_chunks(
             raise TeacherOutputError(str(error), start + error.row) from error
         parts.append(_to_numpy(targets, label_logprob))
         start = rows.stop
-    return _concatenate(parts)
+    return TargetRows.concatenate(parts)
 
 
 def _to_numpy(targets: SparseTargets, label_logprob: Float[Tensor, " target"]) -> TargetRows:
@@ -240,24 +239,6 @@ def _to_numpy(targets: SparseTargets, label_logprob: Float[Tensor, " target"]) -
         tail_ids=plain(targets.tail_ids, "<u4"),
         tail_logprobs=plain(targets.tail_logprobs, "<f4"),
     )
-
-
-_ARRAY_FIELDS = ("ids", "logprobs", "tail_logsumexp", "label_logprob", "tail_ids", "tail_logprobs")
-
-
-def _concatenate(parts: list[TargetRows]) -> TargetRows:
-    first = parts[0]
-    joined = {
-        name: np.concatenate([getattr(part, name) for part in parts])
-        for name in _ARRAY_FIELDS
-        if getattr(first, name) is not None
-    }
-    return dataclasses.replace(first, **joined)
-
-
-def _slice(rows: TargetRows, start: int, stop: int) -> TargetRows:
-    cut = {name: getattr(rows, name)[start:stop] for name in _ARRAY_FIELDS if getattr(rows, name) is not None}
-    return dataclasses.replace(rows, **cut)
 
 
 def _located(

@@ -8,6 +8,8 @@ where what is stored is the smaller log-prob's upper bound, so both it and the t
 of the entry before it. Rows must fall from left to right, which the order of the kept entries ensures.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +46,21 @@ class TargetRows:
     def __len__(self) -> int:
         """Return the number of targets."""
         return len(self.ids)
+
+    def __getitem__(self, index: slice) -> "TargetRows":
+        """Return some of the targets."""
+        return dataclasses.replace(self, **{name: values[index] for name, values in self.arrays().items()})
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the fields that are arrays, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+
+    @staticmethod
+    def concatenate(parts: Sequence["TargetRows"]) -> "TargetRows":
+        """Return the targets of several, end to end; all have the same fields and settings."""
+        joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
+        return dataclasses.replace(parts[0], **joined)  # type: ignore[arg-type]
 
 
 def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:

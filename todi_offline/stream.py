@@ -1,0 +1,158 @@
+"""A cache in, packed batches of tokens and targets out, in an order that can be resumed."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.reader import Cache, CachedSequence
+from todi_offline.targets import SparseTargets
+
+T = TypeVar("T")
+
+
+class CacheDataset(Dataset[CachedSequence]):
+    """A cache as torch's data loaders take it."""
+
+    def __init__(self, cache: Cache) -> None:
+        """Wrap an open cache."""
+        self.cache = cache
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.cache)
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        """Read a sequence."""
+        return self.cache[index]
+
+
+class ShuffledOrder(Sampler[int]):
+    """All sequences in an order that follows from seed, epoch and their number alone.
+
+    The state is one number, how many were consumed: whoever skips as many goes on in the same order, whatever the
+    number of ranks, workers or sequences in a batch.
+    """
+
+    def __init__(self, num_sequences: int, seed: int) -> None:
+        """Begin with epoch 0."""
+        self.num_sequences = num_sequences
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return self.num_sequences
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of the sequences."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, self.epoch]))
+        return iter(generator.permutation(self.num_sequences).tolist())
+
+
+def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Lay sequences of these lengths into as few rows as first-fit-decreasing does; return the members of each."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fitting = (row for row in range(len(rows)) if free[row] >= lengths[index])
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(max(row_length, lengths[index]))
+        rows[row].append(index)
+        free[row] -= lengths[index]
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Cached sequences in, one batch out.
+
+    With `pack`, several sequences share a row, each counted from position 0: that, with no attention mask and no
+    key-value cache, is what makes transformers keep them apart. `one_row` puts all into a single row, as attention
+    kernels for variable lengths want it; else rows are as long as the longest sequence, so that the cost of
+    attention stays that of separate sequences. Without `pack` every sequence has its own row, padded on the right.
+    """
+
+    pack: bool = True
+    one_row: bool = False
+
+    def __call__(self, sequences: Sequence[CachedSequence]) -> dict[str, Tensor]:
+        """Return the batch.
+
+        `input_ids`, `position_ids` [row, seq]; `target_positions` [target], counted over the flattened rows;
+        `labels` [target], the tokens that follow them; the targets by the names of `SparseTargets`; `num_tokens` [1].
+        """
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        longest = sum(lengths) if self.one_row else max(lengths)
+        rows = pack_rows(lengths, longest) if self.pack else [[index] for index in range(len(lengths))]
+        input_ids = np.zeros((len(rows), longest), np.int64)
+        position_ids = np.zeros((len(rows), longest), np.int64)
+        order: list[int] = []
+        target_positions, labels = [], []
+        for row, members in enumerate(rows):
+            start = 0
+            for index in members:
+                sequence, stop = sequences[index], start + lengths[index]
+                input_ids[row, start:stop] = sequence.token_ids
+                position_ids[row, start:stop] = np.arange(lengths[index])
+                columns = np.flatnonzero(sequence.target_mask)
+                target_positions.append(row * longest + start + columns)
+                labels.append(sequence.token_ids[columns + 1].astype(np.int64))
+                order.append(index)
+                start = stop
+            # What is left of the row is one more sequence, which nobody looks at.
+            position_ids[row, start:] = np.arange(longest - start) if self.pack else np.arange(start, longest)
+        targets = TargetRows.concatenate([sequences[index].targets for index in order])
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "target_positions": torch.from_numpy(np.concatenate(target_positions)),
+            "labels": torch.from_numpy(np.concatenate(labels)),
+            "num_tokens": torch.tensor([sum(lengths)]),
+            **{name: torch.from_numpy(values) for name, values in targets.arrays().items()},
+        }
+
+
+def batch_targets(batch: dict[str, Tensor], cache: Cache) -> SparseTargets:
+    """Return the targets of a batch, on its device; ids travel there in the few bytes that they are stored in."""
+    settings = cache.manifest.settings
+    tail_ids, tail_logprobs = batch.get("tail_ids"), batch.get("tail_logprobs")
+    return SparseTargets(
+        ids=batch["ids"].long(),
+        logprobs=batch["logprobs"],
+        tail_logsumexp=batch["tail_logsumexp"],
+        temperatures=settings.temperatures,
+        tail_ids=None if tail_ids is None else tail_ids.long(),
+        tail_logprobs=tail_logprobs,
+        tail_temperature=settings.tail_temperature,
+    )
+
+
+def prefetch(batches: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """Yield what `batches` yields, made up to `depth` ahead in a thread; its errors are raised here.
+
+    The first is made in the caller's thread: torch's loaders draw a seed there, and the order of draws must not
+    depend on threads.
+    """
+    end: Any = object()
+    if (first := next(batches, end)) is end:
+        return
+    yield first
+    with ThreadPoolExecutor(1) as background:
+        ahead = deque(background.submit(next, batches, end) for _ in range(depth))
+        while (batch := ahead.popleft().result()) is not end:
+            ahead.append(background.submit(next, batches, end))
+            yield batch

@@ -1,0 +1,247 @@
+"""A student and a cache in, a trained student out: transformers' Trainer with the objective of `losses`."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from todi_offline.cache.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.manifest import require_same_tokenizer
+from todi_offline.cache.reader import Cache
+from todi_offline.errors import ConfigError, ModelError
+from todi_offline.losses import distillation_loss
+from todi_offline.models import Model, Tokenizer, head_at, real_vocab_size
+from todi_offline.student import packs_apart
+from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch
+from todi_offline.targets import SparseTargets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """The objective: (1 - kd_weight) CE + kd_weight KD."""
+
+    loss: str = "todi"
+    """The divergence, by its name in `todi_offline.losses.DIVERGENCES`."""
+    beta: float = 1.0
+    """Sharpness of ToDi's gate."""
+    temperature: float = 1.0
+    """Of teacher and student in KD; one of those that the cache was captured at."""
+    k: int | None = None
+    """Entries of the teacher used a position; the cache's by default."""
+    tail: Literal["auto", "bucket", "sampled", "none"] = "auto"
+    """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
+    tail_weight: float | None = None
+    """Weight of the sampled tail's term; by default what matches the divergence's own curvature."""
+    kd_weight: float = 0.5
+    """0 is plain fine-tuning, 1 distillation alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that is none."""
+        if not 0 <= self.kd_weight <= 1:
+            raise ConfigError(f"kd_weight is {self.kd_weight}; expected 0 to 1")
+
+
+class ToDiTrainer(Trainer):
+    """A `transformers.Trainer` whose targets come from a cache.
+
+    Arguments, callbacks, reporting, checkpoints and resuming are the Trainer's own. Beside its loss it logs, as means
+    over targets: `cross_entropy`, `kd`, `forward_kl`, `reverse_kl`, `teacher_kept_mass`, `student_kept_mass`,
+    `share_a_above_half`, `tail_share`; and `tokens_per_second` and `data_wait_share`. Evaluation reports the same.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Model,
+        args: TrainingArguments,
+        train_dataset: Cache | None = None,
+        eval_dataset: Cache | Mapping[str, Cache] | None = None,
+        processing_class: Tokenizer | None = None,
+        distillation: DistillationConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prepare training; `processing_class` is the student's tokenizer, and must be the cache's.
+
+        Raises:
+            CacheMismatchError: it is not, or the caches differ in what they hold.
+            ModelError: there is no tokenizer, or the student's vocabulary is smaller than the cache's.
+            TargetsError: the cache does not hold what the objective asks for.
+        """
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+        caches = [cache for cache in (train_dataset, *evaluated.values()) if cache is not None]
+        self.distillation = distillation or DistillationConfig()
+        for cache in caches:
+            self._check(cache, model, processing_class)
+        args.remove_unused_columns = False  # a batch is no row of a table
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_dataset(train_dataset),
+            eval_dataset=(
+                {name: _dataset(cache) for name, cache in eval_dataset.items()}
+                if isinstance(eval_dataset, Mapping)
+                else _dataset(eval_dataset)
+            ),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs are visible to one process; start one process a GPU "
+                "(torchrun or accelerate launch), or make one visible with CUDA_VISIBLE_DEVICES=0"
+            )
+        if "data_collator" not in kwargs:
+            self.data_collator = _collator(self.model)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here
+        self._cache = caches[0] if caches else None
+        self._order: ShuffledOrder | None = None
+        self._source: Iterator[Any] | None = None
+        self._batches: Iterator[dict[str, Tensor]] = iter(())
+        self._meters = {True: _Meter(), False: _Meter()}
+        self.num_tokens_trained = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the objective, summed over the targets here and divided by `num_items_in_batch`."""
+        assert self._cache is not None
+        unwrapped = self.accelerator.unwrap_model(model)
+        with head_at(unwrapped, inputs["target_positions"]):
+            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+        logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
+        targets = batch_targets(inputs, self._cache)
+        loss, sums = self._objective(logits, inputs["labels"], targets, num_items_in_batch)
+        self._meters[model.training].add(sums, inputs["num_tokens"])
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Take the batches of a step, made ahead of it, and count their targets over all ranks."""
+        if epoch_iterator is not self._source:
+            self._source = epoch_iterator
+            if self._order is not None:  # accelerate's wrappers do not always pass the epoch on
+                self._order.set_epoch(int(self.state.epoch or 0))
+            self._batches = prefetch(epoch_iterator)
+        started = perf_counter()
+        batches = list(itertools.islice(self._batches, num_batches))
+        self._meters[True].wait_seconds += perf_counter() - started
+        self.num_tokens_trained += sum(int(batch["num_tokens"]) for batch in batches)
+        num_targets = torch.tensor(sum(batch["labels"].numel() for batch in batches), device=device)
+        return batches, self.accelerator.gather(num_targets).sum()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch; what else is measured is kept for `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate, and report means over targets rather than over batches."""
+        self._meters[False] = _Meter()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._meters[False].means(self.accelerator)
+        weight = self.distillation.kd_weight
+        means["loss"] = (1 - weight) * means["cross_entropy"] + weight * means["kd"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log to a training step's."""
+        if "loss" in logs:
+            logs |= self._meters[True].means(self.accelerator)
+            self._meters[True] = _Meter()
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ShuffledOrder:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._order = ShuffledOrder(len(dataset), seed)
+        return self._order
+
+    def _objective(
+        self, logits: Float[Tensor, "target vocab"], labels: Tensor, targets: SparseTargets, num_targets: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen = self.distillation
+        return distillation_loss(
+            logits,
+            labels,
+            targets,
+            divergence=chosen.loss,
+            beta=chosen.beta,
+            temperature=chosen.temperature,
+            k=chosen.k,
+            tail=chosen.tail,
+            tail_weight=chosen.tail_weight,
+            kd_weight=chosen.kd_weight,
+            num_targets=num_targets,
+        )
+
+    def _check(self, cache: Cache, model: Model, tokenizer: Tokenizer | None) -> None:
+        """Refuse what would go wrong later, or worse, would not."""
+        if tokenizer is None:
+            raise ModelError(
+                "ToDiTrainer needs processing_class, the student's tokenizer: it is compared with the cache's"
+            )
+        require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
+        real_vocab_size(tokenizer, model)
+        targets = SparseTargets.from_numpy(cache[0].targets[:0])
+        self._objective(torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long), targets)
+
+
+class _Meter:
+    """Sums over targets since the last log, and the clock of that time."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._started = perf_counter()
+        self.wait_seconds = 0.0
+
+    def add(self, sums: dict[str, Tensor], num_tokens: Tensor) -> None:
+        """Add a batch's sums; they stay on its device, so that nothing waits for it."""
+        for name, value in {**sums, "num_tokens": num_tokens.sum()}.items():
+            exact = value if value.device.type == "mps" else value.double()  # MPS has no float64
+            self._sums[name] = self._sums[name] + exact if name in self._sums else exact
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Return the means over all ranks."""
+        seconds = perf_counter() - self._started
+        sums = {name: accelerator.gather(value).sum().item() for name, value in self._sums.items()}
+        num_targets, num_tokens = sums.pop("num_targets", 1.0), sums.pop("num_tokens", 0.0)
+        means = {name: value / max(num_targets, 1.0) for name, value in sums.items()}
+        means["tokens_per_second"] = num_tokens / seconds
+        means["data_wait_share"] = self.wait_seconds / seconds
+        return means
+
+
+def _dataset(cache: Cache | None) -> CacheDataset | None:
+    return None if cache is None else CacheDataset(cache)
+
+
+def _collator(model: Model) -> Collator:
+    """Pack where the model keeps packed sequences apart."""
+    if str(getattr(model.config, "_attn_implementation", "")).startswith("flash"):
+        return Collator(pack=True, one_row=True)
+    pack = packs_apart(model)
+    if not pack:
+        logger.info("%s does not keep packed sequences apart: every sequence has its own row", type(model).__name__)
+    return Collator(pack=pack)

@@ -1,0 +1,175 @@
+"""Stage 2: a cache and a student in, a trained student out. The teacher is nowhere near."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.config import flat_fields, load_config, to_dict
+from todi_offline.errors import ConfigError
+from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
+from todi_offline.student import LoraSettings, add_lora
+from todi_offline.trainer import DistillationConfig, ToDiTrainer
+
+CONFIG_NAME = "todi_config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """Which student, and how it is loaded."""
+
+    student: str
+    """A folder or hub id."""
+    dtype: str = "float32"
+    """Of the weights. Mixed precision is `bf16 = true` under [trainer], on weights in float32."""
+    attention: str | None = None
+    """Passed to transformers as `attn_implementation`."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """All that decides a training run."""
+
+    out: Path
+    """The folder of the run: checkpoints and the trained student."""
+    cache: Path
+    """The cache to train from."""
+    eval_cache: Path | None = None
+    """A cache of held-out data, evaluated before and after, and as [trainer] says."""
+    allow_unsealed: bool = False
+    """Whether the committed part of an unfinished cache may be used."""
+    resume: bool = False
+    """Whether to go on from the last checkpoint in `out`."""
+    student: StudentConfig
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Fields of `transformers.TrainingArguments`, by their own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSummary:
+    """What a training run did; the metrics are those of `ToDiTrainer`."""
+
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    train_loss: float
+    before: dict[str, float]
+    """Metrics on the held-out cache before the first step; empty without one, or when resumed."""
+    after: dict[str, float]
+
+
+def train(
+    student: str | Model,
+    cache: "str | Path | Cache",
+    out: str | Path,
+    *,
+    eval_cache: "str | Path | Cache | None" = None,
+    tokenizer: Tokenizer | None = None,
+    config: Path | None = None,
+    callbacks: list[Any] | None = None,
+    **settings: Any,
+) -> TrainSummary:
+    """Distil a cached teacher into a student, and save it in `out` with its tokenizer.
+
+    `settings` are the fields of `TrainConfig`'s tables and of `transformers.TrainingArguments`, all by their own
+    names (`beta=1.0`, `max_steps=500`, `learning_rate=1e-4`, ...); they win over the TOML file `config`.
+    A student that is already loaded needs its `tokenizer`.
+
+    Raises:
+        TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.
+    """
+    named: dict[str, Any] = {"out": out, "student": student if isinstance(student, str) else "(given)"}
+    named |= {"cache": cache.root if isinstance(cache, Cache) else cache}
+    if eval_cache is not None:
+        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else eval_cache
+    chosen = load_train_config(config, {**settings, **named})
+    if isinstance(student, str):
+        tokenizer = load_tokenizer(student, trust_remote_code=chosen.student.trust_remote_code)
+        student = load_student(chosen.student)
+    trainer = ToDiTrainer(
+        model=add_lora(student, chosen.lora),
+        args=training_arguments(chosen),
+        train_dataset=_open(cache, chosen),
+        eval_dataset=None if chosen.eval_cache is None else _open(eval_cache or chosen.eval_cache, chosen),
+        processing_class=tokenizer,
+        distillation=chosen.distillation,
+        callbacks=callbacks,
+    )
+    return run(trainer, chosen)
+
+
+def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfig:
+    """Return the config of a run; what is no field of it goes to [trainer]."""
+    ours = {name for name, _ in flat_fields(TrainConfig)}
+    arguments = {name: value for name, value in settings.items() if name not in ours}
+    chosen = load_config(TrainConfig, path, {name: value for name, value in settings.items() if name in ours})
+    return dataclasses.replace(chosen, trainer={**chosen.trainer, **arguments})
+
+
+def load_student(config: StudentConfig) -> Model:
+    """Load a student onto the CPU; the Trainer places it."""
+    return load_model(
+        config.student,
+        dtype=config.dtype,
+        device="cpu",
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def training_arguments(config: TrainConfig) -> Any:
+    """Return the Trainer's arguments: its own defaults, but a log every ten steps.
+
+    Raises:
+        ConfigError: one is unknown to this release of transformers, or has a value that it refuses.
+    """
+    from transformers import TrainingArguments
+
+    known = {item.name for item in dataclasses.fields(TrainingArguments)}
+    unknown = sorted(config.trainer.keys() - known)
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)} is neither a setting of todi_offline nor an argument of transformers' "
+            "TrainingArguments; `todi train --help` lists the former"
+        )
+    values = {"logging_steps": 10, "report_to": "none", **config.trainer, "output_dir": str(config.out)}
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"transformers refuses these training arguments: {error}") from error
+
+
+def run(trainer: ToDiTrainer, config: TrainConfig) -> TrainSummary:
+    """Evaluate, train, evaluate, save."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
+    before = trainer.evaluate() if config.eval_cache and not config.resume else {}
+    started = perf_counter()
+    output = trainer.train(resume_from_checkpoint=config.resume or None)
+    seconds = perf_counter() - started
+    after = trainer.evaluate() if config.eval_cache else {}
+    trainer.save_model()
+    trainer.save_state()
+    return TrainSummary(
+        num_steps=output.global_step,
+        num_tokens=trainer.num_tokens_trained,
+        seconds=seconds,
+        train_loss=output.training_loss,
+        before=_without_prefix(before),
+        after=_without_prefix(after),
+    )
+
+
+def _open(cache: "str | Path | Cache", config: TrainConfig) -> Cache:
+    return cache if isinstance(cache, Cache) else open_cache(cache, allow_unsealed=config.allow_unsealed)
+
+
+def _without_prefix(metrics: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in metrics.items()}
