@@ -4,10 +4,10 @@ p is the teacher, q the student, both at temperature T; r = log p - log q, in na
 entries of a position: dense, every id of the vocabulary; sparse, the kept ids and the tail, which is
 everything else as one bucket, with the teacher's exact mass and the student's.
 
-Every divergence is a sum of terms that are stationary in q at q = p, each on its own: forward KL is p r - p +
-q, not p r. Where the entries sum to one, dense and with a bucket, what this adds vanishes, in value and
-gradient. With the kept ids alone (`tail="none"`) it is what makes q = p the solution. ToDi, Jeffreys, JS, TVD
-and alpha-beta are stationary there as they stand.
+Each term of a sum is stationary in q at q = p on its own: forward KL is the sum of p r - p + q, not of p r.
+Where the entries sum to one, dense and with a bucket, what this adds vanishes, in value and gradient. With
+the kept ids alone (`tail="none"`) it is what makes q = p the solution. ToDi, Jeffreys, JS, TVD and alpha-beta
+are stationary there as they stand.
 
 A new divergence is one function of two tensors of log-probs [..., entry], put into `DIVERGENCES`. Parameters
 other than ToDi's beta are bound with functools.partial, and the result is passed in place of a name.
@@ -33,7 +33,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 FLOOR = -1e3
 """Where a logit is -inf, it is taken to lie this many nats from the largest of its row instead. Its
 probability is still exactly zero, in float64 too, but the log of it, products with that, and their gradients
-are finite."""
+are finite. A tail less probable than that counts as that."""
 
 TAILS = ("auto", "sampled", "bucket", "none")
 
@@ -53,7 +53,8 @@ def todi(teacher: Logprobs, student: Logprobs, beta: float = 1.0) -> PerPosition
 
 def forward_kl(teacher: Logprobs, student: Logprobs) -> PerPosition:
     """Return KL(p || q) = sum p r - p + q."""
-    return (teacher.exp() * (teacher - student) - teacher.exp() + student.exp()).sum(-1)
+    p, q = teacher.exp(), student.exp()
+    return (p * (teacher - student) - p + q).sum(-1)
 
 
 def reverse_kl(teacher: Logprobs, student: Logprobs) -> PerPosition:
@@ -171,10 +172,11 @@ def sparse_divergence(
       dense.
     - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), which is
       what the bucket leaves out of forward KL. A sample j weighs p(j) over the probability that it was drawn
-      with, so the estimate has no bias at any temperature; its variance is that of one such weighted
-      log-ratio over the number of samples. Entries that a smaller k drops belong to the tail, and are summed
-      exactly. tail_weight is by default the divergence's curvature near q = p over forward KL's: 1 + beta / 2
-      for ToDi.
+      with, so neither value nor gradient has a bias, at any temperature; their variance is that of one
+      weighted log-ratio, and of its gradient, over the number of samples. At q = p only the value's is zero.
+      Entries that a smaller k drops belong to the tail, and are summed exactly. tail_weight is by default
+      the divergence's curvature near q = p over forward KL's: 1 + beta / 2 for ToDi, and 1 for a function
+      that is not in `DIVERGENCES`.
     - "none": the kept ids alone, by their true probabilities.
     - "auto": "sampled" where samples are stored, else "bucket".
 
@@ -273,9 +275,8 @@ def entry_divergence(
     bucket = function(near_teacher.with_bucket(), near_student.with_bucket())
     if tail == "bucket":
         return bucket
-    return bucket + (curvature if tail_weight is None else tail_weight) * _tail_forward_kl(
-        teacher, student, k
-    )
+    weight = curvature if tail_weight is None else tail_weight
+    return bucket + weight * _tail_forward_kl(teacher, student, k)
 
 
 def _tail_forward_kl(teacher: Entries, student: Entries, k: int) -> Float[Tensor, " target"]:

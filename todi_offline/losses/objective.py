@@ -28,14 +28,14 @@ def distillation_loss(
     tail: str = "auto",
     tail_weight: float | None = None,
     kd_weight: float = 0.5,
-    num_targets: Tensor | float | None = None,
+    num_targets: Tensor | int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the sum over targets of (1 - w) CE + w KD over their number, w = kd_weight, and sums to log.
 
     CE is at temperature 1, KD at `temperature` without a factor T^2, as in the code of the ToDi paper.
     `num_targets` is the number of targets over all ranks and accumulated micro-batches, so that the gradients
-    of micro-batches add up to those of one batch; by default it is the number of these rows. With kd_weight =
-    0 the loss is plain fine-tuning, and the divergence is computed for the log only.
+    of micro-batches add up to those of one batch; by default it is the number of these rows.
+    With kd_weight = 0 the loss is plain fine-tuning, and the divergence is computed for the log only.
 
     The sums run over the targets and carry no gradient:
 
@@ -58,15 +58,14 @@ def distillation_loss(
         log_partition = logits.logsumexp(-1)
     cross_entropy = (log_partition - logits.gather(-1, labels[:, None]).squeeze(-1)).sum()
     total = (1 - kd_weight) * cross_entropy + kd_weight * kd
-    k = teacher.kept.shape[1] if k is None else k
-    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | _sums(
-        teacher.narrow(k), student.narrow(k)
-    )
+    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | _sums(teacher, student, k)
     return total / (max(len(labels), 1) if num_targets is None else num_targets), sums
 
 
 @torch.no_grad()
-def _sums(teacher: Entries, student: Entries) -> dict[str, Tensor]:
+def _sums(teacher: Entries, student: Entries, k: int | None) -> dict[str, Tensor]:
+    k = teacher.kept.shape[1] if k is None else k
+    teacher, student = teacher.narrow(k), student.narrow(k)
     p, q = teacher.with_bucket(), student.with_bucket()
     return {
         "forward_kl": forward_kl(p, q).sum(),

@@ -1,0 +1,523 @@
+import functools
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from todi_offline.errors import TargetsError
+from todi_offline.losses import DIVERGENCES, dense_divergence, sparse_divergence
+from todi_offline.losses.divergences import (
+    entry_divergence,
+    skew_forward_kl,
+    student_entries,
+    teacher_entries,
+    todi,
+)
+from todi_offline.targets import SparseTargets, sparsify
+
+seeded = settings(derandomize=True, deadline=None, max_examples=40)
+F_DIVERGENCES = [
+    name for name in DIVERGENCES if name not in ("adaptive_kl", "alpha_beta")
+]  # and ToDi, alike here
+SMOOTH = [name for name in DIVERGENCES if name != "tvd"]
+TEMPERATURES = (1.0, 2.0)
+
+GOLDEN_TEACHER = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+GOLDEN_STUDENT = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+
+
+def random_logits(num_targets, vocab, seed=0, scale=2.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(num_targets, vocab, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def gradient(loss, logits):
+    return torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+
+
+def probabilities(logits, temperature=1.0):
+    return np.exp(reference.log_softmax(logits.detach().numpy(), temperature))
+
+
+def every_draw(targets, logits):
+    """Return one row for each id that could be drawn from the tail of a single row, and its probability."""
+    kept, logprobs = targets.ids[0].tolist(), reference.log_softmax(logits[0].numpy())
+    chance = reference.conditional_tail(logprobs, kept, targets.tail_temperature)
+    drawn = torch.tensor(list(chance))[:, None]
+    rows = torch.zeros(len(drawn), dtype=torch.int64)
+    enumerated = SparseTargets(
+        ids=targets.ids[rows],
+        logprobs=targets.logprobs[rows],
+        tail_logsumexp=targets.tail_logsumexp[rows],
+        temperatures=targets.temperatures,
+        tail_ids=drawn,
+        tail_logprobs=torch.from_numpy(logprobs)[drawn],
+        tail_temperature=targets.tail_temperature,
+    )
+    return enumerated, torch.tensor(list(chance.values()), dtype=torch.float64)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta", "expected"),
+    [
+        ("todi", 0.0, 0.088577838096),
+        ("todi", 1.0, 0.177155676191),
+        ("todi", 2.0, 0.255423792449),
+        ("forward_kl", 1.0, 0.085122825957),
+        ("reverse_kl", 1.0, 0.092032850234),
+        ("jeffreys", 1.0, 0.177155676191),
+        ("js", 1.0, 0.021901178968),
+        ("tvd", 1.0, 0.2),
+        ("skew_forward_kl", 1.0, 0.069577966524),
+        ("skew_reverse_kl", 1.0, 0.072827533459),
+        ("alpha_beta", 1.0, 0.102590650444),
+        ("adaptive_kl", 1.0, 0.088577838096),  # head gap .2 of .4: half of each KL
+    ],
+)
+def test_golden_values(divergence, beta, expected):
+    assert dense_divergence(GOLDEN_STUDENT, GOLDEN_TEACHER, divergence, beta=beta).item() == pytest.approx(
+        expected, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_dense_divergence_is_the_obvious_formula(divergence, temperature):
+    student, teacher = random_logits(5, 9, 1), random_logits(5, 9, 2)
+    found = dense_divergence(student, teacher, divergence, temperature=temperature)
+    expected = [
+        reference.DIVERGENCES[divergence](probabilities(t, temperature), probabilities(s, temperature))
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "none"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_sparse_divergence_is_the_obvious_formula(divergence, temperature, tail):
+    student, teacher = random_logits(5, 12, 1), random_logits(5, 12, 2)
+    found = sparse_divergence(
+        student, sparsify(teacher, 5), divergence, temperature=temperature, k=4, tail=tail
+    )
+    for row in range(5):
+        p, q = probabilities(teacher[row], temperature), probabilities(student[row], temperature)
+        kept = reference.top_k(np.log(p), 4)
+        p, q = (v[kept] if tail == "none" else reference.with_bucket(v, kept) for v in (p, q))
+        assert found[row].item() == pytest.approx(reference.DIVERGENCES[divergence](p, q), rel=1e-10)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_with_the_whole_vocabulary_kept_the_bucket_is_dense(divergence, temperature):
+    student, teacher = random_logits(4, 9, 1).requires_grad_(), random_logits(4, 9, 2)
+    dense = dense_divergence(student, teacher, divergence, temperature=temperature)
+    for tail in ("bucket", "auto", "none"):
+        sparse = sparse_divergence(
+            student, sparsify(teacher, 9), divergence, temperature=temperature, tail=tail
+        )
+        torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradient(sparse, student), gradient(dense, student))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", F_DIVERGENCES)
+def test_the_bucket_is_dense_where_the_tail_has_the_shape_of_the_students(divergence, temperature):
+    student = random_logits(4, 12, 1, scale=1.0).requires_grad_()
+    teacher = student.detach().clone() - 1.5
+    teacher[:, :4] = random_logits(4, 4, 2) + 8
+    targets = sparsify(teacher, 4)
+    assert (targets.ids < 4).all()
+    dense = dense_divergence(student, teacher, divergence, temperature=temperature)
+    sparse = sparse_divergence(student, targets, divergence, temperature=temperature)
+    torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient(sparse, student), gradient(dense, student), rtol=1e-8, atol=1e-10)
+
+
+@seeded
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 12), divergence=st.sampled_from(F_DIVERGENCES))
+def test_the_bucket_is_never_more_than_dense_and_never_negative(seed, k, divergence):
+    student, teacher = random_logits(3, 12, seed), random_logits(3, 12, seed + 1)
+    dense = dense_divergence(student, teacher, divergence)
+    sparse = sparse_divergence(student, sparsify(teacher, k), divergence)
+    assert (sparse <= dense + 1e-12).all()
+    assert (sparse >= -1e-12).all()
+
+
+@seeded
+@given(
+    seed=st.integers(0, 10_000),
+    divergence=st.sampled_from(list(DIVERGENCES)),
+    tail=st.sampled_from(["bucket", "none"]),
+)
+def test_every_divergence_is_zero_at_the_teacher_and_not_negative_elsewhere(seed, divergence, tail):
+    student, teacher = random_logits(3, 12, seed), random_logits(3, 12, seed + 1)
+    targets = sparsify(teacher, 4)
+    assert (sparse_divergence(student, targets, divergence, tail=tail) >= -1e-12).all()
+    same = teacher.clone().requires_grad_()
+    loss = sparse_divergence(same, targets, divergence, tail=tail)
+    torch.testing.assert_close(loss.detach(), torch.zeros(3, dtype=torch.float64), atol=1e-13, rtol=0)
+    if divergence != "tvd":
+        assert gradient(loss, same).abs().max() < 1e-13
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("tail", ["dense", "bucket", "none"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradients_are_those_of_finite_differences_with_stopped_gradients_held(divergence, temperature, tail):
+    student, teacher = random_logits(1, 8, 3).requires_grad_(), random_logits(1, 8, 4)
+    if tail == "dense":
+        loss = dense_divergence(student, teacher, divergence, temperature=temperature)
+    else:
+        loss = sparse_divergence(
+            student, sparsify(teacher, 3), divergence, temperature=temperature, tail=tail
+        )
+    kept = reference.top_k(teacher[0].numpy(), 8 if tail == "dense" else 3)
+
+    def entries(logits):
+        values = np.exp(reference.log_softmax(logits, temperature))
+        return reference.with_bucket(values, kept) if tail == "bucket" else values[kept]
+
+    fixed = {"gate_q": entries(student.detach().numpy()[0])} if divergence in reference.STOPS_GRADIENT else {}
+    p = entries(teacher.numpy()[0])
+    expected = reference.finite_difference(
+        lambda logits: reference.DIVERGENCES[divergence](p, entries(logits), **fixed),
+        student.detach().numpy()[0],
+    )
+    np.testing.assert_allclose(gradient(loss, student)[0], expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [-1.0, 0.0, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_gradient_of_todi_is_its_closed_form(temperature, beta):
+    student, teacher = random_logits(3, 10, 5).requires_grad_(), random_logits(3, 10, 6)
+    dense = gradient(dense_divergence(student, teacher, beta=beta, temperature=temperature), student)
+    sparse = gradient(
+        sparse_divergence(student, sparsify(teacher, 4), beta=beta, temperature=temperature), student
+    )
+    for row in range(3):
+        p, q = probabilities(teacher[row], temperature), probabilities(student[row], temperature)
+        kept = reference.top_k(np.log(p), 4)
+        np.testing.assert_allclose(dense[row], reference.todi_gradient(p, q, beta, temperature), atol=1e-12)
+        expected = reference.todi_bucket_gradient(p, q, kept, beta, temperature)
+        np.testing.assert_allclose(sparse[row], expected, atol=1e-12)
+
+
+def test_todi_is_detached_where_the_value_cannot_tell():
+    student = GOLDEN_STUDENT.clone().requires_grad_()
+    found = gradient(dense_divergence(student, GOLDEN_TEACHER), student)[0]
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.3, 0.2])
+    attached = reference.todi_gradient(p, q, 1.0, 1.0, detached=False)
+    np.testing.assert_allclose(found, [-0.31775086, 0.14439223, 0.17335863], atol=1e-8)
+    np.testing.assert_allclose(attached, [-0.41425254, 0.19402968, 0.22022287], atol=1e-8)
+
+
+def test_todi_at_beta_one_has_the_value_of_jeffreys_and_another_gradient():
+    student, teacher = random_logits(3, 10, 5).requires_grad_(), random_logits(3, 10, 6)
+    for targets in (None, sparsify(teacher, 4)):
+        losses = [
+            dense_divergence(student, teacher, name)
+            if targets is None
+            else sparse_divergence(student, targets, name)
+            for name in ("todi", "jeffreys")
+        ]
+        torch.testing.assert_close(*losses)
+        first, second = (gradient(loss, student) for loss in losses)
+        assert (first - second).abs().max() > 1e-2
+
+
+def test_todi_at_beta_zero_is_half_of_jeffreys_in_value_and_gradient():
+    student, teacher = random_logits(3, 10, 5).requires_grad_(), random_logits(3, 10, 6)
+    half, whole = dense_divergence(student, teacher, beta=0.0), dense_divergence(student, teacher, "jeffreys")
+    torch.testing.assert_close(half, whole / 2)
+    torch.testing.assert_close(gradient(half, student), gradient(whole, student) / 2)
+
+
+def test_todi_at_beta_minus_one_has_no_value_but_a_gradient():
+    student, teacher = random_logits(3, 10, 5).requires_grad_(), random_logits(3, 10, 6)
+    loss = dense_divergence(student, teacher, beta=-1.0)
+    torch.testing.assert_close(loss.detach(), torch.zeros(3, dtype=torch.float64), atol=1e-14, rtol=0)
+    assert gradient(loss, student).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("divergence", [name for name in SMOOTH if name != "alpha_beta"])
+def test_the_weight_of_the_sampled_tail_is_the_curvature_near_the_teacher(divergence, beta):
+    teacher = random_logits(1, 6, 7, scale=0.5)
+    student = (teacher + 1e-5 * random_logits(1, 6, 8)).requires_grad_()
+    near = gradient(dense_divergence(student, teacher, divergence, beta=beta), student)
+    forward = gradient(dense_divergence(student, teacher, "forward_kl"), student)
+    curvature = (near / forward).mean().item()
+
+    targets = sparsify(teacher, 2, num_tail_samples=1, generator=torch.Generator().manual_seed(0))
+    far = random_logits(1, 6, 9)
+    bucket = sparse_divergence(far, targets, divergence, beta=beta, tail="bucket")
+    with_tail, with_one = (
+        sparse_divergence(far, targets, divergence, beta=beta, tail_weight=weight) for weight in (None, 1.0)
+    )
+    assert ((with_tail - bucket) / (with_one - bucket)).item() == pytest.approx(curvature, rel=1e-3)
+
+
+# The sampled tail
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("tail_temperature", TEMPERATURES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("divergence", ["todi", "forward_kl", "js"])
+def test_the_sampled_tail_has_no_bias(divergence, temperature, tail_temperature, k):
+    student, teacher = random_logits(1, 11, 10), random_logits(1, 11, 11)
+    targets = sparsify(teacher, 4, (1.0, 2.0, 0.5), num_tail_samples=1, tail_temperature=tail_temperature)
+    enumerated, chance = every_draw(targets, teacher)
+    of_each_draw = sparse_divergence(
+        student.expand(len(chance), -1), enumerated, divergence, temperature=temperature, k=k, tail_weight=0.7
+    )
+    p, q = probabilities(teacher[0], temperature), probabilities(student[0], temperature)
+    kept = reference.top_k(np.log(p), k)
+    bucket = reference.DIVERGENCES[divergence](reference.with_bucket(p, kept), reference.with_bucket(q, kept))
+    expected = bucket + 0.7 * reference.tail_forward_kl(p, q, kept)
+    assert (chance * of_each_draw).sum().item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_forward_kl_with_a_sampled_tail_is_dense_in_expectation_with_its_gradient(temperature, k):
+    student, teacher = random_logits(1, 11, 10).requires_grad_(), random_logits(1, 11, 11)
+    enumerated, chance = every_draw(sparsify(teacher, 4, num_tail_samples=1), teacher)
+    of_each_draw = sparse_divergence(
+        student.expand(len(chance), -1), enumerated, "forward_kl", temperature=temperature, k=k
+    )
+    dense = dense_divergence(student, teacher, "forward_kl", temperature=temperature)
+    expectation = (chance * of_each_draw).sum()
+    assert expectation.item() == pytest.approx(dense.item(), rel=1e-10)
+    torch.testing.assert_close(
+        gradient(expectation, student), gradient(dense, student), atol=1e-12, rtol=1e-9
+    )
+
+
+def test_several_samples_are_averaged():
+    student, teacher = random_logits(1, 11, 10), random_logits(1, 11, 11)
+    enumerated, _ = every_draw(sparsify(teacher, 4, num_tail_samples=1), teacher)
+    apart = sparse_divergence(student.expand(7, -1), enumerated)
+    together = SparseTargets(
+        enumerated.ids[:1],
+        enumerated.logprobs[:1],
+        enumerated.tail_logsumexp[:1],
+        enumerated.temperatures,
+        enumerated.tail_ids.T,
+        enumerated.tail_logprobs.T,
+    )
+    assert sparse_divergence(student, together).item() == pytest.approx(apart.mean().item())
+
+
+def test_auto_takes_samples_where_there_are_some():
+    student, teacher = random_logits(2, 11, 10), random_logits(2, 11, 11)
+    sampled, plain = sparsify(teacher, 4, num_tail_samples=3), sparsify(teacher, 4)
+    for targets, tail in ((sampled, "sampled"), (plain, "bucket")):
+        found, expected = (sparse_divergence(student, targets, tail=t) for t in ("auto", tail))
+        assert found.equal(expected)
+    assert not sparse_divergence(student, sampled, tail="bucket").equal(sparse_divergence(student, sampled))
+
+
+# Fixed points
+
+
+def optimise(loss_of, vocab, rate, steps=300):
+    logits = torch.zeros(1, vocab, dtype=torch.float64, requires_grad=True)
+    for _ in range(steps):
+        step = gradient(loss_of(logits), logits)
+        logits = (logits - rate * step).detach().requires_grad_()
+    return probabilities(logits[0])
+
+
+FIXED_POINT_TEACHER = torch.tensor([[0.3, 0.25, 0.2, 0.1, 0.08, 0.07]], dtype=torch.float64).log()
+RATES = {
+    "js": 8.0,
+    "todi": 1.3,
+    "jeffreys": 1.0,
+}  # tvd has no gradient that fades; it is zero only at the teacher
+
+
+@pytest.mark.parametrize("tail", ["none", "bucket", "sampled"])
+@pytest.mark.parametrize("divergence", SMOOTH)
+def test_a_free_student_ends_at_the_teacher_on_the_kept_ids(divergence, tail):
+    uniforms = (torch.arange(50, dtype=torch.float64)[None] + 0.5) / 50
+    targets = sparsify(FIXED_POINT_TEACHER, 3, uniforms=uniforms)
+    q = optimise(
+        lambda logits: sparse_divergence(logits, targets, divergence, tail=tail),
+        6,
+        RATES.get(divergence, 2.0),
+    )
+    np.testing.assert_allclose(q[:3], [0.3, 0.25, 0.2], atol=1e-6)
+    if tail == "sampled":
+        np.testing.assert_allclose(q[3:], [0.1, 0.08, 0.07], atol=1e-6)  # 20, 16 and 14 of the 50 samples
+
+
+def test_a_student_of_the_renormalised_top_k_ends_elsewhere():
+    p = probabilities(FIXED_POINT_TEACHER[0])
+    renormalised = torch.from_numpy(p[:3] / p[:3].sum())[None]
+    q = optimise(lambda logits: cross_entropy(logits, torch.nn.functional.pad(renormalised, (0, 3))), 6, 1.0)
+    np.testing.assert_allclose(q[:3], p[:3] / 0.75, atol=5e-3)  # no longer .3, .25, .2
+    assert reference.renormalised_forward_kl(p, q, [0, 1, 2]) < reference.renormalised_forward_kl(
+        p, p, [0, 1, 2]
+    )
+
+
+# Numerics
+
+EXTREMES = {
+    "p of 1e-30": ([0.0, -69.0, -69.0, -69.0, -70.0], [0.0, 0.1, 0.2, 0.0, 0.3]),
+    "q of 1e-30": ([0.0, 0.1, 0.2, 0.0, 0.3], [0.0, -69.0, -69.0, -69.0, -70.0]),
+    "both apart": ([0.0, -69.0, -69.0, -69.0, -70.0], [-69.0, 0.0, -69.0, -69.0, -70.0]),
+    "tail of 1e-9": ([0.0, -0.1, -21.0, -22.0, -23.0], [0.0, 0.1, 0.2, 0.0, 0.3]),
+    "student's tail of 1e-9": ([0.0, 0.1, -1.0, -1.0, -1.0], [0.0, -0.1, -21.0, -22.0, -23.0]),
+    "tail of .999": ([0.01, 0.0, 0.0, 0.0, 0.0], [9.0, 8.0, 0.0, 0.0, 0.0]),
+    "equal": ([0.5, 0.1, 0.2, 0.0, -0.3], [0.5, 0.1, 0.2, 0.0, -0.3]),
+    "student without a kept id": ([0.0, 0.1, -1.0, -1.0, -1.0], [-math.inf, 0.1, 0.2, 0.0, 0.3]),
+    "student without a tail": ([0.0, 0.1, -1.0, -1.0, -1.0], [0.0, 0.1, -math.inf, -math.inf, -math.inf]),
+    "student without the kept ids": ([0.0, 0.1, -1.0, -1.0, -1.0], [-math.inf, -math.inf, 0.0, 0.1, 0.2]),
+    "teacher without a tail": ([0.0, 0.1, -math.inf, -math.inf, -math.inf], [0.0, 0.1, 0.2, 0.0, 0.3]),
+    "teacher of one id": ([0.0, -math.inf, -math.inf, -math.inf, -math.inf], [0.0, 0.1, 0.2, 0.0, 0.3]),
+    "neither": ([0.0, 0.1, -math.inf, -math.inf, -math.inf], [0.0, 0.1, -math.inf, -math.inf, -math.inf]),
+    "nothing in common": ([0.0, 0.1, -math.inf, -math.inf, -math.inf], [-math.inf, -math.inf, 0.0, 0.1, 0.2]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("case", EXTREMES)
+def test_values_and_gradients_are_finite_at_the_extremes(case, dtype):
+    teacher, student = (torch.tensor([row], dtype=dtype) for row in EXTREMES[case])
+    student.requires_grad_()
+    targets = sparsify(teacher, 2, num_tail_samples=4, generator=torch.Generator().manual_seed(0))
+    for divergence in DIVERGENCES:
+        for temperature in TEMPERATURES:
+            options = {"divergence": divergence, "temperature": temperature}
+            losses = [dense_divergence(student, teacher, **options)]
+            losses += [
+                sparse_divergence(student, targets, tail=tail, k=k, **options)
+                for tail in ("sampled", "bucket", "none")
+                for k in (2, 1)
+            ]
+            for loss in losses:
+                assert loss.isfinite().all(), (options, loss)
+                assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                assert gradient(loss, student).isfinite().all(), options
+
+
+@pytest.mark.parametrize("tail", ["sampled", "bucket", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_student_that_is_the_teacher_has_no_loss_in_float32(divergence, tail):
+    logits = random_logits(4, 1000, 12, dtype=torch.float32).requires_grad_()
+    targets = sparsify(logits, 16, num_tail_samples=4, generator=torch.Generator().manual_seed(0))
+    loss = sparse_divergence(logits, targets, divergence, tail=tail)
+    assert loss.abs().max() < 2e-6
+    if divergence != "tvd" and tail != "sampled":  # the gradient of a sampled tail vanishes in the mean only
+        assert gradient(loss, logits).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab", [151_936, 262_144])
+def test_float32_over_a_real_vocabulary_is_near_float64(vocab, temperature):
+    student = random_logits(2, vocab, 13, scale=3.0, dtype=torch.bfloat16).requires_grad_()
+    teacher = random_logits(2, vocab, 14, scale=3.0, dtype=torch.bfloat16)
+    options = {"num_tail_samples": 8, "generator": torch.Generator().manual_seed(0)}
+    targets = sparsify(teacher, 64, **options)
+    exact = SparseTargets(
+        ids=targets.ids,
+        logprobs=teacher.double().log_softmax(-1).gather(-1, targets.ids),
+        tail_logsumexp=sparsify(teacher.double(), 64).tail_logsumexp,
+        temperatures=TEMPERATURES,
+        tail_ids=targets.tail_ids,
+        tail_logprobs=teacher.double().log_softmax(-1).gather(-1, targets.tail_ids),
+    )
+    wide = student.detach().double().requires_grad_()
+    found = sparse_divergence(student, targets, temperature=temperature)
+    expected = sparse_divergence(wide, exact, temperature=temperature)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient(found, student).double(), gradient(expected, wide), rtol=2e-2, atol=1e-6
+    )
+
+
+def test_no_rows_are_no_trouble():
+    student = random_logits(0, 9).requires_grad_()
+    targets = sparsify(random_logits(0, 9), 3, num_tail_samples=2)
+    for divergence in DIVERGENCES:
+        for tail in ("sampled", "bucket", "none"):
+            loss = sparse_divergence(student, targets, divergence, tail=tail, k=2)
+            assert loss.shape == (0,)
+            assert gradient(loss, student).shape == (0, 9)
+        assert dense_divergence(student, student, divergence).shape == (0,)
+
+
+# What is passed
+
+
+def test_a_smaller_k_is_what_narrowed_targets_give():
+    student, teacher = random_logits(4, 12, 1), random_logits(4, 12, 2)
+    targets = sparsify(teacher, 6)
+    for tail in ("bucket", "none"):
+        for temperature in TEMPERATURES:
+            torch.testing.assert_close(
+                sparse_divergence(student, targets, k=3, tail=tail, temperature=temperature),
+                sparse_divergence(student, targets.narrow(3), tail=tail, temperature=temperature),
+            )
+
+
+def test_a_function_serves_in_place_of_a_name():
+    student, teacher = random_logits(2, 8, 1), random_logits(2, 8, 2)
+    named = dense_divergence(student, teacher, "todi", beta=2.0)
+    assert dense_divergence(student, teacher, todi, beta=2.0).equal(named)
+    skewed = functools.partial(skew_forward_kl, lam=0.5)
+    p, q = probabilities(teacher[0]), probabilities(student[0])
+    expected = reference.skew_forward_kl(p, q, lam=0.5)
+    assert dense_divergence(student, teacher, skewed)[0].item() == pytest.approx(expected)
+
+    def squares(teacher, student):
+        return (teacher.exp() - student.exp()).square().sum(-1)
+
+    found = sparse_divergence(student, sparsify(teacher, 3), squares, tail="none")
+    kept = reference.top_k(p, 3)
+    assert found[0].item() == pytest.approx(((p - q)[kept] ** 2).sum())
+
+
+def test_the_entries_of_both_models_give_the_same_as_their_logits():
+    student, teacher = random_logits(3, 12, 1), random_logits(3, 12, 2)
+    targets = sparsify(teacher, 4, num_tail_samples=2)
+    entries, log_partition = student_entries(student, targets, 2.0)
+    torch.testing.assert_close(log_partition, (student / 2).logsumexp(-1))
+    torch.testing.assert_close(entries.with_bucket().exp().sum(-1), torch.ones(3, dtype=torch.float64))
+    found = entry_divergence(teacher_entries(targets, 2.0), entries, beta=0.5, k=3)
+    assert found.equal(sparse_divergence(student, targets, beta=0.5, k=3, temperature=2.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"divergence": "forwardkl"},
+            "divergence is 'forwardkl'; expected one of todi, .*; did you mean 'forward_kl'",
+        ),
+        ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*alpha_beta$"),
+        ({"tail": "bucked"}, "tail is 'bucked'; expected one of auto, .*; did you mean 'bucket'"),
+        ({"tail": "sampled"}, "hold no samples of the tail"),
+        ({"k": 5}, "k is 5, but these targets hold the top 4"),
+        ({"k": 0}, "k is 0, but these targets hold the top 4"),
+        ({"temperature": 3.0}, "at temperature 3; these targets have 1, 2"),
+    ],
+)
+def test_what_targets_cannot_give_is_refused(arguments, message):
+    student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4)
+    with pytest.raises(TargetsError, match=message):
+        sparse_divergence(student, targets, **arguments)

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from torch.nn.functional import cross_entropy
+
+from todi_offline.errors import TargetsError
+from todi_offline.losses import DIVERGENCES, distillation_loss, sparse_divergence
+from todi_offline.targets import sparsify
+
+
+def case(num_targets=6, vocab=20, k=5, num_tail_samples=0, dtype=torch.float64, seed=0):
+    """Return student logits, labels and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, num_targets, vocab, generator=generator, dtype=torch.float64) * 2
+    labels = torch.randint(vocab, (num_targets,), generator=generator)
+    targets = sparsify(teacher.to(dtype), k, num_tail_samples=num_tail_samples, generator=generator)
+    return student.to(dtype).requires_grad_(), labels, targets
+
+
+def gradient(loss, logits):
+    return torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("num_tail_samples", [0, 3])
+def test_the_loss_is_the_weighted_mean_of_both_parts(num_tail_samples, temperature, kd_weight):
+    student, labels, targets = case(num_tail_samples=num_tail_samples)
+    loss, _ = distillation_loss(student, labels, targets, temperature=temperature, kd_weight=kd_weight)
+    kd = sparse_divergence(student, targets, temperature=temperature).mean()
+    ce = cross_entropy(student, labels)
+    assert ce.item() == pytest.approx(reference.mean_cross_entropy(student.detach().numpy(), labels.tolist()))
+    expected = (1 - kd_weight) * ce + kd_weight * kd
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, student), gradient(expected, student))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_setting_reaches_the_divergence(divergence):
+    student, labels, targets = case(num_tail_samples=3)
+    settings = {
+        "divergence": divergence,
+        "beta": 0.5,
+        "temperature": 2.0,
+        "k": 3,
+        "tail": "sampled",
+        "tail_weight": 0.7,
+    }
+    loss, sums = distillation_loss(student, labels, targets, kd_weight=1.0, **settings)
+    expected = sparse_divergence(student, targets, **settings)
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(sums["kd"], expected.sum().detach())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_without_weight_the_divergence_is_reported_but_not_trained_on(temperature):
+    student, labels, targets = case(num_tail_samples=3)
+    loss, sums = distillation_loss(student, labels, targets, temperature=temperature, kd_weight=0.0)
+    torch.testing.assert_close(gradient(loss, student), gradient(cross_entropy(student, labels), student))
+    expected = sparse_divergence(student, targets, temperature=temperature).sum().detach()
+    torch.testing.assert_close(sums["kd"], expected)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_gradients_of_micro_batches_add_up_to_those_of_one_batch(as_tensor):
+    student, labels, targets = case(num_targets=7, num_tail_samples=3)
+    whole, sums = distillation_loss(student, labels, targets)
+    num_targets = torch.tensor(7) if as_tensor else 7
+    losses, parts = [], []
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 5), slice(5, 7)):
+        loss, part = distillation_loss(student[rows], labels[rows], targets[rows], num_targets=num_targets)
+        losses.append(loss)
+        parts.append(part)
+    torch.testing.assert_close(sum(losses), whole)
+    torch.testing.assert_close(gradient(sum(losses), student), gradient(whole, student))
+    for name, value in sums.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_sums_to_log_are_those_of_the_obvious_formulas(temperature, k):
+    student, labels, targets = case(num_tail_samples=3)
+    _, sums = distillation_loss(student, labels, targets, temperature=temperature, k=k, beta=3.0)
+    expected = dict.fromkeys(sums, 0.0)
+    for row in range(len(labels)):
+        q = np.exp(reference.log_softmax(student[row].detach().numpy(), temperature))
+        kept = targets.ids[row, :k].tolist()
+        q = reference.with_bucket(q, kept)
+        partition = targets.log_partition(temperature)[row].item()
+        p = np.exp(targets.logprobs[row, :k].numpy() / temperature - partition)
+        p = np.append(p, 1 - p.sum())
+        expected["forward_kl"] += reference.forward_kl(p, q)
+        expected["reverse_kl"] += reference.reverse_kl(p, q)
+        expected["teacher_kept_mass"] += p[:-1].sum()
+        expected["student_kept_mass"] += q[:-1].sum()
+        expected["tail_share"] += p[-1]
+        expected["share_a_above_half"] += (p > q).mean()
+        expected["num_targets"] += 1
+    options = {"temperature": temperature, "k": k, "beta": 3.0}
+    expected["kd"] = sparse_divergence(student, targets, **options).sum().item()
+    expected["cross_entropy"] = cross_entropy(student, labels, reduction="sum").item()
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected)
+    assert not any(value.requires_grad for value in sums.values())
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    student, labels, targets = case(num_targets=4, vocab=5000, k=16, num_tail_samples=4, dtype=torch.bfloat16)
+    loss, _ = distillation_loss(student, labels, targets)
+    wide, _ = distillation_loss(student.detach().double(), labels, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(wide.item(), rel=1e-5)
+    assert gradient(loss, student).dtype == torch.bfloat16
+
+
+def test_no_rows_give_no_loss_and_no_gradient():
+    student, labels, targets = case(num_targets=0, num_tail_samples=2)
+    for temperature in (1.0, 2.0):
+        loss, sums = distillation_loss(student, labels, targets, temperature=temperature)
+        assert loss.item() == 0
+        assert gradient(loss, student).shape == (0, 20)
+        assert all(value.item() == 0 for value in sums.values())
+
+
+def test_a_loss_is_had_without_gradients_too():
+    student, labels, targets = case()
+    with torch.no_grad():
+        quiet, _ = distillation_loss(student, labels, targets)
+    loss, _ = distillation_loss(student, labels, targets)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, loss.detach())
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "x"}, {"tail": "x"}, {"k": 6}, {"temperature": 3.0}])
+def test_settings_are_checked_even_without_weight(settings):
+    with pytest.raises(TargetsError):
+        distillation_loss(*case(), kd_weight=0.0, **settings)
