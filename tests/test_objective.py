@@ -62,6 +62,18 @@ def test_without_weight_the_divergence_is_reported_but_not_trained_on(temperatur
     torch.testing.assert_close(sums["kd"], expected)
 
 
+def test_without_weight_the_divergence_builds_no_graph():
+    seen = []
+
+    def watched(teacher, student):
+        seen.append(torch.is_grad_enabled())
+        return (student.exp() - teacher.exp()).square().sum(-1)
+
+    for kd_weight in (0.0, 0.5):
+        distillation_loss(*case(), divergence=watched, kd_weight=kd_weight)
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_the_gradients_of_micro_batches_add_up_to_those_of_one_batch(as_tensor):
     student, labels, targets = case(num_targets=7, num_tail_samples=3)
