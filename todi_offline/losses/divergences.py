@@ -167,9 +167,9 @@ def sparse_divergence(
 
     What becomes of the tail:
 
-    - "bucket": one more entry. The divergence is the dense one where, inside the tail, the teacher is shaped
-      like the student; for every f-divergence it is a lower bound of the dense one. With every id kept it is
-      dense.
+    - "bucket": one more entry. For ToDi and every f-divergence this is the dense divergence where, inside the
+      tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With every
+      id kept, every divergence is dense.
     - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), which is
       what the bucket leaves out of forward KL. A sample j weighs p(j) over the probability that it was drawn
       with, so neither value nor gradient has a bias, at any temperature; their variance is that of one
