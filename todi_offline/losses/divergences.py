@@ -168,8 +168,8 @@ def sparse_divergence(
     What becomes of the tail:
 
     - "bucket": one more entry. For ToDi and every f-divergence this is the dense divergence where, inside the
-      tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With every
-      id kept, every divergence is dense.
+      tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With
+      every id kept, every divergence is dense.
     - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), which is
       what the bucket leaves out of forward KL. A sample j weighs p(j) over the probability that it was drawn
       with, so neither value nor gradient has a bias, at any temperature; their variance is that of one
