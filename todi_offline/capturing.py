@@ -18,7 +18,7 @@ from todi_offline.cache.plan import ShardPlan, plan_shards
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.config import load_config
-from todi_offline.data import DataConfig, Examples, load_examples
+from todi_offline.data import DataConfig, Example, Examples, load_examples
 from todi_offline.errors import DataError
 from todi_offline.teacher import (
     Teacher,

@@ -63,7 +63,7 @@ def _field_types(cls: type) -> dict[str, Any]:
 def _place(cls: type, tables: dict[str, Any], key: str, value: Any) -> None:
     """Put a flat override where its field is: here, or in the table that has it."""
     kinds = _field_types(cls)
-    if key in kinds:
+    if key in kinds and not (dataclasses.is_dataclass(kinds[key]) and not isinstance(value, Mapping)):
         tables[key] = value
         return
     for name, kind in kinds.items():
