@@ -19,7 +19,6 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.config import load_config
 from todi_offline.data import DataConfig, Example, Examples, load_examples
-from todi_offline.errors import DataError
 from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
@@ -87,15 +86,31 @@ def capture(
     named |= {"data": data} if isinstance(data, str) else {}
     chosen = load_config(CaptureConfig, config, {**settings, **named})
     model = load_teacher(chosen.teacher) if isinstance(teacher, str) else teacher
-    examples = load_examples(chosen.data, model.tokenizer) if isinstance(data, str) else data
-    plan = plan_shards(examples.num_tokens, chosen.cache.shard_tokens)
-    manifest = describe(model, examples, chosen.cache)
-    with CacheWriter(chosen.out, manifest, len(plan), tokenizer_json(model.tokenizer)) as writer:
+    return run(
+        chosen,
+        model,
+        load_examples(chosen.data, model.tokenizer) if isinstance(data, str) else data,
+        progress,
+    )
+
+
+def capture_from(path: Path | None, settings: dict[str, Any], progress: Progress | None = None) -> CaptureSummary:
+    """Capture what a TOML file and settings say, the latter winning."""
+    chosen = load_config(CaptureConfig, path, settings)
+    teacher = load_teacher(chosen.teacher)
+    return run(chosen, teacher, load_examples(chosen.data, teacher.tokenizer), progress)
+
+
+def run(config: CaptureConfig, teacher: Teacher, examples: Examples, progress: Progress | None) -> CaptureSummary:
+    """Plan, capture what is not committed yet, seal."""
+    plan = plan_shards(examples.num_tokens, config.cache.shard_tokens)
+    manifest = describe(teacher, examples, config.cache)
+    with CacheWriter(config.out, manifest, len(plan), tokenizer_json(teacher.tokenizer)) as writer:
         missing = [plan[shard] for shard in writer.missing_shards()]
-        seconds = _capture_shards(writer, missing, model, examples, chosen, progress)
+        seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
         if not writer.sealed:
             writer.seal()
-    return _summarise(chosen.out, examples, missing, seconds)
+    return _summarise(config.out, examples, missing, seconds)
 
 
 def describe(teacher: Teacher, examples: Examples, settings: CacheSettings) -> Manifest:
@@ -140,7 +155,7 @@ def _capture_shards(
     config: CaptureConfig,
     progress: Progress | None,
 ) -> float:
-    """Capture the shards of a plan, writing each behind the teacher's work on the next; return the teacher's seconds."""
+    """Capture shards, writing each behind the teacher's work on the next; return the teacher's seconds."""
     total = int(examples.num_tokens.sum())
     done = total - sum(int(examples.num_tokens[shard.start : shard.stop].sum()) for shard in plan)
     seconds = 0.0

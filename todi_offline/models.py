@@ -140,9 +140,7 @@ class ChunkedHead:
     scale: float
     softcap: float | None
 
-    def hidden_states(
-        self, positions: Int[Tensor, " target"], **inputs: Tensor
-    ) -> Float[Tensor, "target hidden"]:
+    def hidden_states(self, positions: Int[Tensor, " target"], **inputs: Tensor) -> Float[Tensor, "target hidden"]:
         """Run the model without its head, and return what the head would read at these flat positions."""
         kept: list[Tensor] = []
 

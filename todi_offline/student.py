@@ -80,7 +80,7 @@ def prune_depth(model: Model, layers: Sequence[int]) -> Model:
     kept = {key: value for key, value in state.items() if not key.startswith(prefix)}
     for new, old in enumerate(layers):
         source = f"{prefix}{old}."
-        kept |= {f"{prefix}{new}.{key[len(source):]}": state[key] for key in state if key.startswith(source)}
+        kept |= {f"{prefix}{new}.{key[len(source) :]}": state[key] for key in state if key.startswith(source)}
     student.load_state_dict(kept)
     student.tie_weights()
     return student

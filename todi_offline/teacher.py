@@ -52,7 +52,7 @@ class TeacherConfig:
     attention: str | None = None
     """Passed to transformers as `attn_implementation`."""
     adapter: str | None = None
-    """A folder or hub id of a peft adapter, merged into nothing and fingerprinted with the teacher."""
+    """A folder or hub id of a peft adapter that the teacher wears."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
     batch_tokens: int = 4096

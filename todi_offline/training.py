@@ -91,18 +91,22 @@ def train(
         named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else eval_cache
     chosen = load_train_config(config, {**settings, **named})
     if isinstance(student, str):
-        tokenizer = load_tokenizer(student, trust_remote_code=chosen.student.trust_remote_code)
-        student = load_student(chosen.student)
-    trainer = ToDiTrainer(
-        model=add_lora(student, chosen.lora),
-        args=training_arguments(chosen),
-        train_dataset=_open(cache, chosen),
-        eval_dataset=None if chosen.eval_cache is None else _open(eval_cache or chosen.eval_cache, chosen),
-        processing_class=tokenizer,
-        distillation=chosen.distillation,
-        callbacks=callbacks,
+        student, tokenizer = load_student(chosen.student)
+    caches = (
+        _open(cache, chosen),
+        None if chosen.eval_cache is None else _open(eval_cache or chosen.eval_cache, chosen),
     )
-    return run(trainer, chosen)
+    return run(chosen, student, tokenizer, *caches, callbacks)
+
+
+def train_from(path: Path | None, settings: dict[str, Any]) -> TrainSummary:
+    """Train what a TOML file and settings say, the latter winning."""
+    chosen = load_train_config(path, settings)
+    caches = (
+        _open(chosen.cache, chosen),
+        None if chosen.eval_cache is None else _open(chosen.eval_cache, chosen),
+    )
+    return run(chosen, *load_student(chosen.student), *caches)
 
 
 def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfig:
@@ -113,15 +117,17 @@ def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfi
     return dataclasses.replace(chosen, trainer={**chosen.trainer, **arguments})
 
 
-def load_student(config: StudentConfig) -> Model:
-    """Load a student onto the CPU; the Trainer places it."""
-    return load_model(
+def load_student(config: StudentConfig) -> tuple[Model, Tokenizer]:
+    """Load a student onto the CPU, with its tokenizer; the Trainer places it."""
+    tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+    model = load_model(
         config.student,
         dtype=config.dtype,
         device="cpu",
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
+    return model, tokenizer
 
 
 def training_arguments(config: TrainConfig) -> Any:
@@ -146,15 +152,31 @@ def training_arguments(config: TrainConfig) -> Any:
         raise ConfigError(f"transformers refuses these training arguments: {error}") from error
 
 
-def run(trainer: ToDiTrainer, config: TrainConfig) -> TrainSummary:
+def run(
+    config: TrainConfig,
+    student: Model,
+    tokenizer: Tokenizer | None,
+    cache: Cache,
+    eval_cache: Cache | None,
+    callbacks: list[Any] | None = None,
+) -> TrainSummary:
     """Evaluate, train, evaluate, save."""
+    trainer = ToDiTrainer(
+        model=add_lora(student, config.lora),
+        args=training_arguments(config),
+        train_dataset=cache,
+        eval_dataset=eval_cache,
+        processing_class=tokenizer,
+        distillation=config.distillation,
+        callbacks=callbacks,
+    )
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
-    before = trainer.evaluate() if config.eval_cache and not config.resume else {}
+    before = trainer.evaluate() if eval_cache and not config.resume else {}
     started = perf_counter()
     output = trainer.train(resume_from_checkpoint=config.resume or None)
     seconds = perf_counter() - started
-    after = trainer.evaluate() if config.eval_cache else {}
+    after = trainer.evaluate() if eval_cache else {}
     trainer.save_model()
     trainer.save_state()
     return TrainSummary(
