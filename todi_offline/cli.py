@@ -14,7 +14,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ def demo(out: Path, as_json: bool) -> None:
     """
     from todi_offline.demo import demo
 
-    with _progress("tokens", quiet=as_json) as progress:
+    _no_bars_in_logs()
+    with _progress("tokens", quiet=as_json) as progress, contextlib.redirect_stdout(sys.stderr):
         summary = demo(out, stage=lambda text: click.echo(f"> {text}", err=True), progress=progress)
     if as_json:
         _print_json(summary)
@@ -100,6 +101,7 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
     """
     from todi_offline.capturing import capture_from
 
+    _no_bars_in_logs()
     with _progress("tokens", quiet=as_json) as progress:
         summary = capture_from(config, _given(settings), progress)
     if as_json:
@@ -130,6 +132,7 @@ def student(source: str, layers: int | None, keep: str, out: Path) -> None:
     """
     from todi_offline.student import make_student
 
+    _no_bars_in_logs()
     try:
         numbers = [int(number) for number in keep.split(",") if number.strip()]
     except ValueError as error:
@@ -153,9 +156,9 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
     """
     from todi_offline.training import train_from
 
+    _no_bars_in_logs()
     overrides = {**dict(map(_argument, arguments)), **_given(settings)}
-    overrides.setdefault("disable_tqdm", as_json or not sys.stderr.isatty())
-    with contextlib.redirect_stdout(sys.stderr):  # transformers prints its logs; the result alone is ours
+    with contextlib.redirect_stdout(sys.stderr):  # where transformers' log belongs
         summary = train_from(config, overrides)
     if as_json:
         _print_json(summary)
@@ -169,17 +172,13 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
     _print_table("Run", rows)
     shown = ("cross_entropy", "kd", "forward_kl", "reverse_kl")
     if summary.before and summary.after:
-        rows = [(name, f"{summary.before[name]:.4f}", f"{summary.after[name]:.4f}") for name in shown]
-        _print_table("Held-out, nats", rows, ("", "before", "after"))
+        compared = [(name, f"{summary.before[name]:.4f}", f"{summary.after[name]:.4f}") for name in shown]
+        _print_table("Held-out, nats", compared, ("", "before", "after"))
 
 
 def main() -> None:
     """Run `todi`; an error of ours is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if not sys.stderr.isatty():
-        import os
-
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         cli()
     except TodiError as error:
@@ -231,6 +230,14 @@ def _field_docs(holder: type) -> dict[str, str]:
     return docs
 
 
+def _no_bars_in_logs() -> None:
+    """Keep the bars of transformers to terminals."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the options that stand on the command line."""
     return {name: value for name, value in settings.items() if value is not None and value != ()}
@@ -278,7 +285,7 @@ def _cache_rows(summary: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _print_table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+def _print_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     from rich.console import Console
     from rich.table import Table
 

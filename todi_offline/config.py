@@ -89,7 +89,7 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
         elif field.name in values:
             arguments[field.name] = _coerce(values[field.name], kind, f"{field.name} in {where}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{field.name} is required: name it in {where}")
+            raise ConfigError(f"{field.name} is required; name it in {where}, or as --{field.name} on the command line")
     return cls(**arguments)
 
 
@@ -102,12 +102,16 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
         return _coerce(value, next(arg for arg in args if arg is not type(None)), name)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_coerce(item, args[0], name) for item in value)
-    if origin is typing.Literal:
-        if value in args:
-            return value
+    if origin is typing.Literal and value not in args:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
+    if origin is typing.Literal:
+        return value
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
+    return _coerce_plain(value, kind, name)
+
+
+def _coerce_plain(value: Any, kind: type, name: str) -> Any:
     if kind is Path and isinstance(value, str | Path):
         return Path(value).expanduser()
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

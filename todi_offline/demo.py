@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from todi_offline.capturing import CaptureSummary, Progress, capture
 from todi_offline.errors import ModelError
@@ -27,7 +28,7 @@ NUM_TRAIN, NUM_HELDOUT = 96, 20
 MAX_LENGTH, MAX_PROMPT_LENGTH = 256, 128
 SHARD_TOKENS = 8192
 NUM_LAYERS = 10
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 4,
     "learning_rate": 5e-4,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -131,7 +132,7 @@ def load_student(config: StudentConfig) -> tuple[Model, Tokenizer]:
 
 
 def training_arguments(config: TrainConfig) -> Any:
-    """Return the Trainer's arguments: its own defaults, but a log every ten steps.
+    """Return the Trainer's arguments: its own defaults, but a log every ten steps, and bars on terminals only.
 
     Raises:
         ConfigError: one is unknown to this release of transformers, or has a value that it refuses.
@@ -145,7 +146,14 @@ def training_arguments(config: TrainConfig) -> Any:
             f"{', '.join(unknown)} is neither a setting of todi_offline nor an argument of transformers' "
             "TrainingArguments; `todi train --help` lists the former"
         )
-    values = {"logging_steps": 10, "report_to": "none", **config.trainer, "output_dir": str(config.out)}
+    bars = sys.stderr.isatty()
+    values = {
+        "logging_steps": 10,
+        "report_to": "none",
+        "disable_tqdm": not bars,
+        **config.trainer,
+        "output_dir": str(config.out),
+    }
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:

@@ -1,0 +1,121 @@
+"""The command line: what a person types, and what comes back."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_models import save_llama
+
+from todi_offline.cli import ConfigCommand, cli, main
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def run(*args: str | Path, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    """Run `todi` as a process would, and return its one line of error."""
+    monkeypatch.setattr(sys, "argv", ["todi", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("teacher"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """A folder in which the three commands of the README have run."""
+    folder = tmp_path_factory.mktemp("workspace")
+    common = ("--teacher", teacher, "--max-length", "96", "--max-prompt-length", "40", "--k", "8")
+    run("capture", *common, "--limit", "12", "--out", folder / "cache", "--temperature", "1", "--temperature", "2")
+    run("capture", *common, "--limit", "4", "--split", "heldout", "--out", folder / "heldout")
+    run("student", "--from", teacher, "--layers", "2", "--out", folder / "student")
+    return folder
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for name in cli.commands:
+        text = run(name, "--help").output
+        assert f"Example: todi {name}" in text
+
+
+def test_every_option_of_a_config_is_documented() -> None:
+    for command in cli.commands.values():
+        if isinstance(command, ConfigCommand):
+            for option in command.get_params(command.make_context(command.name, [], resilient_parsing=True)):
+                assert getattr(option, "help", "x"), option.name
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys, todi_offline.cli as c; c.cli(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_student_names_the_layers_it_kept(teacher: Path, tmp_path: Path) -> None:
+    assert "layers 0, 3 of" in run("student", "--from", teacher, "--layers", "2", "--out", tmp_path / "a").output
+    assert "layers 0, 1, 3 of" in run("student", "--from", teacher, "--keep", "0,1,3", "--out", tmp_path / "b").output
+
+
+def test_capture_reports_what_it_did_and_does_nothing_twice(workspace: Path, teacher: Path) -> None:
+    args = ("capture", "--teacher", teacher, "--max-length", "96", "--max-prompt-length", "40", "--k", "8")
+    result = run(*args, "--limit", "12", "--out", workspace / "cache", "--json")
+    summary = json.loads(result.stdout)
+    assert summary["num_sequences"] == 12
+    assert summary["num_captured_tokens"] == 0
+
+
+def test_train_prints_a_table_of_before_and_after(workspace: Path) -> None:
+    args = ("train", "--student", workspace / "student", "--cache", workspace / "cache", "--out", workspace / "run")
+    options = ("--eval-cache", workspace / "heldout", "--max-steps", "3", "--batch-size", "4", "--set", "use_cpu=true")
+    output = run(*args, *options).stdout
+    assert re.search(r"forward_kl +\d+\.\d{4} +\d+\.\d{4}", output)
+    assert (workspace / "run" / "model.safetensors").exists()
+    assert json.loads((workspace / "run" / "todi_config.json").read_text())["trainer"]["max_steps"] == 3
+
+
+def test_a_toml_file_is_read_and_the_command_line_wins(workspace: Path, teacher: Path, tmp_path: Path) -> None:
+    file = tmp_path / "capture.toml"
+    file.write_text(f'[teacher]\nteacher = "{teacher}"\n[data]\nlimit = 3\nmax_length = 96\nmax_prompt_length = 40\n')
+    result = run("capture", "--config", file, "--limit", "2", "--out", tmp_path / "cache", "--json")
+    assert json.loads(result.stdout)["num_sequences"] == 2
+
+
+def test_errors_are_one_line_with_exit_code_1(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, student = workspace / "cache", workspace / "student"
+    train = ("train", "--student", student, "--out", tmp_path / "run")
+    assert "is no cache" in fails(monkeypatch, capsys, *train, "--cache", tmp_path)
+    assert "1, 2" in fails(monkeypatch, capsys, *train, "--cache", cache, "--temperature", "4")
+    assert "top 8" in fails(monkeypatch, capsys, *train, "--cache", cache, "--k", "9")
+    assert "no_such" in fails(monkeypatch, capsys, *train, "--cache", cache, "--set", "no_such=1")
+    assert "expected NAME=VALUE" in fails(monkeypatch, capsys, *train, "--cache", cache, "--set", "oops")
+    assert "teacher is required" in fails(monkeypatch, capsys, "capture", "--out", tmp_path / "c")
+    missing = fails(monkeypatch, capsys, "capture", "--teacher", tmp_path / "none.gguf", "--out", tmp_path / "c")
+    assert "there is no file" in missing
+
+
+def test_the_readme_names_every_command_and_its_python_runs() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in cli.commands:
+        assert f"`todi {name}" in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(compile(blocks[1], "README.md", "exec"), {})
