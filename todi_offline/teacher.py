@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -143,7 +144,7 @@ def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSet
     return [rows[int(end) - len(column) : int(end)] for end, column in zip(ends, columns, strict=True)]
 
 
-def tail_uniforms(example: Example, settings: CacheSettings) -> np.ndarray[Any, np.dtype[np.float64]]:
+def tail_uniforms(example: Example, settings: CacheSettings) -> npt.NDArray[np.float64]:
     """Return the uniform numbers [target, sample] that decide the tail samples of an example.
 
     They depend on its content and the seed alone: not on the batch, the shard or the worker.
@@ -215,7 +216,7 @@ def _sparsify_chunks(
                 labels[rows].to(logits.device),
                 settings.k,
                 settings.temperatures,
-                uniforms[rows].to(logits.device) if settings.tail_samples else None,
+                uniforms[rows] if settings.tail_samples else None,
                 settings.tail_temperature,
             )
         except TeacherOutputError as error:
@@ -242,7 +243,7 @@ def _to_numpy(targets: SparseTargets, label_logprob: Float[Tensor, " target"]) -
 
 
 def _located(
-    error: TeacherOutputError, examples: Sequence[Example], columns: Sequence[np.ndarray[Any, Any]]
+    error: TeacherOutputError, examples: Sequence[Example], columns: Sequence[npt.NDArray[np.int64]]
 ) -> TeacherOutputError:
     """Say which example and position the row of a batch is."""
     row = error.row
