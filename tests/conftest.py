@@ -1,25 +1,79 @@
 """What holds for every test: no network, no bars, two threads, and shapes checked against signatures."""
 
-import logging
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from jaxtyping import install_import_hook
-
-# Only the modules whose signatures carry shapes. Before their first import, so before every other import of ours.
-CHECKED = ("models", "teacher", "targets", "losses", "trainer")
-install_import_hook([f"todi_offline.{name}" for name in CHECKED], "beartype.beartype")
-
 import pytest
 import torch
 import transformers
+from jaxtyping import install_import_hook
+
+# Only the modules whose signatures carry shapes, and before anything of ours is imported.
+CHECKED = ("models", "teacher", "targets", "losses", "trainer")
+install_import_hook([f"todi_offline.{name}" for name in CHECKED], "beartype.beartype")
+
+from tiny import tiny_tokenizer
+from tiny_models import llama
+
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.capturing import capture
+from todi_offline.data import DataConfig, Examples, examples_from_rows
+from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.teacher import Teacher, as_teacher
 
 torch.set_num_threads(2)
 transformers.utils.logging.disable_progress_bar()
 
+Row = dict[str, list[dict[str, str]]]
 
-@pytest.fixture(autouse=True)
-def _propagate_transformers_logs() -> None:
-    """Keep transformers' own log handler, which writes to the real stderr, out of the way."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+@pytest.fixture(scope="session")
+def conversations() -> list[Row]:
+    """Chats of two turns and of unlike lengths, many of them longer than the examples may be."""
+    pairs = list(stdlib_pairs())[:400]
+    cuts = (40, 90, 200, 500)
+    turns = [
+        [
+            {"role": "user", "content": pair.instruction[:60]},
+            {"role": "assistant", "content": pair.response[: cuts[number % 4]]},
+        ]
+        for number, pair in enumerate(pairs)
+    ]
+    return [{"messages": first + second} for first, second in zip(turns[::2], turns[1::2], strict=True)]
+
+
+@pytest.fixture(scope="session")
+def examples(conversations: list[Row]) -> Examples:
+    """Twenty-one of them: no multiple of a batch."""
+    return tokenised(conversations[:21])
+
+
+@pytest.fixture(scope="session")
+def heldout_examples(conversations: list[Row]) -> Examples:
+    return tokenised(conversations[-7:])
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Teacher:
+    return as_teacher(llama(), tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def cache(teacher: Teacher, examples: Examples, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return captured(teacher, examples, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def heldout(teacher: Teacher, heldout_examples: Examples, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return captured(teacher, heldout_examples, tmp_path_factory)
+
+
+def tokenised(rows: list[Row], max_length: int = 128) -> Examples:
+    return examples_from_rows(rows, DataConfig(max_length=max_length, max_prompt_length=64), tiny_tokenizer())
+
+
+def captured(teacher: Teacher, examples: Examples, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    folder = tmp_path_factory.mktemp("cache")
+    capture(teacher, examples, folder, k=16, tail_samples=4, shard_tokens=4096, codec="fast")
+    return open_cache(folder)

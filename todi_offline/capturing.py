@@ -103,7 +103,7 @@ def capture_from(path: Path | None, settings: dict[str, Any], progress: Progress
 
 def run(config: CaptureConfig, teacher: Teacher, examples: Examples, progress: Progress | None) -> CaptureSummary:
     """Plan, capture what is not committed yet, seal."""
-    plan = plan_shards(examples.num_tokens, config.cache.shard_tokens)
+    plan = plan_shards(examples.num_tokens.tolist(), config.cache.shard_tokens)
     manifest = describe(teacher, examples, config.cache)
     with CacheWriter(config.out, manifest, len(plan), tokenizer_json(teacher.tokenizer)) as writer:
         missing = [plan[shard] for shard in writer.missing_shards()]

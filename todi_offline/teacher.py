@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import content_key, hash_bytes, hash_json, tokenizer_fingerprint
+from todi_offline.cache.fingerprint import content_key, hash_bytes, hash_json
 from todi_offline.cache.layout import CacheSettings
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
@@ -194,10 +193,10 @@ def _logit_chunks(
     if teacher.head is None:
         with head_at(teacher.model, positions):
             logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]
-        for chunk in logits.split(rows):
+        for chunk in torch.split(logits, rows):
             yield chunk[:, : teacher.vocab_size]
         return
-    for hidden in teacher.head.hidden_states(positions, input_ids=input_ids).split(rows):
+    for hidden in torch.split(teacher.head.hidden_states(positions, input_ids=input_ids), rows):
         yield teacher.head.logits(hidden)[:, : teacher.vocab_size]
 
 

@@ -1,0 +1,159 @@
+"""Loading, the vocabulary that means something, and where a model's head runs."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama, save, save_llama
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from todi_offline.errors import ModelError
+from todi_offline.models import (
+    chunked_head,
+    evaluation_mode,
+    head_at,
+    load_model,
+    load_tokenizer,
+    output_head,
+    real_vocab_size,
+    resolve_device,
+    resolve_dtype,
+)
+
+TOKENS = torch.arange(3, 43).view(2, 20)
+POSITIONS = torch.tensor([0, 7, 19, 20, 33])
+
+Build = Callable[..., Any]
+
+
+def full_logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits.flatten(0, 1)
+
+
+class OffsetLlama(LlamaForCausalLM):
+    """Does to its logits what no config says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits - output.logits.mean(-1, keepdim=True) + output.logits[..., :1]
+        return output
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2, granite, cohere])
+def test_a_chunked_head_gives_the_models_own_logits(build: Build) -> None:
+    model = build()
+    head = chunked_head(model)
+    assert head is not None
+    with torch.no_grad():
+        hidden = head.hidden_states(POSITIONS, input_ids=TOKENS)
+        logits = torch.cat([head.logits(hidden[:2]), head.logits(hidden[2:])])
+    torch.testing.assert_close(logits, full_logits(model)[POSITIONS], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "other"),
+    [(gemma2, "final_logit_softcapping", 4.0), (granite, "logits_scaling", 3.1), (cohere, "logit_scale", 0.26)],
+)
+def test_a_head_that_does_something_else_than_its_config_says_is_noticed(
+    build: Build, name: str, other: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build()
+    own, changed = model.config, model.config.to_dict() | {name: other}
+    model.forward = _with_config(model, own)
+    model.config = type(own).from_dict(changed)
+    assert chunked_head(model) is None
+    assert "unknown here" in caplog.text
+
+
+def _with_config(model: Any, config: Any) -> Callable[..., Any]:
+    """The forward pass of a model as if its config were still that one."""
+    forward = type(model).forward
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        now, model.config = model.config, config
+        try:
+            kwargs.pop("use_cache", None)
+            return forward(model, *args, **kwargs, use_cache=False)
+        finally:
+            model.config = now
+
+    return patched
+
+
+def test_an_unknown_head_falls_back_with_a_warning_and_runs_only_at_the_targets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = OffsetLlama(LlamaConfig.from_dict(llama().config.to_dict())).eval()
+    with caplog.at_level(logging.WARNING):
+        assert chunked_head(model) is None
+    assert "OffsetLlama does something to its logits that is unknown here" in caplog.text
+    with torch.no_grad(), head_at(model, POSITIONS):
+        logits = model(input_ids=TOKENS).logits[0]
+    assert logits.shape == (len(POSITIONS), VOCAB)
+    torch.testing.assert_close(logits, full_logits(model)[POSITIONS], rtol=1e-5, atol=1e-5)
+
+
+def test_head_at_leaves_the_model_as_it_was_even_after_an_error() -> None:
+    model = llama()
+    with pytest.raises(RuntimeError, match="stop"), head_at(model, POSITIONS):
+        raise RuntimeError("stop")
+    assert full_logits(model).shape == (TOKENS.numel(), VOCAB)
+
+
+def test_ids_beyond_the_tokenizers_are_padding_of_the_embedding() -> None:
+    assert real_vocab_size(tiny_tokenizer(), llama(vocab_size=VOCAB + 64)) == VOCAB
+
+
+def test_a_model_with_fewer_ids_than_its_tokenizer_is_refused() -> None:
+    with pytest.raises(ModelError, match=rf"knows {VOCAB} ids and the model's head only 500"):
+        real_vocab_size(tiny_tokenizer(), llama(vocab_size=500))
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="no output embeddings"):
+        output_head(llama().model)
+
+
+def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
+    model = llama()
+    loaded = load_model(str(save(model, tmp_path)), device="cpu")
+    torch.testing.assert_close(full_logits(loaded), full_logits(model), rtol=0, atol=0)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer().get_vocab()
+    assert load_model(str(tmp_path), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+
+
+def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
+    with pytest.raises(ModelError, match=r"model has no tokenizer that can be loaded .*save the teacher's tokenizer"):
+        load_tokenizer(str(folder))
+    with pytest.raises(ModelError, match=r"nothing cannot be loaded as a causal language model"):
+        load_model(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match=r"there is no file .*missing\.gguf"):
+        load_model(str(tmp_path / "missing.gguf"))
+
+
+def test_devices_and_dtypes_go_by_their_names() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_dtype("bfloat16") == torch.bfloat16
+    assert resolve_dtype("auto") == "auto"
+    with pytest.raises(ModelError, match="device 'gpu' is unknown"):
+        resolve_device("gpu")
+    for name in ("float31", "int64", "nn"):
+        with pytest.raises(ModelError, match=f"dtype '{name}' is unknown"):
+            resolve_dtype(name)
+
+
+def test_evaluation_mode_is_left_as_it_was_found() -> None:
+    model = llama().train()
+    with evaluation_mode(model):
+        assert not model.training
+        assert not full_logits(model).requires_grad
+    assert model.training
