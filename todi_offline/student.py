@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from todi_offline.errors import ConfigError, ModelError
-from todi_offline.models import Model, load_model, load_tokenizer
+from todi_offline.models import Model, evaluation_mode, load_model, load_tokenizer, same_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +122,7 @@ def packs_apart(model: Model) -> bool:
     device = model.get_input_embeddings().weight.device
     first, second = torch.tensor([[1, 2, 3, 4, 5]], device=device), torch.tensor([[5, 4, 3]], device=device)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluation_mode(model):
         together = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
         alone = model(input_ids=second, use_cache=False).logits
-    model.train(training)
-    return torch.allclose(together[:, 5:].float(), alone.float(), rtol=1e-3, atol=1e-2)
+    return same_logits(together[:, 5:], alone)
