@@ -18,8 +18,8 @@ from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError, ModelError
 from todi_offline.losses import distillation_loss
 from todi_offline.models import Model, Tokenizer, head_at, real_vocab_size
-from todi_offline.student import packs_apart
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch
+from todi_offline.student import packs_apart
 from todi_offline.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class ToDiTrainer(Trainer):
         for cache in caches:
             self._check(cache, model, processing_class)
         args.remove_unused_columns = False  # a batch is no row of a table
+        args.dataloader_pin_memory &= args.device.type not in ("cpu", "mps")  # nothing to pin for: torch warns
         super().__init__(
             model=model,
             args=args,
