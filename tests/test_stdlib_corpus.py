@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import asdict
@@ -60,20 +61,30 @@ def test_instructions_are_worded_in_many_ways_and_name_what_they_ask_for():
     assert all(_last_name(pair.id) in pair.instruction for pair in pairs)
 
 
-def test_another_process_with_other_modules_loaded_builds_the_same_pairs():
+def test_another_process_builds_the_same_pairs():
     script = (
-        "import json, dataclasses, datasets, todi_offline.stdlib_corpus as corpus\n"
-        "print(json.dumps([dataclasses.asdict(pair) for pair in corpus.stdlib_pairs('heldout')]))"
+        "import json, dataclasses, todi_offline.stdlib_corpus as corpus\n"
+        "pairs = corpus.stdlib_pairs('train') + corpus.stdlib_pairs('heldout')\n"
+        "print(json.dumps([dataclasses.asdict(pair) for pair in pairs]))"
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
-    assert json.loads(answer.stdout) == [asdict(pair) for pair in stdlib_pairs("heldout")]
+    assert json.loads(answer.stdout) == [asdict(pair) for pair in stdlib_pairs("train") + stdlib_pairs("heldout")]
+
+
+def test_what_a_package_adds_to_the_library_is_left_out(monkeypatch, fresh):
+    def shout(self):
+        """Log at the top of one's voice."""
+
+    shout.__doc__ *= 20
+    before = stdlib_pairs()
+    stdlib_corpus._entries.cache_clear()
+    monkeypatch.setattr(logging.Logger, "shout", shout, raising=False)
+    assert stdlib_pairs() == before
 
 
 def test_building_it_prints_nothing_and_warns_of_nothing():
     script = "import todi_offline.stdlib_corpus as corpus; corpus.stdlib_pairs()"
-    answer = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, text=True
-    )
+    answer = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, text=True)
     assert answer.stdout == answer.stderr == ""
 
 

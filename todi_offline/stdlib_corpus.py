@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def _public_names(module: ModuleType) -> list[str]:
     return sorted(name for name, value in vars(module).items() if _home(value) == module.__name__)
 
 
-def _home(value: object) -> object:
+def _home(value: object) -> str | None:
     return getattr(value, "__module__", None)
 
 
@@ -191,8 +192,14 @@ def _methods(cls: type) -> list[tuple[str, object]]:
 def _documented(name: str, kind: str, value: object) -> Iterator[_Entry]:
     *_, last = name.split(".")
     text = getattr(value, "__doc__", None)
-    if isinstance(text, str) and not last.startswith("_"):
+    if isinstance(text, str) and not last.startswith("_") and _is_original(last, value):
         yield _Entry(name, key=last, kind=kind, name=name, text=_clean(text))
+
+
+def _is_original(name: str, value: object) -> bool:
+    """Tell what came with Python from what packages add or put into a hook, which varies with what is imported."""
+    package, *_ = (_home(value) or "builtins").split(".")
+    return package in sys.stdlib_module_names and not name.endswith("hook")
 
 
 def _clean(text: str) -> str:
