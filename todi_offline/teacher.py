@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
 _SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
 _BLOCK_BYTES = 2**20
+_NOT_IDENTITY = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
+_NOT_ADAPTER_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,11 +166,11 @@ def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
     config = {
         key: value
         for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key not in ("transformers_version", "dtype", "torch_dtype", "use_cache")
+        if not key.startswith("_") and key not in _NOT_IDENTITY
     }
     tensors = sorted(model.state_dict().items())
     sampled = any(tensor.nbytes > _SAMPLED_TENSOR_BYTES for _, tensor in tensors)
-    adapters = {name: hash_json(value.to_dict()) for name, value in getattr(model, "peft_config", {}).items()}
+    adapters = {name: _adapter_hash(value.to_dict()) for name, value in getattr(model, "peft_config", {}).items()}
     return {
         "model_type": model.config.model_type,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -255,6 +257,17 @@ def _located(
             )
         row -= len(column)
     return error
+
+
+def _adapter_hash(config: dict[str, Any]) -> str:
+    """Hash an adapter's config; its module names are a set, whose order another process would not repeat."""
+    return hash_json(
+        {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in config.items()
+            if key not in _NOT_ADAPTER_IDENTITY
+        }
+    )
 
 
 def _tensor_pieces(name: str, tensor: Tensor) -> Iterator[bytes]:
