@@ -1,5 +1,6 @@
 """What holds for every test: no network, no bars, two threads, and shapes checked against signatures."""
 
+# ruff: noqa: E402 -- the hook comes before what it hooks
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}

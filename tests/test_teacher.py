@@ -1,0 +1,254 @@
+"""The teacher's targets: whole, at the right positions, and independent of what else is in the batch."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_tokenizer
+from tiny_models import VOCAB, gemma2, llama, save
+from torch import Tensor, nn
+
+import todi_offline.teacher
+from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.layout import CacheSettings
+from todi_offline.data import Example, Examples
+from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
+from todi_offline.models import output_head
+from todi_offline.teacher import (
+    Teacher,
+    TeacherConfig,
+    _adapter_hash,
+    as_teacher,
+    length_batches,
+    load_teacher,
+    tail_uniforms,
+    targets_of,
+    teacher_fingerprint,
+)
+
+SETTINGS = CacheSettings(k=8, tail_samples=4)
+
+
+def assert_same_targets(found: TargetRows, expected: TargetRows) -> None:
+    """Equal but for the rounding of matrix products of another shape."""
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.tail_ids, expected.tail_ids)
+    for name in ("logprobs", "tail_logsumexp", "label_logprob", "tail_logprobs"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5, err_msg=name)
+
+
+def some_examples(*lengths: int) -> list[Example]:
+    generator = np.random.default_rng(0)
+    masks = [np.arange(length) % 3 == 1 for length in lengths]
+    for mask in masks:
+        mask[-1] = False
+    return [
+        Example(str(number), "made", generator.integers(0, VOCAB, length).astype(np.uint32), mask)
+        for number, (length, mask) in enumerate(zip(lengths, masks, strict=True))
+    ]
+
+
+def test_length_batches_hold_every_sequence_once_within_the_limit() -> None:
+    lengths = np.random.default_rng(0).integers(1, 900, 200).tolist()
+    batches = length_batches(lengths, 4096)
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    assert all(len(batch) * max(lengths[index] for index in batch) <= 4096 for batch in batches)
+    assert batches == length_batches(lengths, 4096)
+
+
+def test_length_batches_pad_little_and_begin_with_the_longest() -> None:
+    lengths = np.random.default_rng(0).integers(1, 900, 200).tolist()
+    batches = length_batches(lengths, 4096)
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)  # as they come, five a batch: 1.6
+    longest = [max(lengths[index] for index in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_a_sequence_longer_than_a_batch_is_one_by_itself() -> None:
+    assert length_batches([5, 5000, 5], 4096) == [[1], [0, 2]]
+
+
+def test_targets_do_not_depend_on_the_batch(teacher: Teacher, examples: Examples) -> None:
+    members = [examples[index] for index in (2, 0, 5, 3)]
+    together = targets_of(teacher, members, SETTINGS)
+    for example, found in zip(members, together, strict=True):
+        (alone,) = targets_of(teacher, [example], SETTINGS)
+        assert len(found) == example.target_mask.sum()
+        assert_same_targets(found, alone)
+
+
+def test_tail_uniforms_follow_from_content_and_seed_alone(examples: Examples) -> None:
+    example = examples[0]
+    renamed = dataclasses.replace(example, id="other", source="elsewhere")
+    drawn = tail_uniforms(example, SETTINGS)
+    np.testing.assert_array_equal(drawn, tail_uniforms(renamed, SETTINGS))
+    assert drawn.shape == (example.target_mask.sum(), 4)
+    assert not np.array_equal(drawn, tail_uniforms(example, dataclasses.replace(SETTINGS, tail_seed=1)))
+    changed = example.token_ids.copy()
+    changed[0] ^= 1
+    assert not np.array_equal(drawn, tail_uniforms(dataclasses.replace(example, token_ids=changed), SETTINGS))
+
+
+def test_logits_of_padding_ids_are_dropped_before_the_softmax() -> None:
+    (example,) = some_examples(30)
+    model = llama(vocab_size=VOCAB + 64)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] *= 5  # who kept them would see them win
+        logits = model(input_ids=torch.from_numpy(example.token_ids.astype(np.int64))[None]).logits[0]
+    assert logits[:, VOCAB:].exp().sum() > logits[:, :VOCAB].exp().sum()
+    logprobs = logits[torch.from_numpy(example.target_mask), :VOCAB].log_softmax(-1)
+    (rows,) = targets_of(as_teacher(model, tiny_tokenizer()), [example], SETTINGS)
+    np.testing.assert_array_equal(rows.ids, logprobs.topk(8).indices)
+    np.testing.assert_allclose(rows.logprobs, logprobs.topk(8).values, atol=1e-5)
+    total = np.logaddexp(np.logaddexp.reduce(rows.logprobs, axis=1), rows.tail_logsumexp[:, 0])
+    np.testing.assert_allclose(total, 0, atol=1e-5)
+
+
+def test_the_fallback_of_an_unknown_head_gives_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = some_examples(40, 25, 33)
+    known = as_teacher(gemma2(), tiny_tokenizer())
+    unknown = dataclasses.replace(known, head=None)
+    monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", 5 * 4 * VOCAB)  # five rows a chunk
+    for found, expected in zip(
+        targets_of(unknown, members, SETTINGS), targets_of(known, members, SETTINGS), strict=True
+    ):
+        assert_same_targets(found, expected)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_the_head_runs_at_the_targets_alone_and_in_chunks(
+    teacher: Teacher, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = some_examples(40, 25, 33)
+    num_targets = sum(int(example.target_mask.sum()) for example in members)
+    sizes: list[int] = []
+
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        sizes.append(output.numel() // VOCAB)
+
+    monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
+    handle = output_head(teacher.model).register_forward_hook(note)
+    try:
+        targets_of(teacher, members, SETTINGS)
+    finally:
+        handle.remove()
+    assert max(sizes) == min(chunk_rows, num_targets)
+    assert sum(sizes) == num_targets
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_a_broken_logit_is_located_by_example_and_position(
+    teacher: Teacher, value: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = some_examples(40, 25, 33)
+    broken = int(members[0].target_mask.sum()) + 2  # of example 1 the third target, which lies at position 7
+    seen = 0
+
+    def breaking(_: nn.Module, __: Any, output: Tensor) -> None:
+        nonlocal seen
+        rows = output.flatten(0, -2)
+        if 0 <= broken - seen < len(rows):
+            rows[broken - seen, 5] = value
+        seen += len(rows)
+
+    monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
+    handle = output_head(teacher.model).register_forward_hook(breaking)
+    try:
+        with pytest.raises(TeacherOutputError, match=r"example '1' at position 7 hold NaN or \+inf"):
+            targets_of(teacher, members, SETTINGS)
+    finally:
+        handle.remove()
+
+
+def test_a_teacher_has_the_same_fingerprint_wherever_its_files_lie(teacher: Teacher, tmp_path: Path) -> None:
+    first = load_teacher(TeacherConfig(teacher=str(save(llama(), tmp_path / "a")), device="cpu"))
+    second = load_teacher(TeacherConfig(teacher=str(save(llama(), tmp_path / "b")), device="cpu"))
+    assert teacher_fingerprint(first) == teacher_fingerprint(second) == teacher_fingerprint(teacher)
+
+
+def test_one_changed_weight_is_another_teacher(teacher: Teacher) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-6
+    found = teacher_fingerprint(as_teacher(model, tiny_tokenizer()))
+    expected = teacher_fingerprint(teacher)
+    assert found["weights"] != expected["weights"]
+    assert found | {"weights": 0} == expected | {"weights": 0}
+
+
+def test_a_setting_that_changes_the_logits_is_another_teacher(teacher: Teacher) -> None:
+    model = llama(rope_theta=500.0)
+    assert teacher_fingerprint(as_teacher(model, tiny_tokenizer()))["config"] != teacher_fingerprint(teacher)["config"]
+    halved = teacher_fingerprint(as_teacher(llama().bfloat16(), tiny_tokenizer()))
+    assert halved["dtype"] == "bfloat16"
+    assert halved["weights"] != teacher_fingerprint(teacher)["weights"]
+
+
+def test_an_adapter_is_worn_and_belongs_to_the_fingerprint(teacher: Teacher, tmp_path: Path) -> None:
+    folder = save(llama(), tmp_path / "base")
+    torch.manual_seed(0)
+    adapted = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = TeacherConfig(teacher=str(folder), adapter=str(tmp_path / "adapter"), device="cpu")
+    worn = load_teacher(config)
+    (example,) = some_examples(30)
+    (rows,), (plain,) = targets_of(worn, [example], SETTINGS), targets_of(teacher, [example], SETTINGS)
+    (expected,) = targets_of(as_teacher(adapted, tiny_tokenizer()), [example], SETTINGS)
+    assert_same_targets(rows, expected)
+    assert not np.allclose(rows.logprobs, plain.logprobs, atol=1e-3)
+    assert teacher_fingerprint(worn)["weights"] != teacher_fingerprint(teacher)["weights"]
+    assert teacher_fingerprint(worn)["adapters"]
+    moved = dataclasses.replace(
+        config,
+        teacher=str(shutil.copytree(folder, tmp_path / "copy")),
+        adapter=str(shutil.copytree(tmp_path / "adapter", tmp_path / "copy of the adapter")),
+    )
+    assert teacher_fingerprint(worn) == teacher_fingerprint(load_teacher(moved))
+    with pytest.raises(ModelError, match="cannot be loaded as an adapter"):
+        load_teacher(dataclasses.replace(config, adapter=str(tmp_path / "none")))
+
+
+class Ordered(set[str]):
+    """A set as another process may see it."""
+
+    def __init__(self, *items: str) -> None:
+        super().__init__(items)
+        self.items = items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items)
+
+    def __repr__(self) -> str:
+        return repr(self.items)
+
+
+def test_an_adapters_fingerprint_depends_neither_on_hash_seeds_nor_on_folders() -> None:
+    here = {"r": 4, "target_modules": Ordered("q_proj", "k_proj"), "base_model_name_or_path": "/here"}
+    there = {"r": 4, "target_modules": Ordered("k_proj", "q_proj"), "base_model_name_or_path": "/there"}
+    assert _adapter_hash(here) == _adapter_hash(there) != _adapter_hash(here | {"r": 8})
+
+
+def test_large_tensors_are_sampled_and_said_to_be(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not teacher_fingerprint(teacher)["weights_sampled"]
+    monkeypatch.setattr(todi_offline.teacher, "_SAMPLED_TENSOR_BYTES", 16_384)
+    monkeypatch.setattr(todi_offline.teacher, "_BLOCK_BYTES", 512)
+    sampled = teacher_fingerprint(teacher)
+    assert sampled["weights_sampled"]
+    for row in (0, -1):
+        model = llama()
+        with torch.no_grad():
+            model.lm_head.weight[row, row] += 1
+        assert teacher_fingerprint(as_teacher(model, tiny_tokenizer()))["weights"] != sampled["weights"]
+
+
+def test_a_batch_holds_at_least_a_token() -> None:
+    with pytest.raises(ConfigError, match="batch_tokens is 0"):
+        TeacherConfig(teacher="x", batch_tokens=0)
