@@ -5,15 +5,15 @@
 Rows come from a file (JSONL, JSON, CSV, Parquet, Arrow), a folder saved by `datasets`, the hub, or `stdlib`.
 The first form that the columns have is taken; other columns are ignored.
 
-    messages                               every assistant turn is supervised, its end-of-turn token included
-    prompt, completion                     two texts, or two lists of messages
-    instruction, input?, output|response   through the tokenizer's chat template, or else Alpaca's; where a `prompt`
-                                           stands beside them, it is used as it is
-    text                                   every token is supervised
+    messages                                every assistant turn is supervised, its end-of-turn token included
+    prompt, completion                      two texts, or two lists of messages
+    instruction, input?, output | response  through the tokenizer's chat template, or else Alpaca's; a `prompt` that
+                                            stands beside them is used as it is
+    text                                    every token is supervised
 
-What is cut: a prompt over `max_prompt_length` loses its beginning (BOS stays; in a chat, the beginning of the last
-message before the answer, never the template), then the whole loses its end at `max_length`. Nothing is kept of a
-conversation after its last supervised token, since nothing is learnt there.
+A prompt over `max_prompt_length` loses its beginning: a text's own, BOS apart; in a chat that of the last message
+before the answer, never the template. Then the whole loses its end at `max_length`. Of a conversation nothing is kept
+after the last supervised token, since nothing is learnt there.
 """
 
 import bisect
@@ -27,7 +27,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,12 +63,12 @@ ALPACA_WITH_INPUT = (
 ROLES = ("system", "developer", "user", "assistant")
 
 SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "source": pa.string(),
-        "token_ids": pa.list_(pa.uint32()),
-        "target_mask": pa.list_(pa.bool_()),
-    }
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("token_ids", pa.list_(pa.uint32())),
+        ("target_mask", pa.list_(pa.bool_())),
+    ]
 )
 
 BATCH_ROWS = 1_000
@@ -173,10 +173,13 @@ class DataReport:
 
     def __str__(self) -> str:
         """Return one line for a person."""
+        reasons = (
+            f"{self.num_empty:,} empty, {self.num_unsupervised:,} without a supervised token, "
+            f"{self.num_prompt_too_long:,} with too long a prompt"
+        )
         return (
             f"{self.num_rows:,} rows, {self.num_examples:,} examples; {self.num_prompts_cut:,} prompts and "
-            f"{self.num_responses_cut:,} responses cut; {self.num_dropped:,} dropped ({self.num_empty:,} empty, "
-            f"{self.num_unsupervised:,} without a supervised token, {self.num_prompt_too_long:,} with too long a prompt)"
+            f"{self.num_responses_cut:,} responses cut; {self.num_dropped:,} dropped ({reasons})"
         )
 
 
@@ -204,22 +207,14 @@ class Examples:
         Raises:
             DataError: there are none, or two share an id.
         """
-        ids: list[str] = []
-
-        def noted() -> Iterator[Example]:
-            for example in examples:
-                ids.append(example.id)
-                yield example
-
-        dataset = _dataset(_table(_batches(noted())))
-        doubled = [value for value, count in Counter(ids).items() if count > 1]
-        if not ids or doubled:
-            raise DataError(f"two examples have the id {doubled[0]!r}" if doubled else "the list of examples is empty")
-        return cls(
-            dataset,
-            DataReport(num_rows=len(ids), num_examples=len(ids)),
-            dict(recipe or {"form": "examples"}),
-        )
+        examples = list(examples)
+        ids = Counter(example.id for example in examples)
+        if not examples:
+            raise DataError("the list of examples is empty")
+        if len(ids) < len(examples):
+            raise DataError(f"two examples have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
+        report = DataReport(num_rows=len(examples), num_examples=len(examples))
+        return cls(_dataset(_table(_batches(examples))), report, dict(recipe or {"form": "examples"}))
 
     @property
     def num_tokens(self) -> npt.NDArray[np.int64]:
@@ -287,8 +282,6 @@ def _examples_from(source: _Source, config: DataConfig, tokenizer: "PreTrainedTo
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source.name} has no rows")
-    if not isinstance(first, Mapping):
-        raise DataError(f"row 0 of {source.name} is a {type(first).__name__}; expected columns with their values")
     form = _form(first, encoder, source.name)
     counts: Counter[str] = Counter()
     ids: list[Any] = []
@@ -316,9 +309,7 @@ def _encoded(
     for number, row in enumerate(rows):
         counts["num_rows"] += 1
         try:
-            if not isinstance(row, Mapping):
-                raise DataError(f"it is a {type(row).__name__}; expected columns with their values")
-            tokens = form.encode(encoder, row)
+            tokens = form.encode(encoder, _columns(row, "it"))
             example = _cut(tokens, encoder.config.max_length, f"{source}:{number}", source)
         except _Dropped as reason:
             counts[str(reason)] += 1
@@ -342,11 +333,8 @@ def _cut(tokens: "_Tokens", max_length: int, name: str, source: str) -> Example:
 def _batches(examples: Iterable[Example]) -> Iterator[pa.RecordBatch]:
     iterator = iter(examples)
     while batch := list(itertools.islice(iterator, BATCH_ROWS)):
-        columns = [[getattr(example, name) for example in batch] for name in SCHEMA.names]
-        yield pa.RecordBatch.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)],
-            schema=SCHEMA,
-        )
+        columns = [pa.array([getattr(example, field.name) for example in batch], field.type) for field in SCHEMA]
+        yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _table(batches: Iterator[pa.RecordBatch]) -> pa.Table:
@@ -395,16 +383,15 @@ def _open(config: DataConfig) -> _Source:
     path = Path(config.data).expanduser()
     if config.data == "stdlib":
         split = _choose_split(config.split, SPLITS, "stdlib")
-        rows = [
-            {"id": pair.id, "instruction": pair.instruction, "output": pair.response} for pair in stdlib_pairs(split)
-        ]
+        pairs = stdlib_pairs(split)
+        rows = [{"id": pair.id, "instruction": pair.instruction, "output": pair.response} for pair in pairs]
         return _split_source("stdlib", split, rows, python=platform.python_version())
     if path.is_dir():
         return _open_folder(path, config.split)
     if path.is_file():
         _choose_split(config.split, ["train"], path.name)
         return _Source(_read_file(path), path.name, {"source": path.name, "split": None})
-    if path.suffix in _READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.data):
+    if path.suffix.lower() in _READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", config.data):
         raise DataError(f"there is no file or folder {config.data}; expected one, a hub id, or stdlib")
     return _open_hub(config.data, config.split)
 
@@ -413,13 +400,12 @@ def _split_source(name: str, split: str, rows: Iterable[Row], **more: str) -> _S
     return _Source(rows, f"{name}/{split}", {"source": name, "split": split, **more})
 
 
-def _choose_split(wanted: str | None, splits: Collection[str], where: str) -> str:
-    if wanted in splits:
-        return wanted
-    if wanted is None and ("train" in splits or len(splits) == 1):
-        return "train" if "train" in splits else next(iter(splits))
-    found = f"has no split {wanted!r}" if wanted else "has several splits and none is named"
-    raise DataError(f"{where} {found}; choose one of: {', '.join(splits)}")
+def _choose_split(wanted: str | None, splits: Sequence[str], where: str) -> str:
+    chosen = wanted or ("train" if "train" in splits or len(splits) > 1 else splits[0])
+    if chosen not in splits:
+        found = f"has no split {wanted!r}" if wanted else "has several splits"
+        raise DataError(f"{where} {found}; choose one of: {', '.join(splits)}")
+    return chosen
 
 
 def _open_folder(path: Path, split: str | None) -> _Source:
@@ -435,8 +421,8 @@ def _open_folder(path: Path, split: str | None) -> _Source:
             "with save_to_disk"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
-        split = _choose_split(split, list(loaded), name)
-        return _split_source(name, split, loaded[split].with_format(None))
+        chosen = _choose_split(split, list(loaded), name)
+        return _split_source(name, chosen, loaded[chosen].with_format(None))
     _choose_split(split, [str(loaded.split or "train")], name)
     return _Source(loaded.with_format(None), name, {"source": name, "split": None})
 
@@ -446,8 +432,8 @@ def _open_hub(name: str, split: str | None) -> _Source:
 
     try:
         with _quiet():
-            split = _choose_split(split, datasets.get_dataset_split_names(name), name)
-            return _split_source(name, split, datasets.load_dataset(name, split=split))
+            chosen = _choose_split(split, datasets.get_dataset_split_names(name), name)
+            return _split_source(name, chosen, datasets.load_dataset(name, split=chosen))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name} is no file or folder here, and cannot be had from the hub: {_first_line(error)}"
@@ -566,24 +552,29 @@ class _Form:
     template: str | None = None
 
 
-def _form(row: Row, encoder: "_Encoder", where: str) -> _Form:
-    """Return the form that the columns have; the first row decides."""
-    columns = set(row)
-    chat = "chat" if encoder.template else "alpaca"
-    answer = next((column for column in ("output", "response") if column in columns), None)
+def _form(first: Any, encoder: "_Encoder", where: str) -> _Form:
+    """Return the form that the columns of the first row have."""
+    columns = _columns(first, f"row 0 of {where}")
+    answer = "output" if "output" in columns else "response"
     if "messages" in columns:
         return _Form("messages", _encode_messages, "chat")
-    if {"prompt", "completion"} <= columns:
-        return _Form("prompt + completion", _encode_completion, None if isinstance(row["prompt"], str) else "chat")
-    if "instruction" in columns and answer:
-        template = None if "prompt" in columns else chat
+    if {"prompt", "completion"} <= columns.keys():
+        return _Form("prompt + completion", _encode_completion, "chat" if isinstance(columns["prompt"], list) else None)
+    if {"instruction", answer} <= columns.keys():
+        template = None if "prompt" in columns else "chat" if encoder.template else "alpaca"
         return _Form(f"instruction + {answer}", partial(_encode_instruction, answer, template), template)
     if "text" in columns:
         return _Form("text", _encode_text)
     raise DataError(
-        f"{where} has the columns {', '.join(map(str, row))}; expected messages, or prompt and completion, "
+        f"{where} has the columns {', '.join(map(str, columns))}; expected messages, or prompt and completion, "
         "or instruction (and input) and output or response, or text: rename its columns"
     )
+
+
+def _columns(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is a {type(row).__name__}; expected columns with their values")
+    return row
 
 
 def _encode_text(encoder: "_Encoder", row: Row) -> _Tokens:
@@ -592,9 +583,9 @@ def _encode_text(encoder: "_Encoder", row: Row) -> _Tokens:
 
 
 def _encode_completion(encoder: "_Encoder", row: Row) -> _Tokens:
-    if isinstance(row["prompt"], str):
-        return _encode_pair(encoder, _text(row, "prompt"), _text(row, "completion"))
-    return _encode_chat_pair(encoder, _messages(row, "prompt"), _messages(row, "completion"))
+    if isinstance(row.get("prompt"), list):
+        return _encode_chat_pair(encoder, _messages(row, "prompt"), _messages(row, "completion"))
+    return _encode_pair(encoder, _text(row, "prompt"), _text(row, "completion"))
 
 
 def _encode_instruction(answer: str, template: str | None, encoder: "_Encoder", row: Row) -> _Tokens:
@@ -656,26 +647,32 @@ def _encode_chat_pair(encoder: "_Encoder", prompt: list[Message], answer: list[M
 def _encode_turns(encoder: "_Encoder", messages: list[Message], first: int) -> _Tokens:
     """Encode a conversation whose assistant turns from `first` on are supervised.
 
-    A turn is what the template adds to the conversation before it, asked for an answer; so the ids before a turn are
-    those that the model is asked with.
+    A turn is what the template adds to the conversation before it that asks for an answer; so what stands before a
+    turn is what a model is asked with.
     """
+    answers = _answers(messages, first)
     whole = _render(encoder, messages)
     ids: list[int] = []
     supervised: list[bool] = []
     end = 0
-    for index, message in enumerate(messages):
-        if index < first or message["role"] != "assistant":
-            continue
-        _filled(message["content"])
+    for index in answers:
         start, stop = _turn(encoder, messages, index, whole)
         for text, is_answer in ((whole[end:start], False), (whole[start:stop], True)):
             more = _next_ids(encoder, text) if ids else _ids(encoder, text)
             ids += more
             supervised += [is_answer] * len(more)
         end = stop
-    if not any(supervised):
-        raise _Dropped("num_unsupervised")
     return _closed(encoder, ids, supervised)
+
+
+def _answers(messages: list[Message], first: int = 0) -> list[int]:
+    """Return which messages are the assistant's, from `first` on; a blank one drops the row."""
+    answers = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
+    if not answers:
+        raise _Dropped("num_unsupervised")
+    for index in answers:
+        _filled(messages[index]["content"])
+    return answers
 
 
 def _turn(encoder: "_Encoder", messages: list[Message], index: int, whole: str) -> tuple[int, int]:
@@ -686,9 +683,8 @@ def _turn(encoder: "_Encoder", messages: list[Message], index: int, whole: str) 
     after = _render(encoder, messages[: index + 1])
     if not (whole.startswith(after) and after.startswith(before)):
         raise DataError(
-            f"the chat template renders the first {index + 1} messages differently alone and before others, so the "
-            f"turn of message {index} cannot be told apart; use a template with {{% generation %}} blocks, or one "
-            "row an answer"
+            f"the chat template writes messages 0 to {index} in another way when others follow, so the answer among "
+            "them cannot be told apart; use a template with {% generation %} blocks, or rows of one answer each"
         )
     turn = after[len(before) :].rstrip()
     ends = turn.endswith(tuple(encoder.closing.values()))
@@ -697,10 +693,8 @@ def _turn(encoder: "_Encoder", messages: list[Message], index: int, whole: str) 
 
 def _encode_marked(encoder: "_Encoder", messages: list[Message]) -> _Tokens:
     """Encode a conversation whose template marks the answers itself, with {% generation %} blocks."""
-    for message in messages:
-        if message["role"] == "assistant":
-            _filled(message["content"])
-    rendered = _apply_template(encoder, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    _answers(messages)
+    rendered = _apply_template(encoder, messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, marked = rendered["input_ids"], [bool(mark) for mark in rendered["assistant_masks"]]
     # Some templates leave the end-of-turn token out of the block.
     ends = [before and token in encoder.closing for token, before in zip(ids, [False, *marked], strict=False)]
@@ -790,7 +784,7 @@ def _encoder(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> _Encod
     if template and "strftime_now" in template:
         # A prompt with the date of today would be another one tomorrow: capture could not go on, nor match.
         template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
-    closing = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    closing = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     closing.pop(tokenizer.unk_token_id, None)
     closing[tokenizer.eos_token_id] = tokenizer.eos_token
     alone, whole = _plain_ids(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
