@@ -2,9 +2,11 @@
 
 divergences.py  every divergence, dense and from sparse targets, one value a position
 objective.py    cross-entropy and divergence as the one number that is trained on
+fused.py        the same from hidden states and the head, without the logits of all positions
 """
 
 from todi_offline.losses.divergences import DIVERGENCES, dense_divergence, sparse_divergence
+from todi_offline.losses.fused import fused_linear_distill
 from todi_offline.losses.objective import distillation_loss
 
-__all__ = ["DIVERGENCES", "dense_divergence", "distillation_loss", "sparse_divergence"]
+__all__ = ["DIVERGENCES", "dense_divergence", "distillation_loss", "fused_linear_distill", "sparse_divergence"]
