@@ -361,8 +361,11 @@ def _mapped_table(batches: Iterable[pa.RecordBatch]) -> pa.Table:
 
 def _dataset(table: pa.Table) -> "datasets.Dataset":
     import datasets
+    from datasets.fingerprint import generate_random_fingerprint
 
-    return datasets.Dataset(table).with_format("arrow")
+    # A name of its own: what `datasets` has cached for other examples can never be taken for these, and it need not
+    # read the whole table to make one up.
+    return datasets.Dataset(table, fingerprint=generate_random_fingerprint()).with_format("arrow")
 
 
 def _examples_of(table: pa.Table) -> Iterator[Example]:
