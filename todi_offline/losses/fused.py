@@ -160,21 +160,19 @@ def _accumulate(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return loss and sums, and add to the gradients, a chunk of rows at a time."""
     vocab, dtype = len(head.weight), _wide(hidden.dtype)
-    step = chunk_targets or _chunk_targets(hidden.device, vocab, dtype)
-    narrow = hidden.new_empty(min(step, len(hidden)), vocab)
-    wide = narrow if narrow.dtype == dtype else narrow.to(dtype)
+    step = _chunk_targets(hidden.device, vocab, dtype) if chunk_targets is None else chunk_targets
+    buffer = hidden.new_empty(min(step, len(hidden)), vocab)
     loss = hidden.new_zeros((), dtype=dtype)
     sums: dict[str, Tensor] = {}
     for start in range(0, max(len(hidden), 1), step):  # once where there are no rows, which checks the settings
         rows = slice(start, start + step)
         some = hidden[rows]
-        logits = _project(some, head, out=narrow[: len(some)])
-        wide_logits = wide[: len(some)].copy_(logits)
-        total, part = _overwrite_with_gradient(wide_logits, labels[rows], targets[rows], terms, gradients.needed())
+        logits = _project(some, head, out=buffer[: len(some)]).to(dtype)
+        total, part = _overwrite_with_gradient(logits, labels[rows], targets[rows], terms, gradients.needed())
         loss = loss + total
         sums = {name: value + sums.get(name, 0) for name, value in part.items()}
         if gradients.needed():
-            _add_gradients(gradients, some, head, logits.copy_(wide_logits), rows)
+            _add_gradients(gradients, some, head, logits.to(head.weight.dtype), rows)
     return loss / terms.num_targets, sums
 
 

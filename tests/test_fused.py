@@ -1,0 +1,278 @@
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from todi_offline.errors import TargetsError
+from todi_offline.losses import DIVERGENCES, distillation_loss, fused_linear_distill
+from todi_offline.targets import sparsify
+
+NUM_TARGETS, WIDTH, VOCAB, K = 7, 4, 19, 5
+PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
+
+
+def case(num_targets=NUM_TARGETS, width=WIDTH, vocab=VOCAB, dtype=torch.float64, num_tail_samples=3, seed=0):
+    """Return hidden states, a head's weight and bias, all of which require gradients, labels and targets."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = (
+        x.to(dtype).requires_grad_() for x in (normal(num_targets, width), normal(vocab, width), normal(vocab))
+    )
+    labels = torch.randint(vocab, (num_targets,), generator=generator)
+    teacher = (2 * normal(num_targets, vocab)).to(torch.promote_types(dtype, torch.float32))
+    return hidden, weight, bias, labels, sparsify(teacher, K, num_tail_samples=num_tail_samples, generator=generator)
+
+
+def readable(hidden, weight, bias, labels, targets, *, vocab_size=None, scale=1.0, softcap=None, **options):
+    logits = hidden @ weight[:vocab_size].T
+    if bias is not None:
+        logits = logits + bias[:vocab_size]
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return distillation_loss(logits, labels, targets, **options)
+
+
+def fused(hidden, weight, bias, labels, targets, **options):
+    return fused_linear_distill(hidden, weight, labels, targets, bias=bias, **options)
+
+
+def assert_equal(inputs, chunk_targets=3, **options):
+    """Compare loss, sums and gradients of the fused and the readable form."""
+    given = [x for x in inputs[:3] if x is not None and x.requires_grad]
+    loss, sums = fused(*inputs, chunk_targets=chunk_targets, **options)
+    expected, expected_sums = readable(*inputs, **options)
+    precision = PRECISION[inputs[0].dtype]
+    torch.testing.assert_close(loss, expected, rtol=precision, atol=0)
+    assert sums.keys() == expected_sums.keys()
+    for name, value in expected_sums.items():
+        torch.testing.assert_close(sums[name], value, rtol=precision, atol=precision)
+        assert not sums[name].requires_grad
+    # By something else than one, so that backward has to multiply.
+    gradients = torch.autograd.grad(3 * loss, given)
+    for found, wanted in zip(gradients, torch.autograd.grad(3 * expected, given), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=precision, atol=precision * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", ["bucket", "sampled", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_loss_sums_and_gradients_are_the_readable_ones(divergence, tail, temperature, k):
+    for dtype in (torch.float32, torch.float64):
+        options = {"divergence": divergence, "tail": tail, "temperature": temperature, "k": k, "beta": 1.5}
+        assert_equal(case(dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk_targets", [None, 1, 3, NUM_TARGETS, 100])
+def test_the_size_of_the_chunks_does_not_matter(chunk_targets, temperature):
+    assert_equal(case(), chunk_targets, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kd_weight", [0.0, 0.3, 1.0])
+def test_either_part_of_the_loss_may_have_no_weight(kd_weight, temperature):
+    assert_equal(case(), kd_weight=kd_weight, temperature=temperature)
+
+
+def test_a_divergence_of_ones_own_may_be_given():
+    def squares(teacher, student):
+        return (student.exp() - teacher.exp()).square().sum(-1)
+
+    assert_equal(case(), divergence=squares, tail_weight=0.3)
+
+
+@pytest.mark.parametrize("kd_weight", [0.0, 0.5])
+def test_without_weight_the_divergence_builds_no_graph(kd_weight):
+    seen = []
+
+    def watched(teacher, student):
+        seen.append(torch.is_grad_enabled())
+        return (student.exp() - teacher.exp()).square().sum(-1)
+
+    fused(*case(), divergence=watched, kd_weight=kd_weight)
+    assert set(seen) == {kd_weight != 0}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_scale_and_soft_cap_are_the_models(scale, softcap, temperature):
+    assert_equal(case(), scale=scale, softcap=softcap, temperature=temperature)
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
+def test_only_what_requires_a_gradient_gets_one(frozen):
+    inputs = case()
+    for tensor, no_gradient in zip(inputs, frozen, strict=False):
+        tensor.requires_grad_(not no_gradient)
+    loss, _ = fused(*inputs)
+    assert loss.requires_grad == (not all(frozen))
+    if not all(frozen):
+        assert_equal(inputs)
+        loss.backward()
+    assert [tensor.grad is None for tensor in inputs[:3]] == list(frozen)
+
+
+def test_a_head_may_have_no_bias():
+    hidden, weight, _, labels, targets = case()
+    assert_equal((hidden, weight, None, labels, targets))
+
+
+def test_padding_ids_have_no_probability_and_no_gradient():
+    hidden, weight, bias, labels, targets = case()
+    padded_weight = torch.cat([weight, torch.full((3, WIDTH), 50.0)]).detach().requires_grad_()
+    padded_bias = torch.cat([bias, torch.full((3,), 50.0)]).detach().requires_grad_()
+    assert_equal((hidden, padded_weight, padded_bias, labels, targets), vocab_size=VOCAB)
+    loss, _ = fused(hidden, padded_weight, padded_bias, labels, targets, vocab_size=VOCAB)
+    loss.backward()
+    assert not padded_weight.grad[VOCAB:].any()
+    assert not padded_bias.grad[VOCAB:].any()
+    without_padding, _ = fused(hidden, weight, bias, labels, targets)
+    torch.testing.assert_close(loss, without_padding)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", ["todi", "forward_kl", "js"])
+def test_an_id_that_cannot_occur_gets_no_gradient(divergence, temperature):
+    hidden, weight, bias, _, targets = case()
+    impossible = {targets.ids[0, 0].item(), targets.tail_ids[1, 0].item()}
+    with torch.no_grad():
+        bias[list(impossible)] = -torch.inf
+    possible = next(i for i in range(VOCAB) if i not in impossible)
+    labels = torch.full((NUM_TARGETS,), possible)
+    assert_equal((hidden, weight, bias, labels, targets), divergence=divergence, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("nats", [200.0, 800.0, 2000.0])
+def test_a_tail_far_below_the_kept_ids_keeps_its_mass(nats, dtype):
+    hidden, weight, bias, labels, targets = case(num_targets=1, dtype=dtype)
+    with torch.no_grad():
+        hidden.mul_(0.1)
+        bias[targets.ids[0]] += nats
+    assert_equal((hidden, weight, bias, labels, targets), divergence="forward_kl")
+
+
+def test_every_id_may_be_kept():
+    hidden, weight, bias, labels, _ = case()
+    targets = sparsify(torch.randn(NUM_TARGETS, VOCAB, generator=torch.Generator().manual_seed(1)).double(), VOCAB)
+    for temperature in (1.0, 2.0):
+        assert_equal((hidden, weight, bias, labels, targets), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jeffreys", "alpha_beta"])
+def test_gradients_are_those_of_finite_differences(divergence, temperature):
+    *inputs, labels, targets = case(num_targets=3)
+
+    def loss(*inputs):
+        options = {"divergence": divergence, "temperature": temperature, "k": 3, "softcap": 5.0, "chunk_targets": 2}
+        return fused(*inputs, labels, targets, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_bfloat16_products_are_added_up_in_float32():
+    inputs = case(num_targets=40, width=16, vocab=300, dtype=torch.bfloat16)
+    assert_equal(inputs, chunk_targets=8)
+    loss, _ = fused(*inputs, chunk_targets=8)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert {tensor.grad.dtype for tensor in inputs[:3]} == {torch.bfloat16}
+
+
+def test_autocast_gives_the_dtype_of_the_products_and_the_parameters_that_of_the_gradients():
+    inputs = case(num_targets=20, width=16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = fused(*inputs)
+    loss.backward()
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs[:3]]
+    expected, _ = fused(*halves, *inputs[3:])
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for tensor, half in zip(inputs, halves, strict=False):
+        assert tensor.grad.dtype == torch.float32
+        torch.testing.assert_close(tensor.grad, half.grad.float(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_gradients_of_micro_batches_add_up_to_those_of_one_batch(as_tensor):
+    hidden, weight, bias, labels, targets = case()
+    given = (hidden, weight, bias)
+    whole, _ = fused(*given, labels, targets)
+    num_targets = torch.tensor(NUM_TARGETS) if as_tensor else NUM_TARGETS
+    parts = [
+        fused(hidden[rows], weight, bias, labels[rows], targets[rows], num_targets=num_targets)[0]
+        for rows in (slice(0, 4), slice(4, 4), slice(4, NUM_TARGETS))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    expected = torch.autograd.grad(whole, given)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), given), expected)
+
+
+def test_no_rows_give_no_loss_and_no_gradient():
+    inputs = case(num_targets=0)
+    for temperature in (1.0, 2.0):
+        loss, sums = fused(*inputs, temperature=temperature)
+        assert loss.item() == 0
+        assert all(value.item() == 0 for value in sums.values())
+        assert not any(gradient.any() for gradient in torch.autograd.grad(loss, inputs[:3]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_loss_is_had_without_gradients_too(temperature):
+    inputs = case()
+    with torch.no_grad():
+        quiet, quiet_sums = fused(*inputs, temperature=temperature)
+    loss, sums = fused(*inputs, temperature=temperature)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, loss.detach())
+    torch.testing.assert_close(quiet_sums, sums)
+
+
+def test_backward_may_run_twice_where_the_graph_is_kept():
+    inputs = case()
+    loss, _ = fused(*inputs)
+    once = torch.autograd.grad(loss, inputs[:3], torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    twice = torch.autograd.grad(loss, inputs[:3])
+    torch.testing.assert_close([gradient / 2 for gradient in once], list(twice))
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "x"}, {"tail": "x"}, {"k": K + 1}, {"temperature": 3.0}])
+@pytest.mark.parametrize("num_targets", [0, NUM_TARGETS])
+def test_settings_are_checked_even_without_rows(num_targets, settings):
+    with pytest.raises(TargetsError):
+        fused(*case(num_targets=num_targets), **settings)
+
+
+class Largest(TorchDispatchMode):
+    """Record the largest tensor that any operation returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_logits_of_all_targets_never_exist(temperature):
+    num_targets, vocab, chunk_targets = 64, 200, 4
+    inputs = case(num_targets, vocab=vocab)
+
+    def largest(function, **options):
+        with Largest() as mode:
+            function(*inputs, temperature=temperature, **options)[0].backward()
+        return mode.num_elements
+
+    assert largest(fused, chunk_targets=chunk_targets) == max(chunk_targets, WIDTH) * vocab
+    assert largest(readable) == num_targets * vocab
