@@ -316,6 +316,14 @@ def test_a_template_that_rewrites_earlier_turns_serves_rows_of_one_answer():
     assert text.endswith("[Long ago.<|im_end|>]")
 
 
+def test_what_a_template_writes_after_the_last_message_of_all_is_no_part_of_earlier_turns():
+    tokenizer = chat_tokenizer(CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    tokenizer.eos_token = "<|endoftext|>"
+    text = marked(encode_one({"messages": THREE_TURNS}, tokenizer), tokenizer)
+    assert "[Nobody knows.<|im_end|>]\n<|im_start|>user" in text
+    assert text.endswith("[Long ago.<|im_end|>\n<|endoftext|>]")
+
+
 def test_eos_ends_a_conversation_whose_template_ends_no_turn():
     tokenizer = chat_tokenizer(
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"

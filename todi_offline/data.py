@@ -684,6 +684,8 @@ def _turn(encoder: "_Encoder", messages: list[Message], index: int, whole: str) 
         raise DataError("its first message is the assistant's, which answers nothing; take that message out")
     before = _render(encoder, messages[:index], asks=True)
     after = _render(encoder, messages[: index + 1])
+    if not whole.startswith(after):  # as with Phi 3, which writes EOS after the last message of all
+        after = after.removesuffix(encoder.closing[encoder.eos])
     if not (whole.startswith(after) and after.startswith(before)):
         raise DataError(
             f"the chat template writes messages 0 to {index} in another way when others follow, so the answer among "
