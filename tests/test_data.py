@@ -19,13 +19,14 @@ from tiny import CHATML, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from todi_offline import data
 from todi_offline.data import (
     ALPACA,
     ALPACA_WITH_INPUT,
     DataConfig,
+    DataReport,
     Example,
     Examples,
+    examples,
     examples_from_rows,
     load_examples,
 )
@@ -367,7 +368,7 @@ def test_too_long_a_prompt_keeps_bos_and_its_end():
     plain = PLAIN(prompt).input_ids
     assert examples[0].token_ids[:10].tolist() == [tokenizer.bos_token_id, *plain[-9:]]
     assert marked(examples[0], tokenizer).endswith("[Yes.<|endoftext|>]")
-    assert examples.report == data.DataReport(num_rows=1, num_examples=1, num_prompts_cut=1)
+    assert examples.report == DataReport(num_rows=1, num_examples=1, num_prompts_cut=1)
 
 
 def test_too_long_a_chat_prompt_loses_the_beginning_of_its_question_and_nothing_of_the_template():
@@ -751,7 +752,7 @@ def test_many_rows_are_held_in_order():
 
 def test_large_data_sets_live_in_a_mapped_file_of_which_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 10_000)
+    monkeypatch.setattr(examples, "IN_MEMORY_BYTES", 10_000)
     rows = [{"id": number, "text": f"Number {number}:" + " word" * 200} for number in range(2_345)]
     bytes_before = pa.total_allocated_bytes()
     mapped = encode(rows)
@@ -832,7 +833,7 @@ def test_settings_out_of_range_are_refused(values, message):
 
 
 def test_the_report_is_one_line_and_cannot_be_changed():
-    report = data.DataReport(num_rows=1_200, num_examples=1_197, num_prompts_cut=4, num_empty=1, num_unsupervised=2)
+    report = DataReport(num_rows=1_200, num_examples=1_197, num_prompts_cut=4, num_empty=1, num_unsupervised=2)
     assert str(report) == (
         "1,200 rows, 1,197 examples; 4 prompts and 0 responses cut; 3 dropped "
         "(1 empty, 2 without a supervised token, 0 with too long a prompt)"

@@ -69,3 +69,8 @@ class CacheMismatchError(CacheError):
 
 class CacheLockedError(CacheError):
     """Another process is writing to the cache."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, so that ours stays one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from todi_offline.errors import ModelError
+from todi_offline.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"{path} has no tokenizer that can be loaded ({_first_line(error)}); if the folder holds a model alone, "
+            f"{path} has no tokenizer that can be loaded ({first_line(error)}); if the folder holds a model alone, "
             "save the teacher's tokenizer into it"
         ) from error
 
@@ -82,7 +82,7 @@ def load_model(
             location, dtype=resolve_dtype(dtype), trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise ModelError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
     if "gguf_file" in options:
         model = _without_quantization(model)
     return model if device_map else model.to(resolve_device(device))
@@ -226,7 +226,3 @@ def _without_quantization(model: Model) -> Model:
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
     return fresh.eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,113 @@
+"""Text or messages in, token ids out, so that pieces tokenised apart fit together."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from todi_offline.data.examples import DataConfig
+from todi_offline.errors import DataError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A tokenizer, and what has to be known of it to put sequences together."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    config: DataConfig
+    template: str | None
+    marks_answers: bool
+    """The template has {% generation %} blocks."""
+    eos: int
+    closing: dict[int, str]
+    """The special tokens that may end a turn, with their texts."""
+    start: list[int]
+    """What the tokenizer puts before a text: BOS, or nothing."""
+    starts_with_space: bool
+    """It reads a text as though a space stood before it, as SentencePiece does: wrong in the middle of a sequence."""
+
+
+def make_encoder(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> Encoder:
+    """Look at what a tokenizer does, once."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token, or eos_token in its "
+            "tokenizer_config.json"
+        )
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if template and "strftime_now" in template:
+        # A prompt with the date of today would be another one tomorrow: capture could not go on, nor match.
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
+    closing = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    closing.pop(tokenizer.unk_token_id, None)
+    closing[tokenizer.eos_token_id] = tokenizer.eos_token
+    alone, whole = _plain_ids(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
+    line = _plain_ids(tokenizer, "\n")
+    after_line = _plain_ids(tokenizer, "\na")
+    return Encoder(
+        tokenizer,
+        config,
+        template,
+        marks_answers=bool(template and re.search(r"\{%-?\s*generation\s*-?%\}", template)),
+        eos=tokenizer.eos_token_id,
+        closing=closing,
+        start=next((whole[:n] for n in range(len(whole)) if whole[n : n + len(alone)] == alone), []),
+        starts_with_space=after_line[: len(line)] == line and after_line[len(line) :] != alone,
+    )
+
+
+def _plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def ids_of(encoder: Encoder, text: str) -> list[int]:
+    """Return the ids of a text as it stands."""
+    return _plain_ids(encoder.tokenizer, text)
+
+
+def first_ids(encoder: Encoder, text: str) -> list[int]:
+    """Return the ids of a text that begins a sequence: BOS is put before it unless the text has it already."""
+    ids = ids_of(encoder, text)
+    return ids if ids[: len(encoder.start)] == encoder.start else encoder.start + ids
+
+
+def next_ids(encoder: Encoder, text: str) -> list[int]:
+    """Return the ids of a text that goes on with a sequence."""
+    if not encoder.starts_with_space:
+        return ids_of(encoder, text)
+    line, ids = ids_of(encoder, "\n"), ids_of(encoder, "\n" + text)
+    return ids[len(line) :] if ids[: len(line)] == line else ids_of(encoder, text)
+
+
+def ended(encoder: Encoder, ids: list[int]) -> list[int]:
+    """Return the ids with EOS at their end."""
+    return ids if ids[-1:] == [encoder.eos] else [*ids, encoder.eos]
+
+
+def render(encoder: Encoder, messages: list[Message], *, asks: bool = False) -> str:
+    """Return the conversation as text; with `asks`, up to where the assistant is to answer."""
+    return str(apply_template(encoder, messages, tokenize=False, add_generation_prompt=asks))
+
+
+def apply_template(encoder: Encoder, messages: list[Message], **options: Any) -> Any:
+    """Put a conversation through the chat template.
+
+    Raises:
+        ModelError: there is none.
+        DataError: it refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if encoder.template is None:
+        raise ModelError(
+            "the rows are conversations, and the tokenizer has no chat template; take the tokenizer of an instruct "
+            "model, set tokenizer.chat_template, or give prompt and completion as texts"
+        )
+    try:
+        return encoder.tokenizer.apply_chat_template(messages, chat_template=encoder.template, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"the chat template refuses its messages: {first_line(error)}") from error

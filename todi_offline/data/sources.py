@@ -1,0 +1,185 @@
+"""The name of a file, folder, hub id or `stdlib` in, rows out."""
+
+import contextlib
+import csv
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+
+from todi_offline.data.examples import BATCH_ROWS, DataConfig
+from todi_offline.errors import DataError, first_line
+from todi_offline.stdlib_corpus import SPLITS, stdlib_pairs
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows, their short name, and what the recipe says of them."""
+
+    rows: Iterable[Row]
+    name: str
+    recipe: dict[str, Any]
+
+
+def open_source(config: DataConfig) -> Source:
+    """Find what `config.data` names.
+
+    Raises:
+        DataError: there is no such file, folder, hub id or split.
+    """
+    path = Path(config.data).expanduser()
+    if config.data == "stdlib":
+        split = _choose_split(config.split, SPLITS, "stdlib")
+        pairs = stdlib_pairs(split)
+        rows = [{"id": pair.id, "instruction": pair.instruction, "output": pair.response} for pair in pairs]
+        return _split_source("stdlib", split, rows, python=platform.python_version())
+    if path.is_dir():
+        return _open_folder(path, config.split)
+    if path.is_file():
+        _choose_split(config.split, ["train"], path.name)
+        return Source(_read_file(path), path.name, {"source": path.name, "split": None})
+    if path.suffix.lower() in _READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", config.data):
+        raise DataError(f"there is no file or folder {config.data}; expected one, a hub id, or stdlib")
+    return _open_hub(config.data, config.split)
+
+
+def _split_source(name: str, split: str, rows: Iterable[Row], **more: str) -> Source:
+    return Source(rows, f"{name}/{split}", {"source": name, "split": split, **more})
+
+
+def _choose_split(wanted: str | None, splits: Sequence[str], where: str) -> str:
+    chosen = wanted or ("train" if "train" in splits or len(splits) > 1 else splits[0])
+    if chosen not in splits:
+        found = f"has no split {wanted!r}" if wanted else "has several splits"
+        raise DataError(f"{where} {found}; choose one of: {', '.join(splits)}")
+    return chosen
+
+
+def _open_folder(path: Path, split: str | None) -> Source:
+    import datasets
+
+    name = path.resolve().name
+    try:
+        with _quiet():
+            loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path} is not a folder that `datasets` saved ({first_line(error)}); name a file within it, or save it "
+            "with save_to_disk"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        chosen = _choose_split(split, list(loaded), name)
+        return _split_source(name, chosen, loaded[chosen].with_format(None))
+    _choose_split(split, [str(loaded.split or "train")], name)
+    return Source(loaded.with_format(None), name, {"source": name, "split": None})
+
+
+def _open_hub(name: str, split: str | None) -> Source:
+    import datasets
+
+    try:
+        with _quiet():
+            chosen = _choose_split(split, datasets.get_dataset_split_names(name), name)
+            return _split_source(name, chosen, datasets.load_dataset(name, split=chosen))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name} is no file or folder here, and cannot be had from the hub: {first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars of `datasets` and of the hub where no terminal shows them."""
+    import datasets
+    import huggingface_hub.utils
+
+    shown = [owner for owner in (datasets, huggingface_hub.utils) if not owner.are_progress_bars_disabled()]
+    hidden = [] if sys.stderr.isatty() else shown
+    for owner in hidden:
+        owner.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for owner in hidden:
+            owner.enable_progress_bars()
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file one after the other; it is never in memory as a whole, a list in a .json file apart."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path.name} is of no known kind; expected one of {', '.join(_READERS)}")
+    try:
+        yield from reader(path)
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        if _starts_a_list(file):
+            yield from json.load(file)
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise ValueError(
+                    f"line {number} is not valid JSON ({error}); expected one object a line, or a list of objects"
+                ) from error
+            if row is not None:
+                yield row
+
+
+def _starts_a_list(file: TextIO) -> bool:
+    """Look at the first character that is not blank, and go back to the start."""
+    while (character := file.read(1)).isspace():
+        pass
+    file.seek(0)
+    return character == "["
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long text
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"the row that ends in line {reader.line_num} has not as many fields as the header")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH_ROWS):
+            yield from batch.to_pylist()
+
+
+def _read_arrow(path: Path) -> Iterator[Row]:
+    with pa.memory_map(str(path)) as source:
+        try:
+            batches = iter(pa.ipc.open_stream(source))
+        except pa.ArrowInvalid:
+            file = pa.ipc.open_file(source)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
