@@ -1,0 +1,373 @@
+"""Stage 1: what the cache holds is what the teacher says, however often the capture was stopped."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Row, tokenised
+from tiny import tiny_tokenizer
+from tiny_models import VOCAB, gpt2, llama, save
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import todi_offline.capturing
+import todi_offline.teacher
+from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.capturing import capture, capture_from
+from todi_offline.data import Example, Examples
+from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, TeacherOutputError
+from todi_offline.stream import Collator
+from todi_offline.targets import SparseTargets
+from todi_offline.teacher import Teacher, as_teacher
+
+COMPUTE = 2e-5
+"""Rounding of matrix products: a padded batch against one sequence."""
+
+SMALL: dict[str, Any] = {"k": 8, "tail_samples": 2, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
+
+
+def plain_logprobs(model: Any, token_ids: np.ndarray[Any, Any]) -> Tensor:
+    """What transformers says of one sequence by itself, in float32."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0, :, :VOCAB]
+    return logits.float().log_softmax(-1)
+
+
+def assert_within_encoding(stored: Tensor, exact: Tensor, encoding: str) -> None:
+    """The bounds that cache/encoding.py states."""
+    if encoding == "f16":
+        bound = exact.abs() * 2**-11 + 2**-25 + COMPUTE
+    else:
+        assert (exact[:, :-1] - exact[:, 1:]).max() < 255 / 16  # else the other bound holds
+        bound = torch.full_like(exact, 1 / 32 + COMPUTE)
+    assert ((stored - exact).abs() <= bound).all()
+
+
+def assert_targets_are(logprobs: Tensor, labels: Tensor, targets: TargetRows, encoding: str) -> None:
+    """`logprobs` [target, vocab] are the teacher's, at the positions before the `labels`."""
+    found = SparseTargets.from_numpy(targets)
+    assert_within_encoding(found.logprobs, logprobs.gather(-1, found.ids), encoding)
+    tail = logprobs.scatter(-1, found.ids, -torch.inf)
+    assert (logprobs.gather(-1, found.ids).min(-1).values >= tail.max(-1).values - COMPUTE).all()
+    expected = torch.stack([(tail / t).logsumexp(-1) for t in found.temperatures], -1)
+    torch.testing.assert_close(found.tail_logsumexp, expected, rtol=0, atol=1e-3)
+    label_logprob = torch.tensor(targets.label_logprob)
+    torch.testing.assert_close(label_logprob, logprobs.gather(-1, labels[:, None])[:, 0], rtol=0, atol=COMPUTE)
+    if found.tail_ids is not None and found.tail_logprobs is not None:
+        assert_within_encoding(found.tail_logprobs, tail.gather(-1, found.tail_ids), "f16")
+
+
+def assert_cache_says_what_the_teacher_does(
+    model: Any, sequences: Iterable[CachedSequence], examples: Examples, encoding: str
+) -> None:
+    """Position, label, mask and values of every sequence."""
+    for sequence, example in zip(sequences, examples, strict=True):
+        np.testing.assert_array_equal(sequence.token_ids, example.token_ids)
+        np.testing.assert_array_equal(sequence.target_mask, example.target_mask)
+        columns = np.flatnonzero(example.target_mask)
+        labels = torch.from_numpy(example.token_ids[columns + 1].astype(np.int64))
+        logprobs = plain_logprobs(model, example.token_ids)[torch.from_numpy(columns)]
+        assert_targets_are(logprobs, labels, sequence.targets, encoding)
+
+
+def shifted(rows: TargetRows) -> TargetRows:
+    return dataclasses.replace(rows, **{name: np.roll(values, 1, 0) for name, values in rows.arrays().items()})
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory, conversations: list[Row]) -> Path:
+    """A JSON Lines file of conversations."""
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in conversations[:120]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved teacher."""
+    return save(llama(), tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def many(conversations: list[Row]) -> Examples:
+    """Enough for several of the smallest shards."""
+    return tokenised(conversations[:120])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Teacher, many: Examples
+) -> tuple[Path, dict[str, bytes]]:
+    root = tmp_path_factory.mktemp("undisturbed")
+    capture(teacher, many, root, **SMALL)
+    assert len(list((root / "commits").iterdir())) >= 4
+    return root, files_of(root)
+
+
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
+def test_the_cache_says_what_the_teacher_does_at_every_target(
+    folder: Path, chats: Path, tmp_path: Path, encoding: str, conversations: list[Row]
+) -> None:
+    settings = {"limit": 21, "max_length": 128, "max_prompt_length": 64, "encoding": encoding}
+    summary = capture(str(folder), str(chats), tmp_path / "cache", **SMALL, **settings, device="cpu")
+    cache, model = open_cache(tmp_path / "cache"), AutoModelForCausalLM.from_pretrained(folder)
+    examples = tokenised(conversations[:21])
+    assert summary.data_report.num_responses_cut > 5
+    starts = [int((np.diff(example.target_mask.astype(int)) == 1).sum()) for example in examples]
+    assert max(starts) == 2  # both turns of a conversation are supervised
+    assert_cache_says_what_the_teacher_does(model, cache, examples, encoding)
+    assert cache.num_tokens.max() == 128
+
+
+def test_a_cache_shifted_by_one_does_not_pass_for_the_teachers(
+    teacher: Teacher, cache: Cache, examples: Examples
+) -> None:
+    moved = [dataclasses.replace(sequence, targets=shifted(sequence.targets)) for sequence in cache]
+    with pytest.raises(AssertionError):
+        assert_cache_says_what_the_teacher_does(teacher.model, moved, examples, "f16")
+    masked = [dataclasses.replace(sequence, target_mask=np.roll(sequence.target_mask, 1)) for sequence in cache]
+    with pytest.raises(AssertionError):
+        assert_cache_says_what_the_teacher_does(teacher.model, masked, examples, "f16")
+    swapped = [dataclasses.replace(cache[0], targets=shifted(cache[0].targets)), *list(cache)[1:]]
+    with pytest.raises(AssertionError):
+        assert_cache_says_what_the_teacher_does(teacher.model, swapped, examples, "f16")
+
+
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+def test_what_a_packed_batch_trains_on_is_what_the_teacher_says(
+    teacher: Teacher, cache: Cache, collator: Collator
+) -> None:
+    batch = collator([cache[index] for index in (3, 0, 7, 5, 2, 1)])
+    logprobs, labels = packed_logprobs(teacher.model, batch)
+    torch.testing.assert_close(batch["labels"], labels)
+    assert_targets_are(logprobs, labels, rows_of(batch, cache), "f16")
+    with pytest.raises(AssertionError):
+        assert_targets_are(logprobs, labels, shifted(rows_of(batch, cache)), "f16")
+
+
+def packed_logprobs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cut rows where positions restart, run every piece alone; return log-probs and labels at the targets."""
+    table, following = [], []
+    for tokens, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        starts = (positions == 0).nonzero().flatten().tolist()
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            table.append(plain_logprobs(model, tokens[start:stop].numpy()))
+            following.append(tokens[start:stop].roll(-1))
+    at = batch["target_positions"]
+    return torch.cat(table)[at], torch.cat(following)[at]
+
+
+def rows_of(batch: dict[str, Tensor], cache: Cache) -> TargetRows:
+    names = ("ids", "logprobs", "tail_logsumexp", "label_logprob", "tail_ids", "tail_logprobs")
+    arrays = {name: batch[name].numpy() for name in names}
+    return TargetRows(**arrays, temperatures=cache.manifest.settings.temperatures)
+
+
+def test_a_teacher_of_another_kind_is_captured_alike(examples: Examples, tmp_path: Path) -> None:
+    model = gpt2(seed=3)
+    capture(as_teacher(model, tiny_tokenizer()), examples, tmp_path / "cache", **SMALL)
+    assert_cache_says_what_the_teacher_does(model, open_cache(tmp_path / "cache"), examples, "f16")
+
+
+def test_a_smaller_k_of_a_cache_is_a_cache_of_that_k(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
+    large, small = tmp_path / "16", tmp_path / "5"
+    capture(teacher, examples, large, k=16, tail_samples=0)
+    capture(teacher, examples, small, k=5, tail_samples=0)
+    for wide, narrow in zip(open_cache(large), open_cache(small), strict=True):
+        found, expected = SparseTargets.from_numpy(wide.targets).narrow(5), SparseTargets.from_numpy(narrow.targets)
+        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.logprobs, expected.logprobs)
+        torch.testing.assert_close(found.tail_logsumexp, expected.tail_logsumexp, rtol=0, atol=1e-3)
+
+
+def test_the_same_capture_again_does_nothing(
+    undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, files = undisturbed
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the teacher ran")
+
+    monkeypatch.setattr(type(teacher.model), "forward", never)
+    summary = capture(teacher, many, root, **SMALL)
+    assert (summary.num_captured_tokens, summary.num_sequences) == (0, len(many))
+    assert files_of(root) == files
+
+
+def test_a_capture_stopped_after_some_shards_and_run_again_gives_the_same_bytes(
+    undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples, tmp_path: Path
+) -> None:
+    _, files = undisturbed
+    stops = [3000, 9000, 14_000]
+    captured: list[int] = []
+
+    def stopping(done: int, total: int) -> None:
+        captured.append(done)
+        if stops and done > stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            capture(teacher, many, tmp_path / "cache", progress=stopping, **SMALL)
+        with pytest.raises(CacheIncompleteError):
+            open_cache(tmp_path / "cache")
+    summary = capture(teacher, many, tmp_path / "cache", progress=stopping, **SMALL)
+    assert summary.num_captured_tokens < summary.num_tokens == captured[-1]
+    assert files_of(tmp_path / "cache") == files
+
+
+def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_own(
+    undisturbed: tuple[Path, dict[str, bytes]],
+    teacher: Teacher,
+    many: Examples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, files = undisturbed
+    third = open_cache(root).sequences.to_pandas().query("shard == 2")["id"].iloc[1]
+    genuine = todi_offline.teacher.teacher_targets
+
+    def breaking(logits: Tensor, *args: Any) -> Any:
+        if current == third:
+            logits = logits.clone()
+            logits[3, 7] = torch.nan
+        return genuine(logits, *args)
+
+    current = ""
+
+    def alone(teacher: Teacher, members: list[Example], settings: Any) -> list[TargetRows]:
+        nonlocal current
+        rows = []
+        for member in members:
+            current = member.id
+            rows += genuine_targets_of(teacher, [member], settings)
+        return rows
+
+    genuine_targets_of = todi_offline.capturing.targets_of
+    with monkeypatch.context() as patched:
+        patched.setattr(todi_offline.teacher, "teacher_targets", breaking)
+        patched.setattr(todi_offline.capturing, "targets_of", alone)
+        with pytest.raises(TeacherOutputError, match=f"example '{third}' at position [0-9]+ hold NaN"):
+            capture(teacher, many, tmp_path / "cache", **SMALL)
+    found = files_of(tmp_path / "cache")
+    assert [name for name in found if name.startswith("commits/")] == ["commits/000000.json", "commits/000001.json"]
+    assert not [name for name in found if "/c/2" in name]
+    capture(teacher, many, tmp_path / "cache", **SMALL)
+    assert open_cache(tmp_path / "cache").sequences.num_rows == len(many)
+    assert sorted(files_of(tmp_path / "cache")) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"k": 4}, "settings.k: 8 here, 4 there"),
+        ({"temperatures": [1.0]}, "temperatures"),
+        ({"tail_seed": 1}, "tail_seed"),
+    ],
+)
+def test_a_begun_cache_refuses_other_settings(
+    undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples, changes: dict[str, Any], named: str
+) -> None:
+    root, files = undisturbed
+    with pytest.raises(CacheMismatchError, match=named):
+        capture(teacher, many, root, **(SMALL | changes))
+    assert files_of(root) == files
+
+
+def test_a_begun_cache_refuses_another_teacher_and_other_data(
+    undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples
+) -> None:
+    root, files = undisturbed
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights"):
+        capture(as_teacher(llama(seed=1), tiny_tokenizer()), many, root, **SMALL)
+    fewer = Examples.from_list(list(many)[:-1], many.recipe)
+    with pytest.raises(CacheMismatchError, match=r"data\.content.*data\.num_sequences: 120 here, 119 there"):
+        capture(teacher, fewer, root, **SMALL)
+    assert files_of(root) == files
+
+
+def test_the_bytes_of_a_cache_depend_on_no_folder(folder: Path, chats: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "another"):
+        place = tmp_path / name
+        teacher, data = shutil.copytree(folder, place / "teacher"), shutil.copy(chats, place)
+        settings = SMALL | {"limit": 12, "max_length": 64, "max_prompt_length": 32, "device": "cpu"}
+        capture(str(teacher), str(data), place / "cache", **settings)
+        found.append(files_of(place / "cache"))
+    assert found[0] == found[1]
+    for name, content in found[0].items():
+        for private in (tmp_path.name, str(tmp_path), tmp_path.parent.name):
+            assert private.encode() not in content, name
+
+
+def test_a_capture_from_a_toml_file_is_the_capture_of_its_settings(folder: Path, chats: Path, tmp_path: Path) -> None:
+    file = tmp_path / "capture.toml"
+    file.write_text(
+        f'out = "{tmp_path / "a"}"\n[teacher]\nteacher = "{folder}"\ndevice = "cpu"\n'
+        f'[data]\ndata = "{chats}"\nlimit = 5\n[cache]\nk = 4\nshard_tokens = 4096\n'
+    )
+    capture_from(file, {"max_length": 64, "max_prompt_length": 32})
+    lengths = {"limit": 5, "max_length": 64, "max_prompt_length": 32}
+    capture(str(folder), str(chats), tmp_path / "b", k=4, shard_tokens=4096, device="cpu", **lengths)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_a_setting_that_does_not_exist_is_refused(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'temprature' is no setting of the settings"):
+        capture(teacher, examples, tmp_path / "cache", temprature=2.0)
+    assert not (tmp_path / "cache").exists()
+
+
+KILLED = """
+import json, os, signal, sys, threading
+import datasets, torch, transformers.models.llama.modeling_llama, zarr  # once, not in every child
+from todi_offline.capturing import capture
+torch.set_num_threads(1)  # a pool of threads does not survive a fork
+teacher, data, settings, folders = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+for folder, seconds in folders.items():
+    child = os.fork()
+    if not child:
+        killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        capture(teacher, data, folder, progress=lambda done, total: None if done else killer.start(), **settings)
+        signal.pause()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    "instants", [(0.02, 0.1, 0.25, 0.4), pytest.param(np.arange(0.03, 1, 0.03), marks=pytest.mark.slow)]
+)
+def test_a_killed_capture_run_again_gives_the_same_bytes(
+    folder: Path, chats: Path, tmp_path: Path, instants: Iterable[float]
+) -> None:
+    settings = SMALL | {"max_length": 128, "max_prompt_length": 64, "device": "cpu", "batch_tokens": 256}
+    folders = {str(tmp_path / f"killed {number}"): float(seconds) for number, seconds in enumerate(instants)}
+    args = [str(folder), str(chats), json.dumps(settings), json.dumps(folders)]
+    output = subprocess.run([sys.executable, "-c", KILLED, *args], capture_output=True, text=True, check=True).stdout
+    assert output.split() == [str(-signal.SIGKILL)] * len(folders)
+    capture(str(folder), str(chats), tmp_path / "whole", **settings)
+    whole, committed = files_of(tmp_path / "whole"), []
+    for killed in folders:
+        committed.append(len([name for name in files_of(Path(killed)) if name.startswith("commits/")]))
+        capture(str(folder), str(chats), killed, **settings)
+        assert files_of(Path(killed)) == whole
+    assert any(0 < number < 4 for number in committed), committed
