@@ -125,7 +125,7 @@ def write_object(root: Path, key: str, data: bytes) -> ObjectSum:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CacheError(
-            f"cannot write {path}: {error.strerror}; what is committed is safe: mend that and run the same command again"
+            f"cannot write {path}: {error.strerror}; what is committed is safe; mend that and run it again"
         ) from error
     return ObjectSum.of(data)
 
@@ -153,7 +153,7 @@ class CacheLock:
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(self._descriptor)
-            raise CacheLockedError(f"{self._path.parent} is being written by {holder}; wait for it or stop it") from error
+            raise CacheLockedError(f"{self._path.parent} is being written by {holder}; wait or stop it") from error
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return self

@@ -11,6 +11,7 @@ of the entry before it. Rows must fall from left to right, which the order of th
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,8 @@ class TargetRows:
 
     def __getitem__(self, index: slice) -> "TargetRows":
         """Return some of the targets."""
-        return dataclasses.replace(self, **{name: values[index] for name, values in self.arrays().items()})
+        cut: dict[str, Any] = {name: values[index] for name, values in self.arrays().items()}
+        return dataclasses.replace(self, **cut)
 
     def arrays(self) -> dict[str, Array]:
         """Return the fields that are arrays, by name."""
@@ -59,8 +61,9 @@ class TargetRows:
     @staticmethod
     def concatenate(parts: Sequence["TargetRows"]) -> "TargetRows":
         """Return the targets of several, end to end; all have the same fields and settings."""
-        joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
-        return dataclasses.replace(parts[0], **joined)  # type: ignore[arg-type]
+        names = parts[0].arrays()
+        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return dataclasses.replace(parts[0], **joined)
 
 
 def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:

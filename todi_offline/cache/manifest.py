@@ -62,7 +62,7 @@ class Manifest:
         wrong = [name for name in mappings if not isinstance(values[name], Mapping)]
         vocab_size = values["vocab_size"]
         if wrong or not isinstance(vocab_size, int) or not 1 <= vocab_size <= 2**32:
-            raise CacheFormatError(f"the manifest of {where} has a wrong type or range: {', '.join(wrong) or vocab_size}")
+            raise CacheFormatError(f"the manifest of {where} has a wrong type or range: {wrong or vocab_size}")
         try:
             settings = load_config(CacheSettings, overrides=values["settings"])
         except ConfigError as error:

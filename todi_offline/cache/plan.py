@@ -32,7 +32,8 @@ def plan_shards(num_tokens: Sequence[int], shard_tokens: int) -> list[ShardPlan]
     """
     if not len(num_tokens):
         raise DataError("there is no example to capture: the data set is empty, or all of it was dropped")
-    shards, start, used = [], 0, 0
+    shards: list[ShardPlan] = []
+    start = used = 0
     for position, length in enumerate(num_tokens):
         if length > shard_tokens:
             raise DataError(

@@ -53,7 +53,7 @@ def open_cache(path: str | Path, *, allow_unsealed: bool = False) -> "Cache":
         for key, expected in seal.objects.items():
             read_object(root, key, expected)
         shards = list(range(seal.num_shards))
-    tables = [_read_table(root, shard) for shard in shards]
+    tables = [read_table(root, shard) for shard in shards]
     return Cache(root, manifest, pa.concat_tables(tables) if tables else None)
 
 
@@ -80,7 +80,7 @@ class Cache:
         self.manifest = manifest
         self.sequences = sequences
         """The sequence table: id, source, content key, place, teacher NLL and top-k mass of every sequence."""
-        self._numbers = {name: sequences[name].to_numpy() for name in _NUMBERS}
+        self._numbers: dict[str, npt.NDArray[Any]] = {name: sequences[name].to_numpy() for name in _NUMBERS}
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -148,7 +148,12 @@ class Cache:
         return sums
 
 
-def _read_table(root: Path, shard: int) -> pa.Table:
+def read_table(root: Path, shard: int) -> pa.Table:
+    """Read the sequence table of a shard.
+
+    Raises:
+        CacheError: it is not what its commit record says.
+    """
     record = read_record(root, record_key(shard))
     if sequences_key(shard) not in record.objects:
         raise CacheFormatError(f"the commit record of shard {shard} of {root} names no sequence table")

@@ -93,7 +93,9 @@ class ShardFile:
         try:
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise CacheIncompleteError(f"the cache lacks {self.path}; `todi-cache verify` lists what is missing") from error
+            raise CacheIncompleteError(
+                f"the cache lacks {self.path}; `todi-cache verify` lists what else is"
+            ) from error
 
     def _index(self, descriptor: int) -> list[tuple[int, int]]:
         status = os.fstat(descriptor)

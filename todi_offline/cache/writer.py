@@ -1,9 +1,9 @@
 """Rows of a shard in, its Zarr objects, sequence table and commit record out.
 
-    with CacheWriter(root, manifest, num_shards) as writer:      # creates the cache, or goes on with it
-        for shard in writer.missing_shards():
-            writer.write_shard(shard, rows)
-        writer.seal()
+with CacheWriter(root, manifest, num_shards) as writer:      # creates the cache, or goes on with it
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, rows)
+    writer.seal()
 """
 
 import json
@@ -43,6 +43,7 @@ from todi_offline.cache.layout import (
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, encode_shard
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:

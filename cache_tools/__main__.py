@@ -1,0 +1,56 @@
+"""Command lines in, calls of the tools out: `todi-cache inspect`, `verify`. A command is imported when it is used."""
+
+import sys
+from importlib import import_module
+
+import click
+
+from todi_offline import __version__
+from todi_offline.errors import TodiError
+
+_COMMANDS = {
+    "inspect": "Show what a cache holds, and what it costs.",
+    "verify": "Check every checksum and every invariant of a cache.",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are modules of this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+        """Return the names, without importing anything."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import a command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"cache_tools.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy)
+@click.version_option(__version__)
+def cli() -> None:
+    """Look into caches of teacher targets, and check them.
+
+    Example: todi-cache inspect cache/
+    """
+
+
+def main() -> None:
+    """Run `todi-cache`; an error of ours is one line and exit code 1."""
+    try:
+        cli()
+    except TodiError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`todi-cache verify`: a cache in, everything that is wrong with it out."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from todi_offline.cache.reader import open_cache
+from todi_offline.cache.verify import verify_cache
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
+def command(cache: Path, as_json: bool) -> None:
+    """Check every checksum and every invariant; exit with 1 and the list of what is wrong.
+
+    Example: todi-cache verify cache/
+    """
+    with click.progressbar(length=1, label="shards", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        problems = list(verify_cache(cache, progress))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=1))
+    for problem in [] if as_json else problems:
+        click.echo(f"{problem.where}: {problem.what}\n    to mend it: {problem.remedy}")
+    if problems:
+        sys.exit(1)
+    if not as_json:
+        opened = open_cache(cache)
+        click.echo(f"{cache} is whole: {len(opened):,} sequences, {opened.num_targets.sum():,} targets")
