@@ -1,0 +1,142 @@
+"""Opening and reading caches: every value back, in any order, from anywhere; and what is refused."""
+
+import json
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cache import sequence, settings, write_cache
+
+from todi_offline import open_cache
+from todi_offline.cache.layout import CODECS, ENCODINGS
+from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_sequence_comes_back_in_any_order(tmp_path: Path, codec: str, encoding: str) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache", codec=codec, encoding=encoding))
+    assert len(cache) == 24
+    for number in np.random.default_rng(0).permutation(24).tolist():
+        expected, found = sequence(number, settings()), cache[number]
+        assert (found.token_ids == expected.token_ids).all()
+        assert (found.target_mask == expected.target_mask).all()
+        assert found.target_mask.dtype == np.bool_
+        rows = expected.targets
+        assert (found.targets.ids == rows.ids).all()
+        assert (found.targets.tail_ids == rows.tail_ids).all()
+        assert (found.targets.tail_logsumexp == rows.tail_logsumexp).all()
+        assert (found.targets.label_logprob == rows.label_logprob).all()
+        assert abs(found.targets.logprobs - rows.logprobs).max() <= (0.01 if encoding == "f16" else 1 / 32 + 1e-5)
+        assert abs(found.targets.tail_logprobs - rows.tail_logprobs).max() <= 0.01
+
+
+def test_without_tail_samples_there_are_none(tmp_path: Path) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache", tail_samples=0))
+    assert cache[0].targets.tail_ids is None
+    assert "tail_ids" not in cache.manifest.arrays
+
+
+def test_indices_count_from_both_ends_and_stop_there(tmp_path: Path) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache"))
+    assert (cache[-1].token_ids == cache[23].token_ids).all()
+    with pytest.raises(IndexError):
+        cache[24]
+    assert len(list(cache)) == 24
+
+
+def test_threads_and_forks_read_the_same(tmp_path: Path) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache"))
+    expected = [int(cache[index].targets.ids.sum()) for index in range(24)]
+
+    def read(index: int) -> int:
+        return int(cache[index].targets.ids.sum())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(24))) == expected
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    child = multiprocessing.get_context("fork").Process(target=lambda: theirs.send([read(i) for i in range(24)]))
+    child.start()
+    assert ours.recv() == expected
+    child.join()
+
+
+def test_what_is_no_cache_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CacheFormatError, match="it has no zarr"):
+        open_cache(tmp_path)
+    (tmp_path / "zarr.json").write_text("{}")
+    with pytest.raises(CacheFormatError, match="holds no todi_offline manifest"):
+        open_cache(tmp_path)
+    (tmp_path / "zarr.json").write_text("{" * 10_000)
+    with pytest.raises(CacheFormatError, match="holds no todi_offline manifest"):
+        open_cache(tmp_path)
+
+
+def edit_manifest(root: Path, **changes: object) -> None:
+    group = json.loads((root / "zarr.json").read_text())
+    group["attributes"]["todi_offline"] |= changes
+    (root / "zarr.json").write_text(json.dumps(group))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "is of format version 2, this release reads version 1"),
+        ({"settings": {"k": -1}}, "has impossible settings"),
+        ({"settings": {"depth": 3}}, "has impossible settings"),
+        ({"settings": 5}, "wrong type or range"),
+        ({"vocab_size": 10**12}, "wrong type or range"),
+        ({"teacher": None}, "wrong type or range"),
+    ],
+)
+def test_a_manifest_is_checked_before_it_is_believed(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    root = write_cache(tmp_path / "cache")
+    edit_manifest(root, **changes)
+    with pytest.raises(CacheFormatError, match=message):
+        open_cache(root)
+
+
+def test_metadata_that_was_changed_after_the_seal_is_found(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    edit_manifest(root, vocab_size=299)
+    with pytest.raises(CacheCorruptError, match=r"zarr.json is not what was written: \d+ bytes"):
+        open_cache(root)
+
+
+def test_an_unsealed_cache_is_opened_only_when_told_to(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", seal=False)
+    (root / "commits/000001.json").unlink()
+    with pytest.raises(CacheIncompleteError, match=r"is not sealed.*run the same `todi capture` again"):
+        open_cache(root)
+    assert len(open_cache(root, allow_unsealed=True)) == 12
+    (root / "commits/000000.json").unlink()
+    with pytest.raises(CacheIncompleteError, match="holds no committed shard yet"):
+        open_cache(root, allow_unsealed=True)
+
+
+def test_a_missing_shard_is_named_and_a_damaged_chunk_names_the_sequence(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    cache = open_cache(root)
+    shard = root / "topk_logprobs/c/1/0"
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 4
+    shard.write_bytes(data)
+    cache[0]
+    with pytest.raises(CacheCorruptError, match=r"sequence 'fake:12' \(number 12\): chunk 0 .*topk_logprobs/c/1/0"):
+        cache[12]
+    shard.unlink()
+    with pytest.raises(CacheIncompleteError, match=r"sequence 'fake:12' .*topk_logprobs/c/1/0"):
+        cache[12]
+    (root / "sequences/000000.parquet").unlink()
+    with pytest.raises(CacheIncompleteError, match=r"lacks sequences/000000.parquet"):
+        open_cache(root)
+
+
+def test_bytes_are_counted_by_array(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    counted = open_cache(root).bytes_by_array
+    on_disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and path.suffix != ".json")
+    assert sum(counted.values()) == on_disk
+    assert min(counted.values()) > 0
