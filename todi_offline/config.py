@@ -78,14 +78,14 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     for key in values:
         if key not in kinds:
             raise ConfigError(_unknown(key, kinds, where))
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = kinds[field.name]
         if dataclasses.is_dataclass(kind):
             table = values.get(field.name, {})
-            if isinstance(table, Mapping):
-                table = _build(typing.cast(type, kind), table, f"{where} [{field.name}]")
-            arguments[field.name] = table
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"{field.name} in {where} is {table!r}; expected a table")
+            arguments[field.name] = _build(typing.cast(type, kind), table, f"{where} [{field.name}]")
         elif field.name in values:
             arguments[field.name] = _coerce(values[field.name], kind, f"{field.name} in {where}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

@@ -1,0 +1,81 @@
+"""Settings from defaults, TOML files and overrides."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from todi_offline.config import flat_fields, load_config, to_dict
+from todi_offline.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    inner: str = "x"
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    out: Path
+    mode: Literal["a", "b"] = "a"
+    limit: int | None = None
+    flag: bool = False
+    inner: Inner = field(default_factory=Inner)
+    free: dict[str, object] = field(default_factory=dict)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_wins_over_defaults_and_overrides_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, 'out = "o"\nmode = "b"\nlimit = 3\n[inner]\nrate = 2\nsizes = [4]\n[free]\nany = 1\n')
+    config = load_config(Outer, path, {"limit": 5, "rate": 0.25})
+    assert config == Outer(out=Path("o"), mode="b", limit=5, inner=Inner(rate=0.25, sizes=(4,)), free={"any": 1})
+
+
+def test_a_tables_own_name_given_flat_is_the_field_of_that_name_inside(tmp_path: Path) -> None:
+    assert load_config(Outer, None, {"out": "o", "inner": "y"}).inner == Inner(inner="y")
+    assert load_config(Outer, None, {"out": "o", "inner": {"rate": 1}}).inner == Inner(rate=1.0)
+
+
+def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
+    config = load_config(Outer, None, {"out": "o", "sizes": [3]})
+    plain = to_dict(config)
+    assert plain["inner"] == {"inner": "x", "rate": 0.5, "sizes": [3]}
+    assert load_config(Outer, None, plain) == config
+
+
+def test_every_setting_is_listed_with_its_table() -> None:
+    assert [name for name, _ in flat_fields(Outer)][-4:] == ["inner", "rate", "sizes", "free"]
+    assert dict(flat_fields(Outer))["rate"] is Inner
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ('out = "o"\nmodes = "a"', {}, r"'modes' is no setting of .*; did you mean 'mode'\?"),
+        ('out = "o"\n[inner]\nrat = 1', {}, r"'rat' is no setting of .*\[inner\]; did you mean 'rate'\?"),
+        ('out = "o"', {"zzz": 1}, r"'zzz' is no setting of the settings; the settings are out, mode"),
+        ('out = "o"\nmode = "c"', {}, r"mode in .* is 'c'; expected one of a, b"),
+        ('out = "o"\nlimit = "many"', {}, r"limit in .* is 'many'; expected int"),
+        ('out = "o"\nlimit = true', {}, r"limit in .* is True; expected int"),
+        ('out = "o"\nflag = 1', {}, r"flag in .* is 1; expected bool"),
+        ('out = "o"\ninner = 3', {}, r"inner in .* is 3; expected a table"),
+        ("", {}, r"out is required; name it in .*, or as --out"),
+        ("out = ", {}, r"is not valid TOML"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, text: str, overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, write(tmp_path, text), overrides)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config .*none.toml: No such file"):
+        load_config(Outer, tmp_path / "none.toml")
