@@ -169,7 +169,7 @@ def test_every_id_may_be_kept():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jeffreys", "alpha_beta"])
 def test_gradients_are_those_of_finite_differences(divergence, temperature):
-    *inputs, labels, targets = case(num_targets=3)
+    *inputs, labels, targets = case(num_targets=2, width=2, vocab=9)
 
     def loss(*inputs):
         options = {"divergence": divergence, "temperature": temperature, "k": 3, "softcap": 5.0, "chunk_targets": 2}

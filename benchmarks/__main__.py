@@ -1,0 +1,62 @@
+"""The name of a benchmark in, its table on the terminal and its numbers in benchmarks/results/NAME.json out."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import pkgutil
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+
+import benchmarks
+
+NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
+RESULTS = Path(__file__).parent / "results"
+
+
+@click.command(epilog="For example: python -m benchmarks loss --quick")
+@click.argument("name", required=False, type=click.Choice(NAMES))
+@click.option("--quick", is_flag=True, help="Smaller, to see that it runs; keeps no results.")
+def main(name: str | None, quick: bool) -> None:
+    """Run the benchmark NAME; without a name, list all with the question that each answers."""
+    if name is None:
+        for each in NAMES:
+            click.echo(f"{each:12} {_load(each).__doc__.splitlines()[0]}")
+        return
+    benchmark = _load(name)
+    click.echo(f"{benchmark.__doc__}\n{_listed(_environment())}\n")
+    measured = benchmark.run(quick)
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({"benchmark": name, **_environment(), **measured}, indent=1)
+        (RESULTS / f"{name}.json").write_text(text + "\n")
+
+
+def _load(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def _environment() -> dict[str, dict[str, str]]:
+    packages = ("torch", "numpy", "zarr", "numcodecs", "transformers")
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = models[0] if models else processor
+    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "hardware": {"processor": processor, "cpus": str(os.cpu_count()), "system": platform.system()},
+        "before": {"load": load},
+    }
+
+
+def _listed(environment: dict[str, dict[str, str]]) -> str:
+    return "\n".join(f"{k}: " + ", ".join(f"{a} {b}" for a, b in v.items()) for k, v in environment.items())
+
+
+if __name__ == "__main__":
+    main()
