@@ -57,7 +57,8 @@ class ShuffledOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield the numbers of the sequences."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, self.epoch]))
+        key = np.array([self.seed % 2**64, self.epoch], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
         return iter(generator.permutation(self.num_sequences).tolist())
 
 
