@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from todi_offline.cache.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
-from todi_offline.errors import ConfigError, ModelError
+from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import distillation_loss
 from todi_offline.models import Model, Tokenizer, head_at, real_vocab_size
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch
@@ -82,6 +82,7 @@ class ToDiTrainer(Trainer):
         self.distillation = distillation or DistillationConfig()
         for cache in caches:
             self._check(cache, model, processing_class)
+            _require_alike(cache, caches[0])
         args.remove_unused_columns = False  # a batch is no row of a table
         args.dataloader_pin_memory &= args.device.type not in ("cpu", "mps")  # nothing to pin for: torch warns
         super().__init__(
@@ -232,6 +233,24 @@ class _Meter:
         means["tokens_per_second"] = num_tokens / seconds
         means["data_wait_share"] = self.wait_seconds / seconds
         return means
+
+
+def _require_alike(cache: Cache, first: Cache) -> None:
+    """Refuse a cache whose rows would be read as what they are not: one reading serves all of a trainer."""
+
+    def reading(cache: Cache) -> dict[str, Any]:
+        settings = cache.manifest.settings
+        return {
+            "vocab_size": cache.manifest.vocab_size,
+            "temperatures": settings.temperatures,
+            "tail_temperature": settings.tail_temperature,
+        }
+
+    lines = differences(reading(cache), reading(first))
+    if lines:
+        raise CacheMismatchError(
+            f"{cache.root} cannot be used beside {first.root} ({'; '.join(lines)}); capture both with the same settings"
+        )
 
 
 def _dataset(cache: Cache | None) -> CacheDataset | None:
