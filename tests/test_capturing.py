@@ -216,7 +216,7 @@ def test_a_capture_stopped_after_some_shards_and_run_again_gives_the_same_bytes(
     undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples, tmp_path: Path
 ) -> None:
     _, files = undisturbed
-    stops = [3000, 9000, 14_000]
+    stops = [3000, 8000, 12_000]
     captured: list[int] = []
 
     def stopping(done: int, total: int) -> None:
@@ -343,24 +343,30 @@ import datasets, torch, transformers.models.llama.modeling_llama, zarr  # once, 
 from todi_offline.capturing import capture
 torch.set_num_threads(1)  # a pool of threads does not survive a fork
 teacher, data, settings, folders = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-for folder, seconds in folders.items():
+for folder, (share, seconds) in folders.items():
     child = os.fork()
     if not child:
         killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-        capture(teacher, data, folder, progress=lambda done, total: None if done else killer.start(), **settings)
+        def progress(done, total):
+            if done >= share * total and not killer.is_alive():
+                killer.start()
+        capture(teacher, data, folder, progress=progress, **settings)
         signal.pause()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.parametrize(
-    "instants", [(0.02, 0.1, 0.25, 0.4), pytest.param(np.arange(0.03, 1, 0.03), marks=pytest.mark.slow)]
-)
+INSTANTS = [(0.0, 0.0), (0.5, 0.0), (0.9, 0.01)]
+"""When to kill: at this share of the tokens, and so many seconds later."""
+MANY_INSTANTS = [(share / 10, delay / 100) for share in range(10) for delay in range(6)]
+
+
+@pytest.mark.parametrize("instants", [INSTANTS, pytest.param(MANY_INSTANTS, marks=pytest.mark.slow)])
 def test_a_killed_capture_run_again_gives_the_same_bytes(
-    folder: Path, chats: Path, tmp_path: Path, instants: Iterable[float]
+    folder: Path, chats: Path, tmp_path: Path, instants: list[tuple[float, float]]
 ) -> None:
     settings = SMALL | {"max_length": 128, "max_prompt_length": 64, "device": "cpu", "batch_tokens": 256}
-    folders = {str(tmp_path / f"killed {number}"): float(seconds) for number, seconds in enumerate(instants)}
+    folders = {str(tmp_path / f"killed {number}"): instant for number, instant in enumerate(instants)}
     args = [str(folder), str(chats), json.dumps(settings), json.dumps(folders)]
     output = subprocess.run([sys.executable, "-c", KILLED, *args], capture_output=True, text=True, check=True).stdout
     assert output.split() == [str(-signal.SIGKILL)] * len(folders)

@@ -1,0 +1,186 @@
+"""Order, packing and prefetching: no sequence lost, repeated or seen by its neighbour."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import gpt2, llama
+from torch import Tensor
+
+from todi_offline.cache.reader import Cache, CachedSequence
+from todi_offline.losses import distillation_loss
+from todi_offline.models import head_at
+from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, pack_rows, prefetch
+
+LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
+
+
+def order_of(num_sequences: int, seed: int, epoch: int) -> list[int]:
+    order = ShuffledOrder(num_sequences, seed)
+    order.set_epoch(epoch)
+    return list(order)
+
+
+@given(st.integers(1, 300), st.integers(-(2**40), 2**70), st.integers(0, 10_000))
+def test_an_order_holds_every_sequence_once_and_follows_from_its_arguments(
+    num_sequences: int, seed: int, epoch: int
+) -> None:
+    torch.rand(3)  # no random state of torch or numpy has a part in it
+    first = order_of(num_sequences, seed, epoch)
+    np.random.default_rng().random()
+    assert sorted(first) == list(range(num_sequences))
+    assert first == order_of(num_sequences, seed, epoch)
+    assert len(ShuffledOrder(num_sequences, seed)) == num_sequences
+
+
+def test_orders_differ_by_epoch_and_by_seed() -> None:
+    orders = {tuple(order_of(50, seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}
+    assert len(orders) == 9
+
+
+def test_the_order_of_a_seed_is_this_one_in_every_release() -> None:
+    assert order_of(10, 42, 0) == [2, 4, 5, 0, 9, 8, 1, 7, 3, 6]
+    assert order_of(10, 42, 1) == [7, 1, 4, 9, 8, 3, 5, 0, 2, 6]
+
+
+@given(LENGTHS, st.integers(1, 300))
+def test_packed_rows_hold_every_sequence_once_and_no_row_more_than_it_can(lengths: list[int], row_length: int) -> None:
+    rows = pack_rows(lengths, row_length)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(len(row) == 1 or sum(lengths[index] for index in row) <= row_length for row in rows)
+    assert len(rows) <= len(lengths)
+
+
+def test_packing_fills_rows() -> None:
+    assert pack_rows([100, 60, 40, 30, 30, 40], 100) == [[0], [1, 2], [5, 3, 4]]
+
+
+def test_a_batch_names_the_positions_and_the_labels_of_its_targets(cache: Cache) -> None:
+    members = [cache[index] for index in (4, 1, 9)]
+    expected = {token_at for member in members for token_at in pairs_of(member)}
+    for collator in (Collator(), Collator(pack=False), Collator(one_row=True)):
+        batch = collator(members)
+        before = batch["input_ids"].flatten()[batch["target_positions"]]
+        after = batch["input_ids"].flatten()[batch["target_positions"] + 1]
+        assert torch.equal(after, batch["labels"])
+        assert set(zip(before.tolist(), after.tolist(), strict=True)) == expected
+        assert batch["num_tokens"].tolist() == [sum(len(member.token_ids) for member in members)]
+
+
+def pairs_of(sequence: CachedSequence) -> list[tuple[int, int]]:
+    columns = np.flatnonzero(sequence.target_mask)
+    ids = sequence.token_ids
+    return list(zip(ids[columns].tolist(), ids[columns + 1].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+def test_packed_sequences_have_the_logits_and_the_loss_of_each_alone(
+    build: Callable[..., Any], collator: Collator, cache: Cache
+) -> None:
+    model = build(seed=5)
+    members = [cache[index] for index in (3, 0, 6, 12, 18, 2, 1)]
+    batch = collator(members)
+    if collator.pack:
+        assert len(batch["input_ids"]) < len(members)
+    together = target_logits(model, batch)
+    separate = [Collator()([member]) for member in in_batch_order(members, batch)]
+    alone = torch.cat([target_logits(model, one) for one in separate])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    losses = [loss_of(target_logits(model, one), one, cache, num_targets=1) for one in separate]
+    num_targets = len(batch["labels"])
+    found = loss_of(together, batch, cache, num_targets)
+    torch.testing.assert_close(found, torch.stack(losses).sum() / num_targets, rtol=1e-5, atol=1e-5)
+
+
+def in_batch_order(members: list[CachedSequence], batch: dict[str, Tensor]) -> list[CachedSequence]:
+    """The members as they lie in the rows, found by their tokens."""
+    flat, starts = batch["input_ids"].flatten(), (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
+    by_start = {}
+    for start in starts:
+        for number, member in enumerate(members):
+            length = len(member.token_ids)
+            if flat[start : start + length].tolist() == member.token_ids.tolist():
+                by_start[start] = number
+    assert sorted(by_start.values()) == list(range(len(members)))
+    return [members[by_start[start]] for start in sorted(by_start)]
+
+
+def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad(), head_at(model, batch["target_positions"]):
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        return model(**inputs, use_cache=False).logits[0]
+
+
+def loss_of(logits: Tensor, batch: dict[str, Tensor], cache: Cache, num_targets: int) -> Tensor:
+    return distillation_loss(logits, batch["labels"], batch_targets(batch, cache), num_targets=num_targets)[0]
+
+
+def test_with_a_key_value_cache_packed_sequences_do_see_each_other(cache: Cache) -> None:
+    """Why the trainer says use_cache=False: without it this library would train on wrong logits, silently."""
+    model = llama(seed=5)
+    batch = Collator(one_row=True)([cache[0], cache[1]])
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with torch.no_grad():
+        apart, mixed = (model(**inputs, use_cache=use_cache).logits for use_cache in (False, True))
+    if torch.allclose(apart, mixed, atol=1e-3):
+        pytest.skip("this release of transformers keeps them apart with a cache too")
+
+
+def test_a_batch_is_the_targets_of_the_cache(cache: Cache) -> None:
+    found = batch_targets(Collator(pack=False)([cache[2], cache[3]]), cache)
+    for field in ("ids", "logprobs", "tail_logsumexp", "tail_ids", "tail_logprobs"):
+        stored = np.concatenate([getattr(cache[index].targets, field) for index in (2, 3)])
+        np.testing.assert_array_equal(getattr(found, field).numpy(), stored)
+    assert found.temperatures == cache.manifest.settings.temperatures
+    assert found.tail_temperature == cache.manifest.settings.tail_temperature
+
+
+def test_a_cache_is_a_data_set(cache: Cache) -> None:
+    dataset = CacheDataset(cache)
+    assert len(dataset) == len(cache) == 21
+    np.testing.assert_array_equal(dataset[20].token_ids, cache[20].token_ids)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 10])
+def test_prefetching_keeps_order_and_ends(length: int, depth: int) -> None:
+    assert list(prefetch(iter(range(length)), depth)) == list(range(length))
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_prefetching_raises_the_error_of_its_source_where_it_happened(at: int) -> None:
+    def source() -> Iterator[int]:
+        yield from range(at)
+        raise OSError("the disk is gone")
+
+    batches = prefetch(source())
+    assert [next(batches) for _ in range(at)] == list(range(at))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+
+
+def test_prefetching_works_ahead_in_a_thread_but_draws_the_first_in_its_callers() -> None:
+    made_in: list[int] = []
+    third = threading.Event()
+
+    def source() -> Iterator[int]:
+        for number in range(5):
+            made_in.append(threading.get_ident())
+            if number == 2:
+                third.set()
+            yield number
+
+    batches = prefetch(source(), depth=2)
+    next(batches)
+    assert made_in[0] == threading.get_ident()
+    assert next(batches) == 1
+    assert third.wait(timeout=10)  # made although nobody asked for it
+    assert threading.get_ident() not in made_in[1:]
+    batches.close()  # type: ignore[attr-defined]
+    assert len(made_in) <= 4

@@ -1,0 +1,533 @@
+"""Training: what is trained on, in which order, and what is logged of it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from tiny_models import VOCAB, gpt2, llama, mamba
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+import todi_offline.trainer
+from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.capturing import capture
+from todi_offline.data import Example, Examples
+from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TargetsError
+from todi_offline.losses import distillation_loss, sparse_divergence
+from todi_offline.models import output_head
+from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
+from todi_offline.targets import SparseTargets
+from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.trainer import DistillationConfig, ToDiTrainer
+
+QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+MEANS = (
+    "cross_entropy",
+    "kd",
+    "forward_kl",
+    "reverse_kl",
+    "teacher_kept_mass",
+    "student_kept_mass",
+    "share_a_above_half",
+    "tail_share",
+)
+
+
+class Noting(ToDiTrainer):
+    """Notes what every micro-batch held, and its loss."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            self.batches.append(inputs)
+            self.losses.append(loss.item())
+        return loss
+
+
+def trainer_of(
+    out: Path,
+    train_dataset: Cache | None,
+    model: Any = None,
+    *,
+    distillation: DistillationConfig | None = None,
+    eval_dataset: Any = None,
+    tokenizer: Any = None,
+    callbacks: list[Any] | None = None,
+    **settings: Any,
+) -> Noting:
+    values = QUIET | {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1} | settings
+    return Noting(
+        model=llama(seed=1) if model is None else model,
+        args=TrainingArguments(output_dir=str(out), **values),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer or tiny_tokenizer(),
+        distillation=distillation,
+        callbacks=callbacks,
+    )
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(found: Any, expected: Any, tolerance: float = 0.0) -> None:
+    mine = weights(found)
+    for name, value in weights(expected).items():
+        assert (mine[name] - value).abs().max() <= tolerance, name
+
+
+def seen_by(trainer: Noting, cache: Cache) -> list[set[int]]:
+    """The sequences of each micro-batch, told by their tokens."""
+    numbers = {sequence.token_ids.tobytes(): number for number, sequence in enumerate(cache)}
+    assert len(numbers) == len(cache)
+    found = []
+    for batch in trainer.batches:
+        members = set()
+        for tokens, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+            starts = (positions == 0).nonzero().flatten().tolist()
+            for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+                piece = tokens[start:stop].numpy().astype(np.uint32)
+                lengths = {len(key) // 4 for key in numbers}
+                members |= {numbers[piece[:n].tobytes()] for n in lengths if piece[:n].tobytes() in numbers}
+        found.append(members)
+    return found
+
+
+# What is trained on
+
+
+def test_the_loss_is_that_of_each_sequence_run_alone(cache: Cache, tmp_path: Path) -> None:
+    config = DistillationConfig(temperature=2.0, kd_weight=0.3)
+    trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=1)
+    trainer.train()
+    model, summed, num_targets = llama(seed=1), 0.0, 0
+    for number in seen_by(trainer, cache)[0]:
+        ids = torch.from_numpy(cache[number].token_ids.astype(np.int64))
+        columns = torch.from_numpy(np.flatnonzero(cache[number].target_mask))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, columns]
+        cross_entropy = nn.functional.cross_entropy(logits, ids[columns + 1], reduction="sum")
+        targets = SparseTargets.from_numpy(cache[number].targets)
+        kd = sparse_divergence(logits, targets, "todi", temperature=2.0).sum()
+        summed += float(0.7 * cross_entropy + 0.3 * kd)
+        num_targets += len(columns)
+    assert trainer.losses[0] == pytest.approx(summed / num_targets, rel=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(summed / num_targets, rel=1e-4)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_without_distillation_it_is_the_trainer_of_transformers(
+    build: Callable[..., Any], cache: Cache, tmp_path: Path
+) -> None:
+    """The same losses and the same weights as plain supervised fine-tuning of padded batches in the same order."""
+    settings = QUIET | {"per_device_train_batch_size": 4, "learning_rate": 0.1, "optim": "sgd", "max_steps": 4}
+    sft = DistillationConfig(kd_weight=0.0)
+    ours = trainer_of(tmp_path / "a", cache, build(seed=1), distillation=sft, **settings)
+    ours.train()
+    order = iter(ShuffledOrder(len(cache), 42))
+
+    def padded(sequences: list[CachedSequence]) -> dict[str, Tensor]:
+        longest = max(len(sequence.token_ids) for sequence in sequences)
+        input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        labels = torch.full_like(input_ids, -100)
+        for row, sequence in enumerate(sequences):
+            ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
+            input_ids[row, : len(ids)] = ids
+            supervised = torch.from_numpy(np.flatnonzero(sequence.target_mask)) + 1
+            labels[row, supervised] = ids[supervised]
+        mask = torch.arange(longest) < torch.tensor([[len(sequence.token_ids)] for sequence in sequences])
+        return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
+
+    class Ordered(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return list(order)
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "b"),
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        **settings,
+    )
+    plain = Ordered(model=build(seed=1), args=args, train_dataset=CacheDataset(cache), data_collator=padded)
+    plain.train()
+    for mine, theirs in zip(ours.state.log_history[:4], plain.state.log_history[:4], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["loss"] == pytest.approx(mine["cross_entropy"], rel=1e-4)
+    assert_same_weights(ours.model, plain.model, 1e-6)
+
+
+def test_the_head_runs_at_the_targets_alone(cache: Cache, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cache, max_steps=2)
+    rows: list[int] = []
+    output_head(trainer.model).register_forward_hook(lambda _, __, output: rows.append(output.numel() // VOCAB))
+    trainer.train()
+    assert rows == [len(batch["labels"]) for batch in trainer.batches]
+
+
+def test_a_model_that_lets_packed_sequences_meet_gets_a_row_for_each(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="todi_offline.trainer"):
+        trainer = trainer_of(tmp_path, cache, mamba(), max_steps=1)
+    assert trainer.data_collator == Collator(pack=False)
+    assert "MambaForCausalLM does not keep packed sequences apart" in caplog.text
+    trainer.train()
+    assert len(trainer.batches[0]["input_ids"]) == 4
+    assert trainer_of(tmp_path, cache).data_collator == Collator(pack=True)
+
+
+def test_kernels_for_variable_lengths_get_a_single_row(cache: Cache) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
+    assert todi_offline.trainer._collator(model) == Collator(pack=True, one_row=True)
+
+
+@pytest.mark.parametrize("vocab", [151_936, 262_144])
+def test_a_vocabulary_beyond_two_bytes_is_captured_and_trained_on(
+    vocab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = BigTokenizer(vocab)
+    shape = {"vocab_size": vocab, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    generator = np.random.default_rng(0)
+    mask = np.arange(20) % 2 == 0
+    examples = Examples.from_list(
+        Example(str(n), "made", generator.integers(60_000, vocab, 20).astype(np.uint32), mask) for n in range(4)
+    )
+    capture(as_teacher(llama(**shape), tokenizer), examples, tmp_path / "cache", k=8, shard_tokens=4096)
+    cache = open_cache(tmp_path / "cache")
+    ids = np.concatenate([sequence.targets.ids for sequence in cache])
+    assert ids.dtype == np.uint32
+    assert ids.max() > 65_536
+    before = llama(seed=1, **shape)
+    trainer = trainer_of(tmp_path / "run", cache, llama(seed=1, **shape), tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert math.isfinite(trainer.losses[0])
+    assert not torch.equal(trainer.model.lm_head.weight, before.lm_head.weight)
+
+
+class BigTokenizer(PreTrainedTokenizerFast):
+    """The tiny tokenizer with as many ids as are asked for."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
+        self.num_ids = vocab
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(self.num_ids)}
+
+
+def test_teacher_and_student_may_pad_their_embeddings_unlike(examples: Examples, tmp_path: Path) -> None:
+    capture(as_teacher(llama(vocab_size=VOCAB + 64), tiny_tokenizer()), examples, tmp_path / "cache", k=8)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.manifest.vocab_size == VOCAB
+    losses = []
+    for padding in (0, 128):
+        model = llama(seed=1, vocab_size=VOCAB + padding)
+        with torch.no_grad():  # the same model, but for rows that nobody should look at
+            narrow = llama(seed=1).state_dict()
+            for name, value in model.state_dict().items():
+                value[: len(narrow[name])] = narrow[name]
+        trainer = trainer_of(tmp_path / "run", cache, model, max_steps=3)
+        trainer.train()
+        losses.append(trainer.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# Order
+
+
+def test_every_epoch_holds_every_sequence_once_in_an_order_of_its_own(cache: Cache, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cache, num_train_epochs=3)
+    trainer.train()
+    seen = seen_by(trainer, cache)
+    assert len(seen) == 3 * 6
+    epochs = [seen[:6], seen[6:12], seen[12:]]
+    for number, epoch in enumerate(epochs):
+        order = ShuffledOrder(len(cache), 42)
+        order.set_epoch(number)
+        expected = list(order)
+        assert epoch == [set(expected[start : start + 4]) for start in range(0, 21, 4)]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_follows_the_data_seed_where_there_is_one(cache: Cache, tmp_path: Path) -> None:
+    orders = []
+    for seeds in ({"seed": 3}, {"seed": 5, "data_seed": 3}, {"seed": 5}):
+        trainer = trainer_of(tmp_path, cache, max_steps=2, **seeds)
+        trainer.train()
+        orders.append(seen_by(trainer, cache))
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulated_micro_batches_are_one_large_batch(
+    batch_size: int, accumulated: int, cache: Cache, tmp_path: Path
+) -> None:
+    whole = trainer_of(tmp_path / "a", cache, per_device_train_batch_size=8, num_train_epochs=2, optim="sgd")
+    whole.train()
+    parts = trainer_of(
+        tmp_path / "b",
+        cache,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=2,
+        optim="sgd",
+    )
+    parts.train()
+    assert len({len(batch["labels"]) for batch in parts.batches[:accumulated]}) > 1  # else a mean of means would do
+    for mine, theirs in zip(parts.state.log_history[:6], whole.state.log_history[:6], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert_same_weights(parts.model, whole.model, 1e-5)
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run as a kill would, but for the checkpoint."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def dropping_out(seed: int = 1) -> Any:
+    return gpt2(seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+
+
+@pytest.mark.parametrize("build", [llama, dropping_out])
+@pytest.mark.parametrize("stop", [2, 6, 8])
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+    build: Callable[..., Any], stop: int, cache: Cache, tmp_path: Path
+) -> None:
+    """To the last digit, in the middle of an epoch (of six steps) and between two."""
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
+    whole = trainer_of(tmp_path / "whole", cache, build(seed=1), **(settings | {"save_strategy": "no"}))
+    whole.train()
+    first = trainer_of(tmp_path / "parts", cache, build(seed=1), callbacks=[StopAfter(stop)], **settings)
+    first.train()
+    assert first.state.global_step == stop
+    second = trainer_of(tmp_path / "parts", cache, build(seed=9), **settings)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 12
+    assert seen_by(first, cache) + seen_by(second, cache) == seen_by(whole, cache)
+    assert first.losses + second.losses == whole.losses
+    assert_same_weights(second.model, whole.model)
+
+
+def test_a_run_resumed_with_smaller_micro_batches_goes_on_in_the_same_order(cache: Cache, tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer_of(tmp_path / "whole", cache, per_device_train_batch_size=8, num_train_epochs=2)
+    whole.train()
+    first = trainer_of(tmp_path / "parts", cache, per_device_train_batch_size=8, callbacks=[StopAfter(1)], **settings)
+    first.train()
+    second = trainer_of(
+        tmp_path / "parts", cache, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
+    )
+    second.train(resume_from_checkpoint=True)
+    steps = seen_by(first, cache) + joined(seen_by(second, cache), [2, 2, 2, 2, 2])
+    assert steps == seen_by(whole, cache)
+    assert_same_weights(second.model, whole.model, 1e-4)
+
+
+def joined(members: list[set[int]], counts: list[int]) -> list[set[int]]:
+    assert sum(counts) == len(members)
+    iterator = iter(members)
+    return [set().union(*(next(iterator) for _ in range(count))) for count in counts]
+
+
+# What is logged
+
+
+def test_logged_means_are_over_targets(cache: Cache, tmp_path: Path) -> None:
+    """Over all that were seen since the last log, at the weights that each step had; so the rate is zero here."""
+    trainer = trainer_of(
+        tmp_path, cache, max_steps=4, logging_steps=2, gradient_accumulation_steps=2, learning_rate=0.0
+    )
+    trainer.train()
+    for logged, batches in zip(trainer.state.log_history[:2], (trainer.batches[:4], trainer.batches[4:]), strict=True):
+        expected = means_of(llama(seed=1), batches, cache)
+        for name in MEANS:
+            assert logged[name] == pytest.approx(expected[name], rel=1e-4), name
+        assert logged["tokens_per_second"] > 0
+        assert 0 <= logged["data_wait_share"] < 1
+    assert trainer.num_tokens_trained == sum(int(batch["num_tokens"]) for batch in trainer.batches)
+
+
+def means_of(model: Any, batches: list[dict[str, Tensor]], cache: Cache) -> dict[str, float]:
+    """Recomputed from whole rows of logits, a batch at a time."""
+    sums: dict[str, float] = dict.fromkeys([*MEANS, "num_targets"], 0.0)
+    for batch in batches:
+        with torch.no_grad():
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+            logits = model(**inputs).logits.flatten(0, 1)[batch["target_positions"]]
+        _, found = distillation_loss(logits, batch["labels"], batch_targets(batch, cache))
+        sums = {name: sums[name] + float(found[name]) for name in sums}
+    return {name: value / sums["num_targets"] for name, value in sums.items()}
+
+
+def test_evaluation_reports_means_over_the_held_out_cache(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    config = DistillationConfig(kd_weight=0.25)
+    trainer = trainer_of(tmp_path, cache, eval_dataset=heldout, distillation=config, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    batches = [Collator(pack=False)([sequence]) for sequence in heldout]
+    expected = means_of(llama(seed=1), batches, heldout)
+    for name in MEANS:
+        assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-4), name
+    loss = 0.75 * expected["cross_entropy"] + 0.25 * expected["kd"]
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    assert trainer.evaluate()["eval_kd"] == metrics["eval_kd"]  # nothing is carried over from the first
+
+
+def test_evaluation_in_the_middle_of_training_disturbs_nothing(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    plain = trainer_of(tmp_path / "a", cache, max_steps=4)
+    plain.train()
+    evaluated = trainer_of(
+        tmp_path / "b",
+        cache,
+        eval_dataset={"one": heldout, "two": cache},
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    evaluated.train()
+    assert evaluated.losses == plain.losses
+    history = [entry for entry in evaluated.state.log_history if "loss" in entry]
+    for mine, theirs in zip(history, plain.state.log_history, strict=False):
+        assert mine["cross_entropy"] == theirs["cross_entropy"]
+    names = {name for entry in evaluated.state.log_history for name in entry}
+    assert {"eval_one_forward_kl", "eval_two_forward_kl"} <= names
+
+
+def test_callbacks_and_tensorboard_see_what_is_logged(cache: Cache, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged: list[dict[str, float]] = []
+
+    class Noticing(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            logged.append(logs)
+
+    trainer = trainer_of(tmp_path, cache, callbacks=[Noticing()], max_steps=2, report_to="tensorboard")
+    trainer.train()
+    assert [entry["kd"] for entry in logged[:2]] == [entry["kd"] for entry in trainer.state.log_history[:2]]
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
+    found = [event.value for event in events.Scalars("train/forward_kl")]
+    assert found == pytest.approx([entry["forward_kl"] for entry in logged[:2]])
+
+
+# Ways to train
+
+CHECKPOINTING = "activation_checkpointing"  # its name of old: gradient_checkpointing
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
+
+
+def test_gradient_checkpointing_changes_no_loss(cache: Cache, tmp_path: Path) -> None:
+    plain = trainer_of(tmp_path / "a", cache, max_steps=3)
+    plain.train()
+    checkpointed = trainer_of(tmp_path / "b", cache, max_steps=3, **{CHECKPOINTING: True})
+    checkpointed.train()
+    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_bfloat16_gives_losses_near_those_of_float32(cache: Cache, tmp_path: Path) -> None:
+    plain = trainer_of(tmp_path / "a", cache, max_steps=3, learning_rate=1e-3)
+    plain.train()
+    mixed = trainer_of(tmp_path / "b", cache, max_steps=3, learning_rate=1e-3, bf16=True)
+    mixed.train()
+    assert mixed.losses == pytest.approx(plain.losses, rel=2e-2)
+    assert mixed.losses != plain.losses
+
+
+# What is refused, before the first step
+
+
+def test_another_tokenizer_is_refused_with_both_sides_of_each_part_that_differs(cache: Cache, tmp_path: Path) -> None:
+    other, sides = tiny_tokenizer(chat=False), r"'\w+' here, '\w+' there"
+    with pytest.raises(CacheMismatchError, match=rf"chat_template: {sides}; special_ids: {sides}") as error:
+        trainer_of(tmp_path, cache, tokenizer=other)
+    assert "vocabulary" not in str(error.value)
+    with pytest.raises(CacheMismatchError, match="the tokenizer of the student is not the one"):
+        trainer_of(tmp_path, None, eval_dataset={"held out": cache}, tokenizer=tiny_tokenizer(vocab_size=480))
+
+
+def test_a_trainer_without_a_tokenizer_is_refused(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="needs processing_class"):
+        ToDiTrainer(llama(), TrainingArguments(output_dir=str(tmp_path), **QUIET), cache)
+
+
+def test_a_student_of_a_smaller_vocabulary_is_refused(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="head only 500"):
+        trainer_of(tmp_path, cache, llama(vocab_size=500))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 3.0}, r"temperature 3; these targets have 1, 2"),
+        ({"k": 17}, r"k is 17, but these targets hold the top 16"),
+        ({"loss": "todo"}, r"divergence is 'todo'; .*did you mean 'todi'"),
+    ],
+)
+def test_an_objective_that_the_cache_cannot_serve_is_refused(
+    changes: dict[str, Any], message: str, cache: Cache, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetsError, match=message):
+        trainer_of(tmp_path, cache, distillation=DistillationConfig(**changes))
+
+
+def test_samples_that_were_not_captured_are_refused(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
+    capture(teacher, examples, tmp_path / "cache", k=8, tail_samples=0)
+    with pytest.raises(TargetsError, match="hold no samples of the tail"):
+        trainer_of(tmp_path, open_cache(tmp_path / "cache"), distillation=DistillationConfig(tail="sampled"))
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
+def test_a_weight_beyond_0_to_1_is_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="kd_weight is"):
+        DistillationConfig(kd_weight=weight)
+
+
+def test_several_gpus_in_one_process_are_refused(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
+    with pytest.raises(ConfigError, match="4 GPUs are visible to one process; start one process a GPU"):
+        trainer_of(tmp_path, cache)
+
+
+def test_caches_that_differ_in_what_they_hold_are_refused(
+    teacher: Teacher, heldout_examples: Examples, cache: Cache, tmp_path: Path
+) -> None:
+    capture(teacher, heldout_examples, tmp_path / "cache", k=8, temperatures=[2.0, 1.0], tail_samples=0)
+    with pytest.raises(CacheMismatchError, match=r"temperatures: \(2\.0, 1\.0\) here, \(1\.0, 2\.0\) there"):
+        trainer_of(tmp_path, cache, eval_dataset=open_cache(tmp_path / "cache"))
+
+
+def test_a_smaller_k_and_another_tail_are_trained_on_as_asked(cache: Cache, tmp_path: Path) -> None:
+    losses = {}
+    for changes in ({}, {"k": 4}, {"tail": "bucket"}, {"tail": "none"}, {"loss": "forward_kl"}, {"beta": 3.0}):
+        config = dataclasses.replace(DistillationConfig(kd_weight=1.0), **changes)
+        trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=1)
+        trainer.train()
+        batch = trainer.batches[0]
+        with torch.no_grad():
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+            logits = llama(seed=1)(**inputs).logits.flatten(0, 1)[batch["target_positions"]]
+        objective = {"beta": config.beta, "k": config.k, "tail": config.tail}
+        expected = sparse_divergence(logits, batch_targets(batch, cache), config.loss, **objective).mean()
+        assert trainer.losses[0] == pytest.approx(float(expected), rel=1e-5)
+        losses[str(changes)] = trainer.losses[0]
+    assert len(set(losses.values())) == len(losses)
