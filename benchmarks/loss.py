@@ -17,7 +17,8 @@ teacher's logits are given), nor what the matrix library works in.
 On a machine that does other work at the same time, run it on one thread (OMP_NUM_THREADS=1, as the results kept here):
 with more, each of the fused step's many short operations waits for the thread that was interrupted.
 
-Not claimed: anything of a GPU, of more threads than the results name, of bfloat16, of other sizes, or of a whole training step; the targets are random.
+Not claimed: anything of a GPU, of more threads than the results name, of bfloat16, of other sizes, or of a whole
+training step; the targets are random.
 """
 
 import gc
