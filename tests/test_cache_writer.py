@@ -60,7 +60,7 @@ def test_writing_goes_on_after_the_last_committed_shard(tmp_path: Path) -> None:
 
 def test_a_cache_begun_with_other_settings_is_refused_with_both_values(tmp_path: Path) -> None:
     write_cache(tmp_path / "cache")
-    with pytest.raises(CacheMismatchError, match=re.escape("settings.k: 6 here, 7 there")):
+    with pytest.raises(CacheMismatchError, match=re.escape("settings.k: 6 in the cache, 7 now")):
         write_cache(tmp_path / "cache", k=7)
 
 

@@ -134,7 +134,10 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
     shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
     with pytest.raises(ModelError, match=r"model has no tokenizer that can be loaded .*save the teacher's tokenizer"):
         load_tokenizer(str(folder))
-    with pytest.raises(ModelError, match=r"nothing cannot be loaded as a causal language model"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty cannot be loaded as a causal language model"):
+        load_model(str(tmp_path / "empty"))
+    with pytest.raises(ModelError, match=r"there is no folder .*nothing; name a folder with a model"):
         load_model(str(tmp_path / "nothing"))
     with pytest.raises(ModelError, match=r"there is no file .*missing\.gguf"):
         load_model(str(tmp_path / "missing.gguf"))

@@ -216,6 +216,8 @@ def _location(path: str) -> tuple[str, dict[str, Any]]:
         if not file.is_file():
             raise ModelError(f"there is no file {path}; name a GGUF file, a folder with a model, or a hub id")
         return str(file.parent), {"gguf_file": file.name}
+    if not file.exists() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
+        raise ModelError(f"there is no folder {path}; name a folder with a model, a GGUF file, or a hub id")
     return (str(file) if file.exists() else path), {}
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.config import flat_fields, load_config, to_dict
 from todi_offline.errors import ConfigError
@@ -132,7 +134,9 @@ def load_student(config: StudentConfig) -> tuple[Model, Tokenizer]:
 
 
 def training_arguments(config: TrainConfig) -> Any:
-    """Return the Trainer's arguments: its own defaults, but a log every ten steps, and bars on terminals only.
+    """Return the Trainer's arguments: its own defaults, but for what suits a command.
+
+    There is a log every ten steps and bars are for terminals; where there is no accelerator, the CPU need not be named.
 
     Raises:
         ConfigError: one is unknown to this release of transformers, or has a value that it refuses.
@@ -146,11 +150,11 @@ def training_arguments(config: TrainConfig) -> Any:
             f"{', '.join(unknown)} is neither a setting of todi_offline nor an argument of transformers' "
             "TrainingArguments; `todi train --help` lists the former"
         )
-    bars = sys.stderr.isatty()
     values = {
         "logging_steps": 10,
         "report_to": "none",
-        "disable_tqdm": not bars,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
         **config.trainer,
         "output_dir": str(config.out),
     }

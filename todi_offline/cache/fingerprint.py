@@ -56,13 +56,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     }
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key whose values differ, with both of them, nested keys as `a.b`."""
+def differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any], where: tuple[str, str] = ("here", "there")
+) -> list[str]:
+    """Return a line for each key whose values differ: both, and `where` each stands; nested keys as `a.b`."""
     lines = []
     for key in sorted(found.keys() | expected.keys()):
         mine, other = found.get(key), expected.get(key)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            lines += [f"{key}.{line}" for line in differences(mine, other)]
+            lines += [f"{key}.{line}" for line in differences(mine, other, where)]
         elif mine != other:
-            lines.append(f"{key}: {mine!r} here, {other!r} there")
+            lines.append(f"{key}: {mine!r} {where[0]}, {other!r} {where[1]}")
     return lines

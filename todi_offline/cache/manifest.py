@@ -76,7 +76,7 @@ def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: s
     Raises:
         CacheMismatchError: with the parts that differ, side by side.
     """
-    lines = differences(found, manifest.tokenizer)
+    lines = differences(found, manifest.tokenizer, (f"in {what}", "in the cache"))
     if lines:
         raise CacheMismatchError(
             f"the tokenizer of {what} is not the one that the cache was captured with ({'; '.join(lines)}); "

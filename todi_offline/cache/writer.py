@@ -151,10 +151,10 @@ class CacheWriter:
         manifest = self.manifest.to_json()
         if (self.root / "zarr.json").exists():
             found = json.loads(read_object(self.root, "zarr.json")).get("attributes", {}).get(MANIFEST_KEY, {})
-            lines = differences(found, json.loads(json.dumps(manifest)))
+            lines = differences(found, json.loads(json.dumps(manifest)), ("in the cache", "now"))
             if lines:
                 raise CacheMismatchError(
-                    f"{self.root} was begun otherwise (there / here): {'; '.join(lines)}; "
+                    f"{self.root} was begun otherwise: {'; '.join(lines)}; "
                     "go on with the command that began it, or choose another folder"
                 )
             return
