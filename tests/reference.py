@@ -112,9 +112,7 @@ def alpha_beta(p: Vector, q: Vector, alpha: float = 0.2, beta: float = 0.7) -> f
     total = 0.0
     for p_i, q_i in zip(p, q, strict=True):
         total += p_i**alpha * q_i**beta
-        total -= alpha / (alpha + beta) * p_i ** (alpha + beta) + beta / (alpha + beta) * q_i ** (
-            alpha + beta
-        )
+        total -= alpha / (alpha + beta) * p_i ** (alpha + beta) + beta / (alpha + beta) * q_i ** (alpha + beta)
     return -total / (alpha * beta)
 
 
@@ -158,9 +156,7 @@ def todi_gradient(p: Vector, q: Vector, beta: float, temperature: float, detache
     return (u - q * u.sum()) / temperature
 
 
-def todi_bucket_gradient(
-    p: Vector, q: Vector, kept: Sequence[int], beta: float, temperature: float
-) -> Vector:
+def todi_bucket_gradient(p: Vector, q: Vector, kept: Sequence[int], beta: float, temperature: float) -> Vector:
     """The same with a bucket: a kept j has u_j - q_j G, any other q_j (u_tail / q_tail - G), over T."""
     p_entries, q_entries = with_bucket(p, kept), with_bucket(q, kept)
     u = todi_entry_gradients(p_entries, q_entries, beta)

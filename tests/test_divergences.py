@@ -21,9 +21,7 @@ from todi_offline.losses.divergences import (
 from todi_offline.targets import SparseTargets, sparsify
 
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
-F_DIVERGENCES = [
-    name for name in DIVERGENCES if name not in ("adaptive_kl", "alpha_beta")
-]  # and ToDi, alike here
+F_DIVERGENCES = [name for name in DIVERGENCES if name not in ("adaptive_kl", "alpha_beta")]  # and ToDi, alike here
 SMOOTH = [name for name in DIVERGENCES if name != "tvd"]
 TEMPERATURES = (1.0, 2.0)
 
@@ -105,9 +103,7 @@ def test_a_dense_divergence_is_the_obvious_formula(divergence, temperature):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_sparse_divergence_is_the_obvious_formula(divergence, temperature, tail):
     student, teacher = random_logits(5, 12, 1), random_logits(5, 12, 2)
-    found = sparse_divergence(
-        student, sparsify(teacher, 5), divergence, temperature=temperature, k=4, tail=tail
-    )
+    found = sparse_divergence(student, sparsify(teacher, 5), divergence, temperature=temperature, k=4, tail=tail)
     for row in range(5):
         p, q = probabilities(teacher[row], temperature), probabilities(student[row], temperature)
         kept = reference.top_k(np.log(p), 4)
@@ -121,9 +117,7 @@ def test_with_the_whole_vocabulary_kept_the_bucket_is_dense(divergence, temperat
     student, teacher = random_logits(4, 9, 1).requires_grad_(), random_logits(4, 9, 2)
     dense = dense_divergence(student, teacher, divergence, temperature=temperature)
     for tail in ("bucket", "auto", "none"):
-        sparse = sparse_divergence(
-            student, sparsify(teacher, 9), divergence, temperature=temperature, tail=tail
-        )
+        sparse = sparse_divergence(student, sparsify(teacher, 9), divergence, temperature=temperature, tail=tail)
         torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(gradient(sparse, student), gradient(dense, student))
 
@@ -180,9 +174,7 @@ def test_gradients_are_those_of_finite_differences_with_stopped_gradients_held(d
     if tail == "dense":
         loss = dense_divergence(student, teacher, divergence, temperature=temperature)
     else:
-        loss = sparse_divergence(
-            student, sparsify(teacher, 3), divergence, temperature=temperature, tail=tail
-        )
+        loss = sparse_divergence(student, sparsify(teacher, 3), divergence, temperature=temperature, tail=tail)
     kept = reference.top_k(teacher[0].numpy(), 8 if tail == "dense" else 3)
 
     def entries(logits):
@@ -203,9 +195,7 @@ def test_gradients_are_those_of_finite_differences_with_stopped_gradients_held(d
 def test_the_gradient_of_todi_is_its_closed_form(temperature, beta):
     student, teacher = random_logits(3, 10, 5).requires_grad_(), random_logits(3, 10, 6)
     dense = gradient(dense_divergence(student, teacher, beta=beta, temperature=temperature), student)
-    sparse = gradient(
-        sparse_divergence(student, sparsify(teacher, 4), beta=beta, temperature=temperature), student
-    )
+    sparse = gradient(sparse_divergence(student, sparsify(teacher, 4), beta=beta, temperature=temperature), student)
     for row in range(3):
         p, q = probabilities(teacher[row], temperature), probabilities(student[row], temperature)
         kept = reference.top_k(np.log(p), 4)
@@ -227,9 +217,7 @@ def test_todi_at_beta_one_has_the_value_of_jeffreys_and_another_gradient():
     student, teacher = random_logits(3, 10, 5).requires_grad_(), random_logits(3, 10, 6)
     for targets in (None, sparsify(teacher, 4)):
         losses = [
-            dense_divergence(student, teacher, name)
-            if targets is None
-            else sparse_divergence(student, targets, name)
+            dense_divergence(student, teacher, name) if targets is None else sparse_divergence(student, targets, name)
             for name in ("todi", "jeffreys")
         ]
         torch.testing.assert_close(*losses)
@@ -301,9 +289,7 @@ def test_forward_kl_with_a_sampled_tail_is_dense_in_expectation_with_its_gradien
     dense = dense_divergence(student, teacher, "forward_kl", temperature=temperature)
     expectation = (chance * of_each_draw).sum()
     assert expectation.item() == pytest.approx(dense.item(), rel=1e-10)
-    torch.testing.assert_close(
-        gradient(expectation, student), gradient(dense, student), atol=1e-12, rtol=1e-9
-    )
+    torch.testing.assert_close(gradient(expectation, student), gradient(dense, student), atol=1e-12, rtol=1e-9)
 
 
 def test_several_samples_are_averaged():
@@ -369,9 +355,7 @@ def test_a_student_of_the_renormalised_top_k_ends_elsewhere():
     renormalised = torch.from_numpy(p[:3] / p[:3].sum())[None]
     q = optimise(lambda logits: cross_entropy(logits, torch.nn.functional.pad(renormalised, (0, 3))), 6, 1.0)
     np.testing.assert_allclose(q[:3], p[:3] / 0.75, atol=5e-3)  # no longer .3, .25, .2
-    assert reference.renormalised_forward_kl(p, q, [0, 1, 2]) < reference.renormalised_forward_kl(
-        p, p, [0, 1, 2]
-    )
+    assert reference.renormalised_forward_kl(p, q, [0, 1, 2]) < reference.renormalised_forward_kl(p, p, [0, 1, 2])
 
 
 # Numerics
@@ -445,9 +429,7 @@ def test_float32_over_a_real_vocabulary_is_near_float64(vocab, temperature):
     found = sparse_divergence(student, targets, temperature=temperature)
     expected = sparse_divergence(wide, exact, temperature=temperature)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        gradient(found, student).double(), gradient(expected, wide), rtol=2e-2, atol=1e-6
-    )
+    torch.testing.assert_close(gradient(found, student).double(), gradient(expected, wide), rtol=2e-2, atol=1e-6)
 
 
 def test_no_rows_are_no_trouble():

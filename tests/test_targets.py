@@ -79,9 +79,7 @@ def test_ties_of_a_bfloat16_head_over_a_real_vocabulary_are_settled_as_by_a_stab
 @pytest.mark.parametrize("lost", [1e-4, 1e-9, 1e-15])
 def test_a_small_tail_is_exact_where_one_minus_the_sum_is_lost(lost):
     probabilities = np.array([0.6, 0.4 - lost, lost / 4, lost * 3 / 4])
-    targets = sparsify(
-        torch.tensor(np.log(probabilities)[None], dtype=torch.float32), k=2, temperatures=(1.0,)
-    )
+    targets = sparsify(torch.tensor(np.log(probabilities)[None], dtype=torch.float32), k=2, temperatures=(1.0,))
     assert targets.tail_logsumexp.item() == pytest.approx(math.log(lost), abs=1e-4)
     if lost < 1e-8:
         assert 1 - targets.logprobs.exp().sum().item() != pytest.approx(lost, rel=0.5, abs=0)
@@ -113,9 +111,7 @@ def test_the_log_partition_is_that_of_the_whole_vocabulary():
     targets = sparsify(logits, 5, temperatures=(1.0, 2.0))
     expected = (logits.log_softmax(-1) / 2).logsumexp(-1)
     torch.testing.assert_close(targets.log_partition(2.0), expected)
-    torch.testing.assert_close(
-        targets.log_partition(1.0), torch.zeros(4, dtype=torch.float64), atol=1e-14, rtol=0
-    )
+    torch.testing.assert_close(targets.log_partition(1.0), torch.zeros(4, dtype=torch.float64), atol=1e-14, rtol=0)
 
 
 def test_a_temperature_that_was_not_captured_is_refused_with_those_that_were():
@@ -166,9 +162,7 @@ def test_evenly_spread_uniforms_draw_each_id_as_often_as_it_is_probable():
     logits = random_logits(1, 12, scale=1.5)
     targets = sparsify(logits, 3, uniforms=uniforms)
     counts = torch.bincount(targets.tail_ids[0], minlength=12)
-    conditional = reference.conditional_tail(
-        reference.log_softmax(logits[0].numpy()), targets.ids[0].tolist(), 1.0
-    )
+    conditional = reference.conditional_tail(reference.log_softmax(logits[0].numpy()), targets.ids[0].tolist(), 1.0)
     for j, probability in conditional.items():
         assert abs(counts[j].item() - probability * num_samples) <= 1
     assert counts[targets.ids[0]].sum() == 0
@@ -254,9 +248,7 @@ def test_what_cannot_be_captured_is_refused(arguments, message):
         sparsify(random_logits(2, 8), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("logit", "found"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "nothing but -inf")]
-)
+@pytest.mark.parametrize(("logit", "found"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "nothing but -inf")])
 def test_a_row_without_a_softmax_is_named(logit, found):
     logits = random_logits(5, 8)
     logits[3] = -math.inf

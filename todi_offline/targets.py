@@ -126,9 +126,7 @@ class SparseTargets:
             TargetsError: there are no samples.
         """
         if self.tail_logprobs is None:
-            raise TargetsError(
-                "these targets hold no samples of the tail; capture some, or use tail='bucket'"
-            )
+            raise TargetsError("these targets hold no samples of the tail; capture some, or use tail='bucket'")
         drawn = self.tail_logprobs / self.tail_temperature - self.tail_at(self.tail_temperature)[:, None]
         return drawn.nan_to_num(nan=0.0)  # -inf minus -inf: no mass, nothing to draw
 
@@ -198,9 +196,7 @@ def teacher_targets(
     with torch.no_grad():
         logprobs = _logprobs(logits)
         label_logprobs = logprobs.gather(-1, labels[:, None]).squeeze(-1)
-        return _sparsify_in_place(
-            logprobs, k, tuple(temperatures), uniforms, tail_temperature
-        ), label_logprobs
+        return _sparsify_in_place(logprobs, k, tuple(temperatures), uniforms, tail_temperature), label_logprobs
 
 
 def check_narrowing(k: int, stored: int) -> None:
