@@ -279,7 +279,7 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"k": 4}, "settings.k: 8 here, 4 there"),
+        ({"k": 4}, "settings.k: 8 in the cache, 4 now"),
         ({"temperatures": [1.0]}, "temperatures"),
         ({"tail_seed": 1}, "tail_seed"),
     ],
@@ -300,7 +300,7 @@ def test_a_begun_cache_refuses_another_teacher_and_other_data(
     with pytest.raises(CacheMismatchError, match=r"teacher\.weights"):
         capture(as_teacher(llama(seed=1), tiny_tokenizer()), many, root, **SMALL)
     fewer = Examples.from_list(list(many)[:-1], many.recipe)
-    with pytest.raises(CacheMismatchError, match=r"data\.content.*data\.num_sequences: 120 here, 119 there"):
+    with pytest.raises(CacheMismatchError, match=r"data\.content.*data\.num_sequences: 120 in the cache, 119 now"):
         capture(teacher, fewer, root, **SMALL)
     assert files_of(root) == files
 

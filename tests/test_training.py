@@ -1,0 +1,230 @@
+"""Stage 2 from one end to the other: settings in, a trained student on the disk out."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tokenised
+from peft import PeftModel
+from tiny import tiny_tokenizer
+from tiny_models import llama, save
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from todi_offline.cache.reader import Cache
+from todi_offline.capturing import capture
+from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError, ModelError, TargetsError
+from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.teacher import as_teacher
+from todi_offline.training import TrainSummary, load_train_config, train, train_from, training_arguments
+
+SMALL: dict[str, Any] = {
+    "use_cpu": True,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved student."""
+    return save(llama(seed=1), tmp_path_factory.mktemp("student"))
+
+
+def test_a_student_is_trained_measured_and_saved(folder: Path, cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    summary = train(str(folder), cache.root, tmp_path / "run", eval_cache=heldout.root, max_steps=6, **SMALL)
+    assert summary.num_steps == 6
+    assert summary.num_tokens == int(cache.num_tokens.sum())
+    assert summary.seconds > 0
+    for name in ("loss", "forward_kl", "reverse_kl", "cross_entropy", "kd"):
+        assert 0 < summary.after[name] < summary.before[name], name
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert not torch.equal(trained.lm_head.weight, llama(seed=1).lm_head.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tiny_tokenizer().get_vocab()
+    again = train(str(tmp_path / "run"), cache, tmp_path / "more", eval_cache=heldout, max_steps=1, **SMALL)
+    assert again.before["forward_kl"] == pytest.approx(summary.after["forward_kl"], rel=1e-5)
+
+
+def test_the_resolved_settings_are_saved_with_the_student(folder: Path, cache: Cache, tmp_path: Path) -> None:
+    train(str(folder), cache.root, tmp_path / "run", max_steps=1, beta=2.0, temperature=2.0, lora_r=2, **SMALL)
+    saved = json.loads((tmp_path / "run" / "todi_config.json").read_text())
+    assert saved["distillation"]["beta"] == 2.0
+    assert saved["distillation"]["kd_weight"] == 0.5
+    assert saved["lora"]["lora_r"] == 2
+    assert saved["trainer"] == SMALL | {"max_steps": 1}
+    assert (saved["student"]["student"], saved["cache"]) == (str(folder), str(cache.root))
+
+
+def test_an_opened_cache_and_a_loaded_model_serve_as_well(
+    folder: Path, cache: Cache, heldout: Cache, tmp_path: Path
+) -> None:
+    named = train(str(folder), cache.root, tmp_path / "a", eval_cache=heldout.root, max_steps=3, **SMALL)
+    given = train(
+        llama(seed=1), cache, tmp_path / "b", eval_cache=heldout, tokenizer=tiny_tokenizer(), max_steps=3, **SMALL
+    )
+    assert given.after["forward_kl"] == named.after["forward_kl"]
+    assert given.train_loss == named.train_loss
+    with pytest.raises(ModelError, match="needs processing_class"):
+        train(llama(seed=1), cache, tmp_path / "c", max_steps=3, **SMALL)
+
+
+def test_a_toml_file_says_what_settings_say(folder: Path, cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'out = "{tmp_path / "a"}"\ncache = "{cache.root}"\neval_cache = "{heldout.root}"\n'
+        f'[student]\nstudent = "{folder}"\n[distillation]\nloss = "jeffreys"\nkd_weight = 0.7\n'
+        "[trainer]\nmax_steps = 9\nuse_cpu = true\nsave_strategy = 'no'\n"
+        "per_device_train_batch_size = 4\nlearning_rate = 1e-2\n"
+    )
+    written = train_from(file, {"max_steps": 2})
+    settings = SMALL | {"loss": "jeffreys", "kd_weight": 0.7, "max_steps": 2}
+    said = train(str(folder), cache.root, tmp_path / "b", eval_cache=heldout.root, **settings)
+    assert written.num_steps == 2
+    assert written.after["loss"] == said.after["loss"]
+
+
+def test_lora_trains_and_saves_adapters_alone(folder: Path, cache: Cache, tmp_path: Path) -> None:
+    model = llama(seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lora = {"lora_r": 4, "lora_target_modules": ["all-linear"]}
+    train(model, cache, tmp_path / "run", tokenizer=tiny_tokenizer(), max_steps=3, **lora, **SMALL)
+    after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    assert any(value.abs().max() > 0 for name, value in after.items() if "lora_B" in name)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    worn = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "run")
+    tokens = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(worn(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(folder: Path, cache: Cache, tmp_path: Path) -> None:
+    settings = SMALL | {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
+    train(str(folder), cache.root, tmp_path / "whole", **settings)
+    train(str(folder), cache.root, tmp_path / "parts", callbacks=[StopAfter(4)], **settings)
+    train(str(folder), cache.root, tmp_path / "parts", resume=True, **settings)
+    whole, parts = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    for found, expected in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_an_argument_that_transformers_does_not_know_is_refused(folder: Path, cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lerning_rate is neither a setting of todi_offline nor an argument"):
+        train(str(folder), cache, tmp_path / "run", lerning_rate=0.1)
+    with pytest.raises(ConfigError, match=r"transformers refuses these training arguments: .*sometimes"):
+        train(str(folder), cache, tmp_path / "run", save_strategy="sometimes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    folder: Path, cache: Cache, tmp_path: Path
+) -> None:
+    other = save(llama(seed=1), tmp_path / "other", chat=False)
+    run = tmp_path / "run"
+    with pytest.raises(CacheMismatchError, match="chat_template"):
+        train(str(other), cache, run, **SMALL)
+    with pytest.raises(TargetsError, match=r"or capture 4 too"):
+        train(str(folder), cache, run, temperature=4, **SMALL)
+    with pytest.raises(TargetsError, match="top 16; choose 1 to 16"):
+        train(str(folder), cache, run, k=64, **SMALL)
+    with pytest.raises(CacheFormatError, match="is no cache"):
+        train(str(folder), tmp_path / "nothing", run, **SMALL)
+    with pytest.raises(ModelError, match="there is no folder"):
+        train(str(tmp_path / "nothing"), cache, run, **SMALL)
+    with pytest.raises(ConfigError, match=r"tail .*is 'all'; expected one of auto, bucket, sampled, none"):
+        train(str(folder), cache, run, tail="all", **SMALL)
+    assert not run.exists()
+
+
+def test_the_trainers_defaults_are_transformers_own_but_for_these(tmp_path: Path) -> None:
+    needed = {"student": "s", "cache": "c", "out": tmp_path}
+    ours = training_arguments(load_train_config(None, needed | {"use_cpu": True}))
+    assert (ours.logging_steps, ours.report_to, ours.output_dir) == (10, [], str(tmp_path))
+    chosen = training_arguments(load_train_config(None, needed | {"use_cpu": True, "logging_steps": 3}))
+    assert chosen.logging_steps == 3
+    assert (chosen.per_device_train_batch_size, chosen.num_train_epochs) == (8, 3)
+
+
+# Whether anything is learnt
+
+
+def pretrained(model: Any, steps: int, seed: int = 0) -> Any:
+    """Train a model on the text of the embedded data set."""
+    text = "\n".join(pair.response for pair in stdlib_pairs())[:1_000_000]
+    tokens = torch.tensor(tiny_tokenizer()(text, verbose=False).input_ids)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - 129, (8, 1), generator=generator)
+        batch = tokens[starts + torch.arange(129)]
+        logits = model.train()(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def text_examples(split: str, num_examples: int) -> Any:
+    pairs = list(stdlib_pairs())
+    chosen = pairs[:num_examples] if split == "train" else pairs[-num_examples:]
+    rows: Any = [
+        {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": pair.response}]}
+        for pair in chosen
+    ]
+    return tokenised(rows, max_length=128)
+
+
+def learnt(tmp_path: Path, hidden: int, teacher_steps: int, num_examples: int, steps: int) -> dict[str, TrainSummary]:
+    """The same student trained on one cache by ToDi and by fine-tuning alone, with the same steps and seed."""
+    shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 4, "initializer_range": 0.02}
+    model = pretrained(llama(**shape), teacher_steps)
+    teacher = as_teacher(model, tiny_tokenizer())
+    for name, count in (("train", num_examples), ("heldout", 16)):
+        capture(teacher, text_examples(name, count), tmp_path / name, k=16, tail_samples=8, shard_tokens=65_536)
+    found = {}
+    for name, kd_weight in (("todi", 0.5), ("sft", 0.0)):
+        student = llama(seed=1, **(shape | {"hidden_size": hidden // 2, "num_hidden_layers": 2}))
+        settings = SMALL | {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "max_steps": steps, "seed": 7}
+        found[name] = train(
+            student,
+            tmp_path / "train",
+            tmp_path / name,
+            eval_cache=tmp_path / "heldout",
+            tokenizer=tiny_tokenizer(),
+            kd_weight=kd_weight,
+            **settings,
+        )
+    return found
+
+
+def assert_todi_ends_closer(found: dict[str, TrainSummary]) -> None:
+    """Closer to the teacher on held-out text, by both Kullback-Leibler divergences."""
+    for name in ("forward_kl", "reverse_kl"):
+        assert found["todi"].before[name] == found["sft"].before[name]
+        ends = {run: summary.after[name] for run, summary in found.items()}
+        assert all(math.isfinite(end) for end in ends.values())
+        assert ends["todi"] < 0.9 * ends["sft"], ends
+        assert ends["todi"] < 0.7 * found["todi"].before[name], ends
+
+
+def test_distillation_ends_closer_to_the_teacher_than_fine_tuning(tmp_path: Path) -> None:
+    assert_todi_ends_closer(learnt(tmp_path, hidden=64, teacher_steps=60, num_examples=48, steps=30))
+
+
+@pytest.mark.slow
+def test_distillation_from_a_better_teacher_ends_closer_to_it_than_fine_tuning(tmp_path: Path) -> None:
+    assert_todi_ends_closer(learnt(tmp_path, hidden=128, teacher_steps=400, num_examples=256, steps=128))
