@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from todi_offline.losses.divergences import FLOOR, Divergence, Entries, entry_divergence, teacher_entries
-from todi_offline.losses.objective import _sums
+from todi_offline.losses.objective import sums_to_log
 from todi_offline.targets import SparseTargets
 
 CPU_CHUNK_BYTES = 64 * 2**20
@@ -236,7 +236,7 @@ def _overwrite_with_gradient(
         if slope is not None:
             logits.mul_(slope)
     total = (1 - terms.kd_weight) * cross_entropy + terms.kd_weight * kd
-    return total, {"cross_entropy": cross_entropy, "kd": kd} | _sums(teacher, split.student, terms.k)
+    return total, {"cross_entropy": cross_entropy, "kd": kd} | sums_to_log(teacher, split.student, terms.k)
 
 
 def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | None:

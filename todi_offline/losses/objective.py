@@ -51,19 +51,18 @@ def distillation_loss(
     teacher = teacher_entries(targets, temperature)
     student, log_partition = student_entries(logits, targets, temperature)
     with torch.set_grad_enabled(torch.is_grad_enabled() and kd_weight != 0):
-        kd = entry_divergence(
-            teacher, student, divergence, beta=beta, k=k, tail=tail, tail_weight=tail_weight
-        ).sum()
+        kd = entry_divergence(teacher, student, divergence, beta=beta, k=k, tail=tail, tail_weight=tail_weight).sum()
     if temperature != 1:
         log_partition = logits.logsumexp(-1)
     cross_entropy = (log_partition - logits.gather(-1, labels[:, None]).squeeze(-1)).sum()
     total = (1 - kd_weight) * cross_entropy + kd_weight * kd
-    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | _sums(teacher, student, k)
+    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | sums_to_log(teacher, student, k)
     return total / (max(len(labels), 1) if num_targets is None else num_targets), sums
 
 
 @torch.no_grad()
-def _sums(teacher: Entries, student: Entries, k: int | None) -> dict[str, Tensor]:
+def sums_to_log(teacher: Entries, student: Entries, k: int | None) -> dict[str, Tensor]:
+    """Return what is logged of these entries, summed over targets."""
     k = teacher.kept.shape[1] if k is None else k
     teacher, student = teacher.narrow(k), student.narrow(k)
     p, q = teacher.with_bucket(), student.with_bucket()
