@@ -4,6 +4,7 @@ The order of a commit is: every object of a shard, each synced to the disk; then
 name and renamed. A shard without a record does not exist. The seal is the record of the whole cache.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ import google_crc32c
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, CacheLockedError
 
 SEAL_KEY = "sealed.json"
+LOCK_KEY = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 
 
@@ -71,18 +73,29 @@ def read_record(root: Path, key: str) -> CommitRecord:
     return CommitRecord(**_read_fields(root, key, CommitRecord))
 
 
+def committed_shards(root: Path) -> list[int]:
+    """Return the shards that have a commit record."""
+    stems = (path.stem for path in (root / "commits").glob("*.json"))
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+
 def read_seal(root: Path) -> Seal:
     """Read the seal of a cache.
 
     Raises:
         CacheIncompleteError: the cache is not sealed.
+        CacheFormatError: the seal cannot be read, or contradicts itself.
     """
     if not (root / SEAL_KEY).exists():
         raise CacheIncompleteError(
             f"{root} is not sealed: its capture has not finished; run the same `todi capture` again to go on, "
             "or open it with allow_unsealed (--allow-unsealed) to use the part that is committed"
         )
-    return Seal(**_read_fields(root, SEAL_KEY, Seal))
+    seal = Seal(**_read_fields(root, SEAL_KEY, Seal))
+    num_records = sum(key.startswith("commits/") for key in seal.objects)
+    if seal.num_shards != num_records:
+        raise CacheFormatError(f"{root / SEAL_KEY} says {seal.num_shards} shards and names {num_records} records")
+    return seal
 
 
 def read_object(root: Path, key: str, expected: ObjectSum | None = None) -> bytes:
@@ -123,7 +136,8 @@ def write_object(root: Path, key: str, data: bytes) -> ObjectSum:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CacheError(
             f"cannot write {path}: {error.strerror}; what is committed is safe; mend that and run it again"
         ) from error
@@ -135,7 +149,7 @@ class CacheLock:
 
     def __init__(self, root: Path) -> None:
         """Name the folder; entering the context takes the lock."""
-        self._path = root / ".lock"
+        self._path = root / LOCK_KEY
         self._descriptor = -1
 
     def __enter__(self) -> "CacheLock":
@@ -147,16 +161,34 @@ class CacheLock:
         try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise CacheError(f"cannot write in {self._path.parent}: {error.strerror}") from error
+            raise CacheError(f"cannot write in {self._path.parent}: {error.strerror}; mend that first") from error
+        try:
+            self._lock()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def _lock(self) -> None:
+        folder = self._path.parent
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_current():
+                raise CacheLockedError(f"{folder} was let go by another process just now; run the same command again")
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace") or "another process"
-            os.close(self._descriptor)
-            raise CacheLockedError(f"{self._path.parent} is being written by {holder}; wait or stop it") from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        return self
+            raise CacheLockedError(f"{folder} is being written by {holder}; wait or stop it") from error
+        except OSError as error:
+            raise CacheError(f"cannot lock {folder}: {error.strerror}; mend that first") from error
+
+    def _is_current(self) -> bool:
+        """Whether the locked file still has its name: its last holder removes it, and a third may have made another."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
