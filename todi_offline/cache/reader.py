@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.commit import SEAL_KEY, read_object, read_record, read_seal
+from todi_offline.cache.commit import SEAL_KEY, committed_shards, read_object, read_record, read_seal
 from todi_offline.cache.encoding import TargetRows, decode_rows
 from todi_offline.cache.layout import MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.shard import ShardFile
-from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
+from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, first_line
 
 _NUMBERS = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
 
@@ -47,7 +47,7 @@ def open_cache(path: str | Path, *, allow_unsealed: bool = False) -> "Cache":
     root = Path(path)
     manifest = read_manifest(root)
     if allow_unsealed and not (root / SEAL_KEY).exists():
-        shards = sorted(int(record.stem) for record in (root / "commits").glob("*.json") if record.stem.isdigit())
+        shards = committed_shards(root)
     else:
         seal = read_seal(root)
         for key, expected in seal.objects.items():
@@ -62,8 +62,7 @@ def read_manifest(root: Path) -> Manifest:
     if not (root / "zarr.json").is_file():
         raise CacheFormatError(f"{root} is no cache: it has no zarr.json; name the folder that `todi capture` wrote")
     try:
-        group = json.loads(read_object(root, "zarr.json"))
-        values = group["attributes"][MANIFEST_KEY]
+        values = json.loads(read_object(root, "zarr.json"))["attributes"][MANIFEST_KEY]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheFormatError(f"{root / 'zarr.json'} holds no todi_offline manifest") from error
     return Manifest.from_json(values, str(root))
@@ -76,6 +75,7 @@ class Cache:
         """Use `open_cache`."""
         if sequences is None or not len(sequences):
             raise CacheIncompleteError(f"{root} holds no committed shard yet; run its capture again to go on")
+        require_places(root, sequences, manifest)
         self.root = root
         self.manifest = manifest
         self.sequences = sequences
@@ -152,7 +152,7 @@ def read_table(root: Path, shard: int) -> pa.Table:
     """Read the sequence table of a shard.
 
     Raises:
-        CacheError: it is not what its commit record says.
+        CacheError: it is not what its commit record says, or names places that the shard does not have.
     """
     record = read_record(root, record_key(shard))
     if sequences_key(shard) not in record.objects:
@@ -162,6 +162,24 @@ def read_table(root: Path, shard: int) -> pa.Table:
         table = pq.read_table(pa.BufferReader(data))
         if table.schema.remove_metadata() != SEQUENCE_SCHEMA:
             raise CacheFormatError(f"{root / sequences_key(shard)} has the columns {table.column_names}")
-    except pa.ArrowException as error:
-        raise CacheCorruptError(f"{root / sequences_key(shard)} cannot be read: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise CacheCorruptError(f"{root / sequences_key(shard)} cannot be read: {first_line(error)}") from error
     return table
+
+
+def require_places(root: Path, table: pa.Table, manifest: Manifest) -> None:
+    """Refuse a table with a hole, or with a sequence outside the rows of its shard."""
+    if any(column.null_count for column in table.columns):
+        raise CacheFormatError(f"a sequence table of {root} has empty cells; run `todi-cache verify`")
+    num_rows = manifest.settings.shard_tokens
+    shard = table["shard"].to_numpy().astype(np.int64)
+    for axis in ("token", "target"):
+        start = table[f"{axis}_start"].to_numpy() - shard * num_rows
+        count = table[f"num_{axis}s"].to_numpy().astype(np.int64)
+        outside = np.flatnonzero((start < 0) | (count < 0) | (start > num_rows - count))
+        if len(outside):
+            name = table["id"][int(outside[0])].as_py()
+            raise CacheFormatError(
+                f"sequence {name!r} of {root} lies outside its shard on the {axis} axis ({count[outside[0]]} rows from "
+                f"{start[outside[0]]} of {num_rows}); run `todi-cache verify`"
+            )

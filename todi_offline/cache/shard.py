@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from todi_offline.cache.layout import ArraySpec
-from todi_offline.errors import CacheCorruptError, CacheIncompleteError
+from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError
 
 PCODEC_LEVEL = 8
 _CRC_BYTES = 4
@@ -83,11 +83,21 @@ class ShardFile:
         """Return all rows of an inner chunk; the same errors as `read_rows`."""
         descriptor = self._open()
         try:
-            offset, num_bytes = self._index(descriptor)[chunk]
+            offset, num_bytes = self._index(descriptor)[chunk].tolist()
             data = os.pread(descriptor, num_bytes, offset)
+        except OSError as error:
+            raise CacheError(f"cannot read {self.path}: {error.strerror}") from error
         finally:
             os.close(descriptor)
         return self._decode(data, num_bytes, chunk)
+
+    def check_index(self) -> None:
+        """Read the chunk index alone; the same errors as `read_rows`."""
+        descriptor = self._open()
+        try:
+            self._index(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _open(self) -> int:
         try:
@@ -96,8 +106,10 @@ class ShardFile:
             raise CacheIncompleteError(
                 f"the cache lacks {self.path}; `todi-cache verify` lists what else is"
             ) from error
+        except OSError as error:
+            raise CacheError(f"cannot open {self.path}: {error.strerror}") from error
 
-    def _index(self, descriptor: int) -> list[tuple[int, int]]:
+    def _index(self, descriptor: int) -> npt.NDArray[np.uint64]:
         status = os.fstat(descriptor)
         return _read_index(self.path, self.spec.chunks_per_shard, status.st_size, status.st_mtime_ns)
 
@@ -117,8 +129,8 @@ class ShardFile:
 
 
 @lru_cache(maxsize=4096)
-def _read_index(path: Path, num_chunks: int, file_size: int, _modified_ns: int) -> list[tuple[int, int]]:
-    """Read (offset, bytes) of every chunk; kept for a file of this size and age."""
+def _read_index(path: Path, num_chunks: int, file_size: int, _modified_ns: int) -> npt.NDArray[np.uint64]:
+    """Read offset and bytes of every chunk [chunk, 2]; kept for a file of this size and age."""
     index_bytes = num_chunks * 16 + _CRC_BYTES
     if file_size < index_bytes:
         raise CacheCorruptError(f"{path} is cut short: {file_size} bytes, less than its index of {index_bytes}")
@@ -131,7 +143,7 @@ def _read_index(path: Path, num_chunks: int, file_size: int, _modified_ns: int) 
     body = file_size - index_bytes
     if (pairs[:, 1] < _CRC_BYTES).any() or (pairs > body).any() or (pairs.sum(axis=1) > body).any():
         raise CacheCorruptError(f"the chunk index of {path} points outside the file")
-    return [(int(offset), int(num_bytes)) for offset, num_bytes in pairs]
+    return pairs
 
 
 @lru_cache(maxsize=16)
