@@ -8,6 +8,7 @@ with CacheWriter(root, manifest, num_shards) as writer:      # creates the cache
 
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from todi_offline.cache.commit import (
+    LOCK_KEY,
     SEAL_KEY,
+    TEMPORARY_SUFFIX,
     CacheLock,
     CommitRecord,
     ObjectSum,
@@ -41,6 +44,7 @@ from todi_offline.cache.layout import (
     sequences_key,
 )
 from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.reader import read_manifest
 from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, encode_shard
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError
 
@@ -79,7 +83,7 @@ class CacheWriter:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CacheError(f"cannot create {self.root}: {error.strerror}; choose another folder") from error
-        if not (self.root / "zarr.json").exists() and _foreign(self.root):
+        if not (self.root / "zarr.json").exists() and _foreign(self.root, self.manifest):
             raise CacheError(f"{self.root} is not empty and holds no cache; choose another folder")
         self._lock.__enter__()
         try:
@@ -149,22 +153,27 @@ class CacheWriter:
 
     def _create_or_check(self) -> None:
         manifest = self.manifest.to_json()
-        if (self.root / "zarr.json").exists():
-            found = json.loads(read_object(self.root, "zarr.json")).get("attributes", {}).get(MANIFEST_KEY, {})
+        begun = (self.root / "zarr.json").exists()
+        if begun:
+            found = read_manifest(self.root).to_json()
             lines = differences(found, json.loads(json.dumps(manifest)), ("in the cache", "now"))
             if lines:
                 raise CacheMismatchError(
                     f"{self.root} was begun otherwise: {'; '.join(lines)}; "
                     "go on with the command that began it, or choose another folder"
                 )
-            return
+        for key, data in self._metadata(manifest):
+            if not (begun and (self.root / key).exists()):  # what was lost is written again
+                write_object(self.root, key, data)
+
+    def _metadata(self, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """Yield the objects that describe the cache as a whole; the last of them makes the folder one."""
         if self._tokenizer_json is not None:
-            write_object(self.root, TOKENIZER_KEY, self._tokenizer_json.encode())
+            yield TOKENIZER_KEY, self._tokenizer_json.encode()
         for spec in self.manifest.arrays.values():
-            metadata = array_metadata(spec, self.manifest.settings.codec, self.num_shards)
-            write_object(self.root, f"{spec.name}/zarr.json", metadata)
+            yield f"{spec.name}/zarr.json", array_metadata(spec, self.manifest.settings.codec, self.num_shards)
         group = {"zarr_format": 3, "node_type": "group", "attributes": {MANIFEST_KEY: manifest}}
-        write_object(self.root, "zarr.json", (json.dumps(group, indent=1) + "\n").encode())
+        yield "zarr.json", (json.dumps(group, indent=1) + "\n").encode()
 
 
 def metadata_keys(root: Path, manifest: Manifest) -> list[str]:
@@ -244,7 +253,7 @@ def _require_objects(root: Path, record: CommitRecord) -> None:
             )
 
 
-def _foreign(root: Path) -> bool:
-    """Whether a folder holds files that no interrupted creation of a cache would have left."""
-    ours = {".lock", TOKENIZER_KEY}
-    return any(path.is_file() and path.name not in ours for path in root.iterdir() if not path.name.endswith(".tmp"))
+def _foreign(root: Path, manifest: Manifest) -> bool:
+    """Whether a folder holds anything that no interrupted creation of this cache would have left."""
+    ours = {LOCK_KEY, TOKENIZER_KEY, TOKENIZER_KEY + TEMPORARY_SUFFIX, "zarr.json" + TEMPORARY_SUFFIX, *manifest.arrays}
+    return any(path.name not in ours for path in root.iterdir())
