@@ -86,6 +86,20 @@ def decode_logprobs(stored: Array, encoding: str) -> npt.NDArray[np.float32]:
     return np.cumsum(stored, axis=1, dtype=np.int32).astype(np.float32) / np.float32(-Q8_STEPS_PER_NAT)
 
 
+def logprob_bounds(
+    logprobs: npt.NDArray[np.float32], encoding: str
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the least and the greatest log-prob that each of these, as decoded [target, k], can stand for."""
+    values = logprobs.astype(np.float64)
+    if encoding == "f16":
+        error = np.where(np.isfinite(values), np.abs(values) * 2.0**-11 + 2.0**-25, 0)
+        return values - error, np.where(np.isneginf(values), -65504, values + error)
+    half_step = 0.5 / Q8_STEPS_PER_NAT
+    gaps = -np.diff(values, axis=1, prepend=0)
+    only_above = np.maximum.accumulate(gaps >= _Q8_MAX_STEP / Q8_STEPS_PER_NAT, axis=1)
+    return np.where(only_above, -np.inf, values - half_step), values + half_step
+
+
 def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
     """Return the arrays of the target axis by their stored names."""
     arrays: dict[str, Array] = {

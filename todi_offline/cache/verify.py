@@ -1,9 +1,10 @@
-"""A cache in, everything that is wrong with it out, one problem at a time; memory does not grow with the cache.
+"""A cache in, everything that is wrong with it out; memory grows with a shard, not with the cache.
 
-Three rounds: the objects (those that the seal and the records name, whole, and no others), the sequence tables, and
-what the sequences hold. A shard with a damaged object is not looked into further.
+Three rounds: the seal and what it names, the objects of every shard (whole, and no others), and what the shards hold.
+A shard with a damaged object is not looked into further than to say which of its chunks are.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,37 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from todi_offline.cache.commit import SEAL_KEY, CommitRecord, ObjectSum, Seal, read_record, read_seal
-from todi_offline.cache.encoding import Q8_STEPS_PER_NAT, TargetRows
+from todi_offline.cache.commit import (
+    LOCK_KEY,
+    SEAL_KEY,
+    CommitRecord,
+    ObjectSum,
+    Seal,
+    committed_shards,
+    read_record,
+    read_seal,
+    to_bytes,
+)
+from todi_offline.cache.encoding import decode_rows
 from todi_offline.cache.fingerprint import content_key, hash_bytes
-from todi_offline.cache.layout import record_key, sequences_key
+from todi_offline.cache.invariants import SLACK, faults, mass_bounds
+from todi_offline.cache.layout import CHUNK_TARGETS, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
-from todi_offline.cache.reader import Cache, CachedSequence, read_manifest, read_table
+from todi_offline.cache.reader import read_manifest, read_table, require_places
 from todi_offline.cache.shard import ShardFile
 from todi_offline.cache.writer import array_metadata, metadata_keys
 from todi_offline.errors import CacheError
 
 _BLOCK_BYTES = 2**22
+_RESEAL = "delete sealed.json and run the same capture again: it seals anew"
+_REWRITE = "delete it and sealed.json, and run the same capture again: it writes them anew"
+_RESTORE = "bring it back from a copy, or capture into another folder"
+_STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")  # zarr may add others
+
+Progress = Callable[[int, int], None]
+"""Called with the targets looked at so far and all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,50 +58,98 @@ class Problem:
     """What it takes to mend it."""
 
 
-def verify_cache(root: Path, progress: Callable[[int, int], None] = lambda *_: None) -> Iterator[Problem]:
-    """Yield everything that is wrong with the cache at `root`; `progress` is told the shards done and all of them."""
+def verify_cache(root: str | Path, progress: Progress = lambda *_: None) -> list[Problem]:
+    """Return everything that is wrong with a cache.
+
+    Raises:
+        CacheFormatError: the folder is no cache.
+    """
+    return list(_problems(Path(root), progress))
+
+
+def _problems(root: Path, progress: Progress) -> Iterator[Problem]:
+    committed = committed_shards(root)
     try:
         manifest = read_manifest(root)
+    except CacheError as error:
+        if not committed and not (root / SEAL_KEY).exists():
+            raise
+        yield Problem("zarr.json", str(error), _RESTORE)
+        return
+    try:
         seal = read_seal(root)
     except CacheError as error:
-        yield Problem(str(root), str(error), "run the capture that made it again")
+        yield Problem(SEAL_KEY, str(error), _RESEAL)
+        yield from _shards_problems(root, manifest, committed, set(), progress)
         return
-    known = {SEAL_KEY, *seal.objects}
-    yield from _metadata_problems(root, manifest, seal)
-    sums = np.zeros(3, np.int64)
-    for shard in range(seal.num_shards):
-        progress(shard, seal.num_shards)
-        try:
-            record = read_record(root, record_key(shard))
-        except CacheError as error:
-            yield Problem(record_key(shard), str(error), _again(shard))
-            known |= _object_keys(manifest, shard)  # those that it would have named
-            continue
-        known |= record.objects.keys()
-        sums += record.num_sequences, record.num_tokens, record.num_targets
-        yield from _shard_problems(root, manifest, record, shard)
-    progress(seal.num_shards, seal.num_shards)
-    if sums.tolist() != [seal.num_sequences, seal.num_tokens, seal.num_targets]:
-        what = f"it has other numbers of sequences, tokens and targets than the records' {sums.tolist()}"
-        yield Problem(SEAL_KEY, what, "delete it and run the same capture again")
-    for path in sorted(root.rglob("*")):
-        key = path.relative_to(root).as_posix()
-        if not path.is_dir() and key not in known:
-            yield Problem(key, "no record names it", "delete it")
+    shards = list(range(seal.num_shards))
+    metadata = list(_metadata_problems(root, manifest, seal))
+    yield from metadata
+    yield from _extra_objects(root, manifest, seal)
+    yield from _count_problems(root, seal)
+    yield from _shards_problems(root, manifest, shards, {problem.where for problem in metadata}, progress)
 
 
 def _metadata_problems(root: Path, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
-    remedy = "delete sealed.json and run the same capture again"
+    """Compare the seal with its own bytes, with what it names, and the arrays' metadata with the manifest."""
+    if (root / SEAL_KEY).read_bytes() != to_bytes(seal):
+        yield Problem(SEAL_KEY, "its values stand in other bytes than those that were written", _RESEAL)
     expected = {*metadata_keys(root, manifest), *map(record_key, range(seal.num_shards))}
-    if unnamed := expected - seal.objects.keys():
-        yield Problem(SEAL_KEY, f"it does not name {', '.join(sorted(unnamed))}", remedy)
+    if differing := expected ^ seal.objects.keys():
+        yield Problem(SEAL_KEY, f"it does not name what it should: {', '.join(sorted(differing))}", _RESEAL)
     for key, expected_sum in seal.objects.items():
         if what := _difference(root / key, expected_sum):
+            shard = Path(key).stem if key.startswith("commits/") else ""
+            remedy = _again(int(shard)) if shard.isdecimal() else _RESTORE if key == "zarr.json" else _REWRITE
             yield Problem(key, what, remedy)
-    for name, spec in manifest.arrays.items():
-        path = root / name / "zarr.json"
-        if path.is_file() and path.read_bytes() != array_metadata(spec, manifest.settings.codec, seal.num_shards):
-            yield Problem(f"{name}/zarr.json", "it is not what the manifest leads to", remedy)
+        elif key.endswith("/zarr.json") and (name := key.partition("/")[0]) in manifest.arrays:
+            implied = array_metadata(manifest.arrays[name], manifest.settings.codec, seal.num_shards)
+            if _stable(implied) != _stable((root / key).read_bytes()):
+                yield Problem(key, "it is not what the manifest leads to", _REWRITE)
+
+
+def _stable(metadata: bytes) -> list[Any]:
+    values = json.loads(metadata)
+    return [values.get(name) for name in _STABLE_METADATA]
+
+
+def _extra_objects(root: Path, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
+    """Whatever lies there and belongs to no shard of a finished cache."""
+    known = {SEAL_KEY, LOCK_KEY, *seal.objects}
+    for shard in range(seal.num_shards):
+        known |= _object_keys(manifest, shard)
+    for path in sorted(root.rglob("*")):
+        key = path.relative_to(root).as_posix()
+        if key not in known and not (path.is_dir() and not path.is_symlink()):
+            yield Problem(key, "no record names it", "delete it")
+
+
+def _count_problems(root: Path, seal: Seal) -> Iterator[Problem]:
+    try:
+        records = [read_record(root, record_key(shard)) for shard in range(seal.num_shards)]
+    except CacheError:
+        return  # named where the shards are looked at
+    names = ("num_sequences", "num_tokens", "num_targets")
+    found, expected = ([sum(getattr(part, name) for part in parts) for name in names] for parts in ([seal], records))
+    if found != expected:
+        what = f"it has other numbers of sequences, tokens and targets, {found}, than the records, {expected}"
+        yield Problem(SEAL_KEY, what, _RESEAL)
+
+
+def _shards_problems(
+    root: Path, manifest: Manifest, shards: list[int], reported: set[str], progress: Progress
+) -> Iterator[Problem]:
+    """Look into shards; `reported` are objects that are known to be damaged."""
+    for done, shard in enumerate(shards):
+        progress(done, len(shards))
+        try:
+            record = read_record(root, record_key(shard))
+        except CacheError as error:
+            if record_key(shard) not in reported:
+                yield Problem(record_key(shard), str(error), _again(shard))
+            continue
+        yield from _shard_problems(root, manifest, record, shard)
+    progress(len(shards), len(shards))
 
 
 def _shard_problems(root: Path, manifest: Manifest, record: CommitRecord, shard: int) -> Iterator[Problem]:
@@ -90,110 +158,164 @@ def _shard_problems(root: Path, manifest: Manifest, record: CommitRecord, shard:
         differing = ", ".join(sorted(record.objects.keys() ^ expected)) or f"shard {record.shard}"
         yield Problem(record_key(shard), f"it is not the record of shard {shard}: {differing}", _again(shard))
         return
-    damaged = False
-    for key, expected_sum in record.objects.items():
-        if what := _difference(root / key, expected_sum):
-            damaged = True
-            yield Problem(key, what, _again(shard))
-    if damaged:
+    damaged = {key: what for key, sums in record.objects.items() if (what := _difference(root / key, sums))}
+    table = None if sequences_key(shard) in damaged else read_table(root, shard)
+    for key, what in damaged.items():
+        yield Problem(key, what + _damaged_chunks(root, manifest, key, shard, table), _again(shard))
+    if table is None or damaged:
         return
+    found = list(_table_problems(root, manifest, table, record))
+    yield from found
+    if not found:
+        try:
+            yield from _content_problems(root, manifest, table, shard)
+        except CacheError as error:
+            yield Problem(f"shard {shard}", str(error), _again(shard))
+
+
+def _damaged_chunks(root: Path, manifest: Manifest, key: str, shard: int, table: pa.Table | None) -> str:
+    """Return which chunks of a damaged object are, and whose; nothing where that cannot be told."""
+    spec = manifest.arrays.get(key.partition("/")[0])
+    if spec is None or not (root / key).is_file():
+        return ""
+    file, chunks = ShardFile(root / key, spec, manifest.settings.codec), []
     try:
-        cache = Cache(root, manifest, read_table(root, shard))
-        yield from _table_problems(cache, record, shard)
-        for index in range(len(cache)):
-            name = f"sequence {cache.sequences['id'][index].as_py()!r}"
-            for what in _sequence_problems(manifest, cache[index], cache.sequences.slice(index, 1).to_pylist()[0]):
-                yield Problem(name, what, _again(shard))
-        yield from _unused_problems(root, manifest, record, shard)
-    except CacheError as error:
-        yield Problem(f"shard {shard}", str(error), _again(shard))
+        file.check_index()
+    except CacheError:
+        return "; its chunk index is lost"
+    for chunk in range(spec.chunks_per_shard):
+        try:
+            file.read_chunk(chunk)
+        except CacheError:
+            chunks.append(chunk)
+    if table is None or not chunks:
+        return f"; damaged are the chunks {chunks}" if chunks else ""
+    ends = table[f"{spec.axis}_start"].to_numpy() + table[f"num_{spec.axis}s"].to_numpy()
+    first = shard * manifest.settings.shard_tokens + np.array(chunks) * spec.chunk_rows
+    touched = (
+        (table[f"{spec.axis}_start"].to_numpy() < first[:, None] + spec.chunk_rows) & (ends > first[:, None])
+    ).any(0)
+    names = table["id"].filter(pa.array(touched)).to_pylist()
+    shown = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"; damaged are the chunks {chunks}, of the sequences {shown or 'none'}"
 
 
-def _table_problems(cache: Cache, record: CommitRecord, shard: int) -> Iterator[Problem]:
+def _table_problems(root: Path, manifest: Manifest, table: pa.Table, record: CommitRecord) -> Iterator[Problem]:
     """Sequences must lie end to end from the beginning of the shard, and be as many as the record says."""
-    where, first = sequences_key(shard), shard * cache.manifest.settings.shard_tokens
-    columns = {name: cache.sequences[name].to_numpy() for name in cache.sequences.column_names[3:]}
-    if (columns["shard"] != shard).any():
+    shard, where = record.shard, sequences_key(record.shard)
+    try:
+        require_places(root, table, manifest)
+    except CacheError as error:
+        yield Problem(where, str(error), _again(shard))
+        return
+    if (table["shard"].to_numpy() != shard).any():
         yield Problem(where, f"it names other shards than {shard}", _again(shard))
     for axis in ("token", "target"):
-        counts = columns[f"num_{axis}s"].astype(np.int64)
-        if (columns[f"{axis}_start"] != first + np.cumsum(counts) - counts).any() or (counts < 0).any():
+        counts = table[f"num_{axis}s"].to_numpy().astype(np.int64)
+        starts = shard * manifest.settings.shard_tokens + np.cumsum(counts) - counts
+        if (table[f"{axis}_start"].to_numpy() != starts).any():
             yield Problem(where, f"its sequences overlap or leave gaps on the {axis} axis", _again(shard))
-    found = (len(cache), int(columns["num_tokens"].sum()), int(columns["num_targets"].sum()))
-    if found != (record.num_sequences, record.num_tokens, record.num_targets):
-        yield Problem(where, f"it has {found} sequences, tokens and targets; the record has others", _again(shard))
-    if hash_bytes(cache.sequences["content_key"].to_pylist()) != record.content:
+    found = (len(table), int(table["num_tokens"].to_numpy().sum()), int(table["num_targets"].to_numpy().sum()))
+    expected = (record.num_sequences, record.num_tokens, record.num_targets)
+    if found != expected:
+        what = f"it has {found} sequences, tokens and targets, the record {expected}"
+        yield Problem(where, what, _again(shard))
+    if hash_bytes(table["content_key"].to_pylist()) != record.content:
         yield Problem(where, "its content keys are not those of the commit record", _again(shard))
 
 
-def _sequence_problems(manifest: Manifest, sequence: CachedSequence, row: dict[str, Any]) -> Iterator[str]:
-    if content_key(sequence.token_ids, sequence.target_mask) != row["content_key"]:
+def _content_problems(root: Path, manifest: Manifest, table: pa.Table, shard: int) -> Iterator[Problem]:
+    """Look at what a shard holds: its tokens at once, its targets a chunk at a time."""
+    files = {
+        name: ShardFile(root / spec.object_key(shard), spec, manifest.settings.codec)
+        for name, spec in manifest.arrays.items()
+    }
+    token_ids, mask = (
+        files.pop(name).read_rows(0, manifest.settings.shard_tokens) for name in ("token_ids", "target_mask")
+    )
+    broken = list(_token_problems(manifest, table, shard, token_ids, mask))
+    yield from broken
+    if not broken:
+        yield from _target_problems(manifest, table, shard, files, token_ids[np.flatnonzero(mask) + 1])
+
+
+def _target_problems(
+    manifest: Manifest, table: pa.Table, shard: int, files: dict[str, ShardFile], labels: npt.NDArray[np.uint32]
+) -> Iterator[Problem]:
+    settings = manifest.settings
+    owner = np.repeat(np.arange(len(table)), table["num_targets"].to_numpy())
+    sums, found = np.zeros((3, len(table))), dict[str, list[int]]()
+    for chunk in range(settings.shard_tokens // CHUNK_TARGETS):
+        span = slice(chunk * CHUNK_TARGETS, (chunk + 1) * CHUNK_TARGETS)
+        owners = owner[span]
+        stored = {name: file.read_chunk(chunk) for name, file in files.items()}
+        for name, values in stored.items():
+            if values[len(owners) :].any():
+                what = f"rows of chunk {chunk} that no sequence owns are not 0"
+                yield Problem(manifest.arrays[name].object_key(shard), what, _again(shard))
+        used = {name: values[: len(owners)] for name, values in stored.items()}
+        rows = decode_rows(used, settings.encoding, settings.temperatures, settings.tail_temperature)
+        for what, wrong in faults(rows, labels[span], settings.encoding, manifest.vocab_size).items():
+            if wrong.any():
+                found.setdefault(what, []).extend(owners[wrong].tolist())
+        numbers: list[npt.NDArray[Any]] = [rows.label_logprob, *mass_bounds(rows, settings.encoding)]
+        for index, weights in enumerate(numbers):
+            sums[index] += np.bincount(owners, weights=weights, minlength=len(table))
+    for what, sequences in found.items():
+        others = f", and {len(sequences) - 1} more targets of shard {shard}" if len(sequences) > 1 else ""
+        yield Problem(_name(table, sequences[0]), f"{what}: a target of it{others}", _again(shard))
+    yield from _mean_problems(table, shard, sums)
+
+
+def _token_problems(
+    manifest: Manifest, table: pa.Table, shard: int, token_ids: npt.NDArray[np.uint32], mask: npt.NDArray[np.uint8]
+) -> Iterator[Problem]:
+    num_tokens = table["num_tokens"].to_numpy()
+    stops = np.cumsum(num_tokens)
+    used = int(num_tokens.sum())
+    for name, values in (("token_ids", token_ids), ("target_mask", mask)):
+        if values[used:].any():
+            what = "rows that no sequence owns are not 0"
+            yield Problem(manifest.arrays[name].object_key(shard), what, _again(shard))
+    rows = zip(
+        stops - num_tokens, stops, table["content_key"].to_pylist(), table["num_targets"].to_pylist(), strict=True
+    )
+    for index, (start, stop, key, num_targets) in enumerate(rows):
+        for what in _sequence_problems(token_ids[start:stop], mask[start:stop], key, num_targets, manifest.vocab_size):
+            yield Problem(_name(table, index), what, _again(shard))
+
+
+def _sequence_problems(
+    token_ids: npt.NDArray[np.uint32], mask: npt.NDArray[np.uint8], key: bytes, num_targets: int, vocab_size: int
+) -> Iterator[str]:
+    if (token_ids >= vocab_size).any():
+        yield f"it has token ids beyond the vocabulary of {vocab_size}"
+    if (mask > 1).any() or mask[-1:].any():
+        yield "its mask has other values than 0 and 1, or supervises the last position, which no token follows"
+    if content_key(token_ids, mask.astype(np.bool_)) != key:
         yield "its tokens and mask do not give its content key"
-    if sequence.target_mask[-1:].any():
-        yield "its last position is supervised, which no token follows"
-        return
-    labels = sequence.token_ids[np.flatnonzero(sequence.target_mask) + 1]
-    if (sequence.token_ids >= manifest.vocab_size).any():
-        yield f"it has token ids beyond the vocabulary of {manifest.vocab_size}"
-    rows = sequence.targets
-    yield from _row_problems(rows, labels, manifest)
-    nll = -rows.label_logprob.mean(dtype=np.float64)
-    if not abs(nll - row["teacher_nll"]) <= 1e-4 * max(1.0, abs(nll)):
-        yield f"its mean label log-prob gives an NLL of {nll:.5f}, the table has {row['teacher_nll']:.5f}"
-    mass, slack = _kept_mass(rows, manifest.settings.encoding)
-    if not abs(mass.mean() - row["topk_mass"]) <= slack.mean():
-        yield f"its kept entries have a mean mass of {mass.mean():.5f}, the table has {row['topk_mass']:.5f}"
+    if np.count_nonzero(mask) != num_targets:
+        yield f"its mask supervises {np.count_nonzero(mask)} positions, the table has {num_targets} targets"
 
 
-def _row_problems(rows: TargetRows, labels: npt.NDArray[np.uint32], manifest: Manifest) -> Iterator[str]:
-    """Check every target's row: order, ids, masses, tail and label."""
-    ids, logprobs = rows.ids.astype(np.int64), rows.logprobs
-    if (ids >= manifest.vocab_size).any() or (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
-        yield f"a row has ids that repeat or lie beyond the vocabulary of {manifest.vocab_size}"
-    if not (logprobs <= 0).all() or (logprobs[:, 1:] > logprobs[:, :-1]).any():
-        yield "a row's log-probs do not fall from 0 or below, or are NaN"
-        return
-    mass, slack = _kept_mass(rows, manifest.settings.encoding)
-    tail = np.exp(rows.tail_logsumexp[:, rows.temperatures.index(1.0)]) if 1.0 in rows.temperatures else None
-    if np.isnan(rows.tail_logsumexp).any() or (mass > 1 + slack).any():
-        yield "a row's kept mass is above 1, or its tail is NaN"
-    elif tail is not None and (abs(mass + tail - 1) > slack).any():
-        yield f"a row's kept and tail mass differ from 1 by {abs(mass + tail - 1).max():.4f}"
-    kept = ids == labels[:, None]
-    stored = np.where(kept, logprobs, 0).sum(axis=1)
-    near = abs(stored - rows.label_logprob) <= _slack(rows.label_logprob, manifest.settings.encoding)
-    if not (rows.label_logprob <= 0).all() or not (near | ~kept.any(axis=1) | (stored < -15)).all():
-        yield "a label's log-prob is positive, NaN, or not that of the same id among the kept ones"
-    if rows.tail_ids is not None and rows.tail_logprobs is not None:
-        among_kept = (rows.tail_ids[:, :, None] == rows.ids[:, None, :]).any(axis=2)
-        wrong = among_kept | (rows.tail_ids >= manifest.vocab_size) | ~(rows.tail_logprobs <= 0)
-        if (wrong & ~np.isneginf(rows.tail_logprobs)).any():
-            yield "a tail sample is a kept id, lies beyond the vocabulary, or has no log-prob"
+def _mean_problems(table: pa.Table, shard: int, sums: npt.NDArray[np.float64]) -> Iterator[Problem]:
+    """Compare the means of the table with those of the rows."""
+    num_targets = table["num_targets"].to_numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        label, least, most = sums / num_targets
+    nll, mass = (table[name].to_numpy().astype(np.float64) for name in ("teacher_nll", "topk_mass"))
+    differs = {
+        "teacher NLL": ~np.isclose(nll, -label, rtol=SLACK, atol=SLACK, equal_nan=True),
+        "mean top-k mass": ~((least - SLACK <= mass) & (mass <= most + SLACK)),
+    }
+    for name, wrong in differs.items():
+        for index in np.flatnonzero(wrong & (num_targets > 0)):
+            what = f"its {name} in the table is not that of its rows (NLL {-label[index]:.5f}, mass {most[index]:.5f})"
+            yield Problem(_name(table, int(index)), what, _again(shard))
 
 
-def _unused_problems(root: Path, manifest: Manifest, record: CommitRecord, shard: int) -> Iterator[Problem]:
-    """Rows that no sequence owns must be 0."""
-    used = {"token": record.num_tokens, "target": record.num_targets}
-    for spec in manifest.arrays.values():
-        file = ShardFile(root / spec.object_key(shard), spec, manifest.settings.codec)
-        start = used[spec.axis]
-        for chunk in range(start // spec.chunk_rows, spec.chunks_per_shard):
-            if file.read_chunk(chunk)[max(0, start - chunk * spec.chunk_rows) :].any():
-                yield Problem(spec.object_key(shard), "rows that no sequence owns are not 0", _again(shard))
-                break
-
-
-def _kept_mass(rows: TargetRows, encoding: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the mass of each row's kept entries, and how far the encoding may have moved it."""
-    p = np.exp(rows.logprobs, dtype=np.float64)
-    return p.sum(axis=1), (p * _slack(rows.logprobs, encoding)).sum(axis=1) + 1e-4
-
-
-def _slack(logprobs: npt.NDArray[np.float32], encoding: str) -> npt.NDArray[np.float64]:
-    """Return the bound of `encoding.py`, with a little for float32, in nats."""
-    if encoding == "q8":
-        return np.full(logprobs.shape, 0.51 / Q8_STEPS_PER_NAT + 1e-3)
-    return np.where(np.isneginf(logprobs), 0, abs(logprobs)).astype(np.float64) * 2.0**-10 + 1e-5
+def _name(table: pa.Table, index: int) -> str:
+    return f"sequence {table['id'][index].as_py()!r}"
 
 
 def _object_keys(manifest: Manifest, shard: int) -> set[str]:

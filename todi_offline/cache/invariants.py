@@ -1,0 +1,97 @@
+"""Decoded rows in, what cannot be true of a teacher's targets out.
+
+A stored log-prob stands for all between two bounds, which its encoding gives; something is wrong with a row where no
+choice within them would do.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from todi_offline.cache.encoding import TargetRows, logprob_bounds
+
+SLACK = 1e-4
+"""What float32 may lose in a softmax over 10^5 ids; in nats or in mass."""
+
+Rows = npt.NDArray[np.bool_]
+"""[target]: where it is wrong."""
+Numbers = npt.NDArray[np.float64]
+
+
+def faults(rows: TargetRows, labels: npt.NDArray[np.uint32], encoding: str, vocab_size: int) -> dict[str, Rows]:
+    """Return everything that can be wrong with rows, and for each of it the rows [target] with which it is.
+
+    `labels` [target] are the tokens that follow.
+    """
+    lower, upper = logprob_bounds(rows.logprobs, encoding)
+    return {
+        **_id_faults(rows, vocab_size),
+        **_order_faults(rows),
+        **_mass_faults(rows, lower, upper),
+        **_label_faults(rows, labels, lower, upper),
+        **_tail_faults(rows, upper, vocab_size),
+    }
+
+
+def mass_bounds(rows: TargetRows, encoding: str) -> tuple[Numbers, Numbers]:
+    """Return the least and the most that the kept entries of each row can hold together."""
+    with np.errstate(over="ignore"):
+        lower, upper = (np.exp(bound).sum(axis=1) for bound in logprob_bounds(rows.logprobs, encoding))
+    return lower, upper
+
+
+def _id_faults(rows: TargetRows, vocab_size: int) -> dict[str, Rows]:
+    ordered: Any = np.sort(rows.ids, axis=1)
+    return {
+        "ids that repeat": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1),
+        f"ids beyond the vocabulary of {vocab_size}": (ordered >= vocab_size).any(axis=1),
+    }
+
+
+def _order_faults(rows: TargetRows) -> dict[str, Rows]:
+    logprobs: Any = rows.logprobs
+    return {
+        "log-probs that are NaN or above 0": ~(logprobs <= 0).all(axis=1),
+        "log-probs that do not fall": (logprobs[:, 1:] > logprobs[:, :-1]).any(axis=1),
+    }
+
+
+def _mass_faults(rows: TargetRows, lower: Numbers, upper: Numbers) -> dict[str, Rows]:
+    tail = rows.tail_logsumexp.astype(np.float64)
+    with np.errstate(over="ignore"):
+        least, most = np.exp(lower).sum(axis=1), np.exp(upper).sum(axis=1)
+        beyond = np.exp(tail[:, rows.temperatures.index(1.0)]) if 1.0 in rows.temperatures else None
+    found = {
+        "the tail's mass is NaN or infinite": ~(tail < np.inf).all(axis=1),
+        "the kept mass is above 1": least > 1 + SLACK,
+    }
+    if beyond is not None:
+        found["kept and tail mass differ from 1"] = (least + beyond > 1 + SLACK) | (most + beyond < 1 - SLACK)
+    return found
+
+
+def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], lower: Numbers, upper: Numbers) -> dict[str, Rows]:
+    kept = rows.ids == labels[:, None]
+    label = rows.label_logprob.astype(np.float64)[:, None]
+    differs = kept & ((label < lower - SLACK) | (label > upper + SLACK))
+    above_kept = label > upper[:, -1:] + SLACK
+    return {
+        "the label's log-prob is NaN or above 0": ~(label <= SLACK)[:, 0],
+        "the label's log-prob is not that of the same id among the kept ones": differs.any(axis=1),
+        "the label is not kept, but more probable than an id that is": above_kept[:, 0] & ~kept.any(axis=1),
+    }
+
+
+def _tail_faults(rows: TargetRows, upper: Numbers, vocab_size: int) -> dict[str, Rows]:
+    if rows.tail_ids is None or rows.tail_logprobs is None:
+        return {}
+    drawn = ~np.isneginf(rows.tail_logprobs)  # where the tail has no mass, its samples stand for nothing
+    among_kept = (rows.tail_ids[:, :, None] == rows.ids[:, None, :]).any(axis=2)
+    least, _ = logprob_bounds(rows.tail_logprobs, "f16")
+    return {
+        "a tail sample is a kept id": (among_kept & drawn).any(axis=1),
+        f"tail samples beyond the vocabulary of {vocab_size}": (rows.tail_ids >= vocab_size).any(axis=1),
+        "a tail sample's log-prob is NaN or above 0": ~(rows.tail_logprobs <= 0).all(axis=1),
+        "a tail sample is more probable than a kept id": (least > upper[:, -1:] + SLACK).any(axis=1),
+    }
