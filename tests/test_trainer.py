@@ -13,6 +13,7 @@ import torch
 from tiny import tiny_tokenizer
 from tiny_models import VOCAB, gpt2, llama, mamba
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import todi_offline.trainer
@@ -178,6 +179,19 @@ def test_the_head_runs_at_the_targets_alone(cache: Cache, tmp_path: Path) -> Non
     assert rows == [len(batch["labels"]) for batch in trainer.batches]
 
 
+def test_a_packed_row_is_read_without_a_cache_and_without_a_mask(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    """With either, transformers may let the sequences of a row meet."""
+    trainer = trainer_of(tmp_path, cache, eval_dataset=heldout, max_steps=2)
+    given: list[dict[str, Any]] = []
+    trainer.model.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs), with_kwargs=True)
+    trainer.train()
+    trainer.evaluate()
+    assert len(given) > 2
+    for kwargs in given:
+        assert kwargs["use_cache"] is False
+        assert set(kwargs) - {"use_cache"} == {"input_ids", "position_ids"}
+
+
 def test_a_model_that_lets_packed_sequences_meet_gets_a_row_for_each(
     cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -261,6 +275,17 @@ def test_every_epoch_holds_every_sequence_once_in_an_order_of_its_own(cache: Cac
         expected = list(order)
         assert epoch == [set(expected[start : start + 4]) for start in range(0, 21, 4)]
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_epoch_reaches_the_order_although_a_wrapper_may_not_pass_it_on(cache: Cache, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cache)
+    sampler = trainer._get_train_sampler()
+    batches = iter(DataLoader(CacheDataset(cache), 4, sampler=sampler, collate_fn=trainer.data_collator))
+    trainer.state.epoch = 2.0
+    trainer.batches, _ = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
+    order = ShuffledOrder(len(cache), 42)
+    order.set_epoch(2)
+    assert seen_by(trainer, cache) == [set(list(order)[:4])]
 
 
 def test_the_order_follows_the_data_seed_where_there_is_one(cache: Cache, tmp_path: Path) -> None:
