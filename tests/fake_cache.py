@@ -1,13 +1,21 @@
 """Small caches of a made-up teacher: real softmaxes over a small vocabulary, in shards of the smallest size."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from todi_offline.cache.commit import SEAL_KEY, ObjectSum, committed_shards, read_record, read_seal, to_bytes
 from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.layout import CacheSettings, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.reader import read_manifest, read_table
+from todi_offline.cache.shard import ShardFile, encode_shard
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 
 VOCAB = 300
@@ -26,20 +34,25 @@ def manifest(chosen: CacheSettings, vocab_size: int = VOCAB) -> Manifest:
     )
 
 
-def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB) -> SequenceRows:
-    """Return a sequence that its number decides: tokens, mask, and what a softmax over random logits keeps."""
+def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale: float = 3) -> SequenceRows:
+    """Return a sequence that its number decides: tokens, mask, and what a softmax over random logits keeps.
+
+    Half of the labels are likely ones. `scale` is the spread of the logits.
+    """
     rng = np.random.default_rng(number)
     length = int(rng.integers(8, 120))
     token_ids = rng.integers(0, vocab_size, length).astype(np.uint32)
     mask = rng.random(length) < 0.7
     mask[0], mask[-1] = True, False
     labels = token_ids[np.flatnonzero(mask) + 1].astype(np.int64)
-    logits = rng.normal(0, 3, (len(labels), vocab_size)).astype(np.float32)
+    logits = rng.normal(0, scale, (len(labels), vocab_size)).astype(np.float32)
+    logits[np.arange(len(labels)), labels] += np.float32(3 * scale) * (rng.random(len(labels)) < 0.5)
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : chosen.k]
     tail = logprobs.copy()
     np.put_along_axis(tail, ids, -np.inf, axis=1)
-    drawn = np.argmax(tail, axis=1)[:, None].repeat(chosen.tail_samples, axis=1)
+    gumbel = rng.gumbel(size=(len(labels), chosen.tail_samples, vocab_size))
+    drawn = np.argmax(tail[:, None] / chosen.tail_temperature + gumbel, axis=2)
     rows = TargetRows(
         ids=ids.astype(np.uint32),
         logprobs=np.take_along_axis(logprobs, ids, axis=1),
@@ -63,3 +76,37 @@ def write_cache(root: Path, num_shards: int = 2, per_shard: int = 12, *, seal: b
         if seal:
             writer.seal()
     return root
+
+
+def forge(root: Path, key: str, data: bytes) -> None:
+    """Replace an object and make every checksum right again, so that only a look at the contents can tell."""
+    (root / key).write_bytes(data)
+    for shard in committed_shards(root):
+        record = read_record(root, record_key(shard))
+        if key in record.objects:
+            record = dataclasses.replace(record, objects={**record.objects, key: ObjectSum.of(data)})
+            (root / record_key(shard)).write_bytes(to_bytes(record))
+    seal = read_seal(root)
+    objects = {name: ObjectSum.of((root / name).read_bytes()) for name in seal.objects}
+    (root / SEAL_KEY).write_bytes(to_bytes(dataclasses.replace(seal, objects=objects)))
+
+
+def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None], shard: int = 0) -> None:
+    """Change stored rows of an array in place, and forge its object."""
+    manifest = read_manifest(root)
+    spec, codec = manifest.arrays[name], manifest.settings.codec
+    rows = ShardFile(root / spec.object_key(shard), spec, codec).read_rows(0, spec.shard_rows).copy()
+    change(rows)
+    forge(root, spec.object_key(shard), encode_shard(spec, rows, codec))
+
+
+def forge_table(root: Path, column: str, change: Callable[[list[Any]], None], shard: int = 0) -> None:
+    """Change a column of a sequence table in place, and forge its object."""
+    table = read_table(root, shard)
+    values = table[column].to_pylist()
+    change(values)
+    kind = table.schema.field(column).type
+    table = table.set_column(table.column_names.index(column), column, pa.array(values, kind))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    forge(root, sequences_key(shard), sink.getvalue().to_pybytes())

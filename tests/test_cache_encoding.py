@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from todi_offline.cache.encoding import TargetRows, decode_logprobs, encode_logprobs
+from todi_offline.cache.encoding import TargetRows, decode_logprobs, encode_logprobs, logprob_bounds
 
 FALLING = arrays(
     np.float32,
@@ -39,6 +39,16 @@ def test_q8_is_off_by_a_32nd_of_a_nat_but_past_gaps_of_16_nats(logprobs: np.ndar
     assert (error[~gap] <= 1 / 32 + 1e-5).all()
     assert (back[gap] <= before[gap] - 15.9).all()
     assert (logprobs[gap] <= before[gap] - 15.9 + 1 / 32).all()
+
+
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
+@given(st.one_of(FALLING, FALLING.map(lambda logprobs: logprobs * np.float32(2000))))
+@settings(max_examples=200, deadline=None)
+def test_the_bounds_of_what_is_stored_hold_the_truth(encoding: str, logprobs: np.ndarray) -> None:
+    lower, upper = logprob_bounds(decode_logprobs(encode_logprobs(logprobs, encoding), encoding), encoding)
+    assert ((lower - 1e-6 <= logprobs) & (logprobs <= upper + 1e-6)).all()
+    tight = np.isfinite(lower)
+    assert (abs(upper - lower)[tight] <= np.maximum(2.0**-9 * abs(upper[tight]), 1 / 16)).all()
 
 
 @pytest.mark.parametrize("encoding", ["f16", "q8"])

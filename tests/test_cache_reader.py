@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cache import sequence, settings, write_cache
+from fake_cache import forge, forge_table, sequence, settings, write_cache
 
 from todi_offline import open_cache
 from todi_offline.cache.layout import CODECS, ENCODINGS
-from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError
+from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -132,6 +132,38 @@ def test_a_missing_shard_is_named_and_a_damaged_chunk_names_the_sequence(tmp_pat
     (root / "sequences/000000.parquet").unlink()
     with pytest.raises(CacheIncompleteError, match=r"lacks sequences/000000.parquet"):
         open_cache(root)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("token_start", -1), ("token_start", 2**62), ("num_tokens", 2**31 - 1), ("num_targets", -5), ("shard", 2**32 - 1)],
+)
+def test_a_sequence_outside_its_shard_is_refused_before_it_is_read(tmp_path: Path, column: str, value: int) -> None:
+    root = write_cache(tmp_path / "cache")
+    forge_table(root, column, lambda values: values.__setitem__(3, value))
+    with pytest.raises(CacheFormatError, match=r"sequence 'fake:3' of .* lies outside its shard on the (token|target)"):
+        open_cache(root)
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    whole = (root / "sequences/000000.parquet").read_bytes()
+    forge_table(root, "num_tokens", lambda values: values.__setitem__(0, None))
+    with pytest.raises(CacheFormatError, match="has empty cells"):
+        open_cache(root)
+    for data in (b"PAR1", whole[:-300] + b"\xff" * 292 + whole[-8:]):
+        forge(root, "sequences/000000.parquet", data)
+        with pytest.raises(CacheCorruptError, match=r"000000.parquet cannot be read: .+"):
+            open_cache(root)
+
+
+def test_a_folder_in_the_place_of_an_object_is_one_line(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    cache = open_cache(root)
+    (root / "topk_ids/c/0/0").unlink()
+    (root / "topk_ids/c/0/0").mkdir()
+    with pytest.raises(CacheError, match=r"sequence 'fake:0' .*topk_ids/c/0/0"):
+        cache[0]
 
 
 def test_bytes_are_counted_by_array(tmp_path: Path) -> None:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cache import manifest, sequence, settings, write_cache
+from fake_cache import forge, forge_rows, forge_table, manifest, sequence, settings, write_cache
 
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.layout import CODECS, ENCODINGS
 from todi_offline.cache.verify import Problem, verify_cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
+from todi_offline.errors import CacheFormatError
 
 
 def problems(root: Path) -> list[Problem]:
-    return list(verify_cache(root))
+    return verify_cache(root)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -82,6 +83,136 @@ def test_a_problem_says_where_what_and_how_to_mend_it_and_that_mends_it(tmp_path
     (root / "commits/000001.json").unlink()
     (root / "sealed.json").unlink()
     assert problems(write_cache(root)) == []
+
+
+def test_damaged_chunks_are_named_with_the_sequences_that_they_hold(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", num_shards=1, per_shard=40)
+    path = root / "topk_ids/c/0/0"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    (found,) = problems(root)
+    assert found.where == "topk_ids/c/0/0"
+    assert "damaged are the chunks [0], of the sequences 'fake:0', 'fake:1', 'fake:2', 'fake:3' and" in found.what
+    path.write_bytes(data[:-1])
+    (found,) = problems(root)
+    assert "its chunk index is lost" in found.what
+
+
+def test_of_an_unsealed_cache_the_committed_part_is_checked(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", seal=False)
+    (root / "commits/000001.json").unlink()
+    (found,) = problems(root)
+    assert found.where == "sealed.json"
+    assert "is not sealed" in found.what
+    (root / "token_ids/c/1").unlink()
+    assert len(problems(root)) == 1
+    (root / "token_ids/c/0").unlink()
+    assert [problem.where for problem in problems(root)] == ["sealed.json", "token_ids/c/0"]
+
+
+def test_a_cache_whose_manifest_is_lost_is_told_from_a_folder_that_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheFormatError, match="is no cache"):
+        verify_cache(tmp_path)
+    root = write_cache(tmp_path / "cache")
+    (root / "zarr.json").unlink()
+    (found,) = problems(root)
+    assert (found.where, found.remedy) == ("zarr.json", "bring it back from a copy, or capture into another folder")
+
+
+@pytest.mark.parametrize("key", ["topk_ids/zarr.json", "commits/000001.json", "sequences/000001.parquet"])
+def test_following_the_remedy_mends_what_is_lost(tmp_path: Path, key: str) -> None:
+    root = write_cache(tmp_path / "cache")
+    whole = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    (root / key).unlink()
+    (found,) = problems(root)
+    assert found.where == key
+    assert "the same capture again" in found.remedy
+    for name in ("commits/000001.json", "sealed.json") if "commits/000001.json" in found.remedy else ("sealed.json",):
+        (root / name).unlink(missing_ok=True)
+    write_cache(root)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == whole
+
+
+def test_progress_ends_at_the_end(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    verify_cache(write_cache(tmp_path / "cache"), lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_what_no_sequence_owns_must_be_zero(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    for name in ("token_ids", "target_mask", "topk_ids", "label_logprob"):
+        copy = tmp_path / name
+        shutil.copytree(root, copy)
+        forge_rows(copy, name, lambda rows: rows[-1:].fill(1))
+        (found,) = problems(copy)
+        assert found.where.startswith(f"{name}/c/0")
+        assert "that no sequence owns are not 0" in found.what
+
+
+def test_tables_that_disagree_with_rows_or_records_are_found_behind_right_checksums(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+
+    def put(index: int, change: object) -> object:
+        return lambda values: values.__setitem__(index, change(values[index]) if callable(change) else change)
+
+    for number, (column, change, message) in enumerate(
+        [
+            ("shard", put(0, 1), "lies outside its shard"),
+            ("token_start", put(1, lambda start: start + 1), "overlap or leave gaps on the token axis"),
+            ("target_start", put(1, lambda start: start - 1), "overlap or leave gaps on the target axis"),
+            ("num_targets", put(11, lambda count: count - 1), "sequences, tokens and targets, the record"),
+            ("content_key", put(2, bytes(16)), "its content keys are not those of the commit record"),
+            ("teacher_nll", put(2, lambda nll: nll + 0.01), "its teacher NLL in the table is not that of its rows"),
+            ("teacher_nll", put(2, float("nan")), "its teacher NLL in the table is not that of its rows"),
+            ("topk_mass", put(2, lambda mass: mass - 0.01), "its mean top-k mass in the table is not that of its rows"),
+        ]
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(root, copy)
+        forge_table(copy, column, change)  # type: ignore[arg-type]
+        assert any(message in problem.what for problem in problems(copy)), (message, problems(copy))
+
+
+def test_tokens_and_masks_that_disagree_with_the_table_are_found_behind_right_checksums(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    first, last = 0, len(sequence(0, settings()).token_ids) - 1
+    for number, (name, where, value, message) in enumerate(
+        [
+            ("token_ids", first, 300, "token ids beyond the vocabulary of 300"),
+            ("token_ids", first, 299, "do not give its content key"),
+            ("target_mask", first, 2, "other values than 0 and 1"),
+            ("target_mask", first, 0, "positions, the table has"),
+            ("target_mask", last, 1, "supervises the last position"),
+        ]
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(root, copy)
+        forge_rows(copy, name, lambda rows, where=where, value=value: rows.__setitem__(where, value))  # type: ignore[misc]
+        found = problems(copy)
+        assert {problem.where for problem in found} == {"sequence 'fake:0'"}
+        assert any(message in problem.what for problem in found), (message, found)
+
+
+def test_metadata_and_records_that_disagree_are_found_behind_right_checksums(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    metadata = json.loads((root / "topk_ids/zarr.json").read_text())
+    forge(root, "topk_ids/zarr.json", json.dumps(metadata | {"shape": [4096, 6]}).encode())
+    assert [(problem.where, problem.what) for problem in problems(root)] == [
+        ("topk_ids/zarr.json", "it is not what the manifest leads to")
+    ]
+    forge(root, "topk_ids/zarr.json", json.dumps(metadata).encode())
+    assert problems(root) == []
+    forge(root, "commits/000001.json", (root / "commits/000000.json").read_bytes())
+    assert any("it is not the record of shard 1" in problem.what for problem in problems(root))
+
+
+def test_a_seal_in_other_bytes_is_found(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    with (root / "sealed.json").open("a") as file:
+        file.write(" ")
+    assert [problem.where for problem in problems(root)] == ["sealed.json"]
 
 
 def with_rows(tmp_path: Path, **changes: object) -> list[str]:

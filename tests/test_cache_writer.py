@@ -71,6 +71,31 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
+def test_a_folder_of_other_folders_is_refused_but_what_an_interrupted_creation_left_is_not(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "photos").mkdir(parents=True)
+    with pytest.raises(CacheError, match="is not empty and holds no cache"):
+        write_cache(tmp_path / "photos")
+    (tmp_path / "cache" / "token_ids").mkdir(parents=True)
+    (tmp_path / "cache" / "token_ids" / "zarr.json.tmp").write_text("{")
+    (tmp_path / "cache" / "zarr.json.tmp").write_text("{")
+    assert len(open_cache(write_cache(tmp_path / "cache"))) == 24
+
+
+@pytest.mark.parametrize("found", ["{", "[]", '{"zarr_format": 3, "node_type": "group", "attributes": {}}'])
+def test_a_zarr_group_that_is_no_cache_is_left_alone(tmp_path: Path, found: str) -> None:
+    (tmp_path / "zarr.json").write_text(found)
+    with pytest.raises(CacheFormatError, match="holds no todi_offline manifest"):
+        write_cache(tmp_path)
+    assert contents(tmp_path) == {"zarr.json": found.encode()}
+
+
+def test_metadata_that_were_lost_are_written_anew_when_a_capture_goes_on(tmp_path: Path) -> None:
+    whole = contents(write_cache(tmp_path / "whole"))
+    root = write_cache(tmp_path / "cache", seal=False)
+    (root / "topk_ids/zarr.json").unlink()
+    assert contents(write_cache(root)) == whole
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match=r"cannot create .*choose another folder"):
