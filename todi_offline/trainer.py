@@ -261,7 +261,10 @@ def _collator(model: Model) -> Collator:
     """Pack where the model keeps packed sequences apart."""
     if str(getattr(model.config, "_attn_implementation", "")).startswith("flash"):
         return Collator(pack=True, one_row=True)
-    pack = packs_apart(model)
+    try:
+        pack = packs_apart(model)
+    except TypeError as error:
+        raise ModelError(f"{type(model).__name__} takes no position_ids, which packed batches need: {error}") from error
     if not pack:
         logger.info("%s does not keep packed sequences apart: every sequence has its own row", type(model).__name__)
     return Collator(pack=pack)
