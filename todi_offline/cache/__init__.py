@@ -11,5 +11,6 @@ Read in this order:
     writer       rows -> shards
     shard        one Zarr shard file -> decoded rows, read directly
     reader       shards -> sequences
+    invariants   decoded rows -> what cannot be true of them
     verify       a cache -> everything that is wrong with it
 """

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -182,6 +183,7 @@ def metadata_keys(root: Path, manifest: Manifest) -> list[str]:
     return ["zarr.json", *(f"{name}/zarr.json" for name in manifest.arrays), *tokenizer]
 
 
+@lru_cache(maxsize=64)
 def array_metadata(spec: ArraySpec, codec: str, num_shards: int) -> bytes:
     """Return the `zarr.json` of an array, as zarr-python writes it."""
     import zarr
