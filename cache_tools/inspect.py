@@ -11,16 +11,18 @@ import numpy as np
 from todi_offline.cache.commit import read_object
 from todi_offline.cache.layout import TOKENIZER_KEY
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.cache.shard import codec_name
 from todi_offline.config import to_dict
-from todi_offline.errors import CacheError
+from todi_offline.errors import CacheError, first_line
 
 _SAMPLED_SEQUENCES = 64
+_SAMPLED_TARGETS = 64  # of each
 _SHOWN_IDS = 5
 
 
 @click.command()
 @click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--rows", default=0, metavar="N", help="Show the targets of N positions, spread over the cache.")
+@click.option("--rows", type=click.IntRange(0), default=0, metavar="N", help="Show N targets, always the same ones.")
 @click.option("--text", is_flag=True, help="Show ids as text, too.")
 @click.option("--allow-unsealed", is_flag=True, help="Look at the committed part of an unfinished cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
@@ -34,7 +36,7 @@ def command(cache: Path, rows: int, text: bool, allow_unsealed: bool, as_json: b
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
-        click.echo("\n".join(_lines(found)))
+        _print(_lines(found))
 
 
 def summarise(cache: Cache) -> dict[str, Any]:
@@ -53,8 +55,10 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "arrays": {
             name: {
                 "dtype": spec.dtype.name,
-                "columns": spec.columns,
-                "chunk_rows": spec.chunk_rows,
+                "shape": json.loads(read_object(cache.root, f"{name}/zarr.json"))["shape"],
+                "shard": spec.shape(spec.shard_rows),
+                "chunk": spec.shape(spec.chunk_rows),
+                "codec": codec_name(spec.dtype, manifest.settings.codec),
                 "bytes_per_target": num_bytes[name] / num_targets,
             }
             for name, spec in manifest.arrays.items()
@@ -64,24 +68,34 @@ def summarise(cache: Cache) -> dict[str, Any]:
 
 
 def coverage(cache: Cache) -> dict[int, float]:
-    """Return the mean teacher mass of the first k entries, for k = 1, 2, 4, ..., over sequences spread evenly."""
-    chosen = np.unique(np.linspace(0, len(cache) - 1, _SAMPLED_SEQUENCES).round().astype(int))
-    mass = np.concatenate([np.exp(cache[index].targets.logprobs).cumsum(axis=1) for index in chosen]).mean(axis=0)
+    """Return the mean teacher mass of the first k entries, for k = 1, 2, 4, ..., over some targets spread evenly."""
+    parts = []
+    for index in _spread(len(cache), _SAMPLED_SEQUENCES):
+        logprobs = cache[index].targets.logprobs
+        parts.append(np.exp(logprobs[_spread(len(logprobs), _SAMPLED_TARGETS)], dtype=np.float64).cumsum(axis=1))
+    mass = np.concatenate(parts).mean(axis=0)
     widths = {2**power for power in range(len(mass).bit_length()) if 2**power < len(mass)} | {len(mass)}
     return {k: float(mass[k - 1]) for k in sorted(widths)}
 
 
 def sample_rows(cache: Cache, count: int, *, with_text: bool) -> Iterator[dict[str, Any]]:
-    """Yield the targets of `count` positions, one from the middle of each of as many sequences, spread evenly."""
+    """Yield `count` targets, drawn at random from all of them but the same ones each time, in their order."""
     decode = _decoder(cache) if with_text and count else lambda _: None
-    for index in np.unique(np.linspace(0, len(cache) - 1, count).round().astype(int)).tolist():
-        sequence = cache[index]
-        yield {"sequence": cache.sequences["id"][index].as_py(), **_row(sequence, decode)}
+    ends = np.cumsum(cache.num_targets, dtype=np.int64)
+    total = int(ends[-1])
+    for number in sorted(np.random.default_rng(0).choice(total, min(count, total), replace=False).tolist()):
+        index = int(np.searchsorted(ends, number, side="right"))
+        target = number - int(ends[index] - cache.num_targets[index])
+        yield {"sequence": cache.sequences["id"][index].as_py(), **_row(cache[index], target, decode)}
 
 
-def _row(sequence: CachedSequence, decode: Any) -> dict[str, Any]:
+def _spread(total: int, count: int) -> list[int]:
+    """Return at most `count` of the first `total` numbers, spread evenly."""
+    return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist() if total else []
+
+
+def _row(sequence: CachedSequence, target: int, decode: Any) -> dict[str, Any]:
     rows = sequence.targets
-    target = len(rows) // 2
     position = int(np.flatnonzero(sequence.target_mask)[target])
 
     def entry(number: Any, logprob: Any) -> dict[str, Any]:
@@ -104,7 +118,12 @@ def _decoder(cache: Cache) -> Any:
 
     if not (cache.root / TOKENIZER_KEY).exists():
         raise CacheError(f"{cache.root} holds no {TOKENIZER_KEY}: its tokenizer had no such form; leave out --text")
-    tokenizer = Tokenizer.from_str(read_object(cache.root, TOKENIZER_KEY).decode())
+    try:
+        tokenizer = Tokenizer.from_str(read_object(cache.root, TOKENIZER_KEY).decode())
+    except Exception as error:  # what the package raises has no narrower class
+        raise CacheError(
+            f"{cache.root / TOKENIZER_KEY} is no tokenizer: {first_line(error)}; leave out --text"
+        ) from error
     return lambda number: tokenizer.decode([number], skip_special_tokens=False)
 
 
@@ -121,9 +140,11 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"size         {found['bytes']:,} bytes, {found['bytes_per_target']:.1f} a target"
     yield f"teacher NLL  {found['teacher_nll']:.4f} nats"
     yield ""
-    yield f"{'array':16}{'dtype':>10}{'columns':>10}{'bytes a target':>17}"
+    yield f"{'array':16}{'dtype':>8}{'shape':>16}{'chunk':>12}  {'codec':12}{'bytes a target':>15}"
     for name, array in found["arrays"].items():
-        yield f"{name:16}{array['dtype']:>10}{array['columns'] or 1:>10}{array['bytes_per_target']:>17.2f}"
+        shape, chunk = (" x ".join(map(str, array[size])) for size in ("shape", "chunk"))
+        described = f"{name:16}{array['dtype']:>8}{shape:>16}{chunk:>12}  {array['codec']:12}"
+        yield f"{described}{array['bytes_per_target']:>15.2f}"
     yield ""
     yield "mass of the first k   " + "   ".join(f"{k}: {mass:.3f}" for k, mass in found["coverage"].items())
     for row in found["rows"]:
@@ -132,6 +153,15 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{row['sequence']}, position {row['position']}: kept mass {row['kept_mass']:.4f}; log tail {tails}"
         yield f"    label {_shown(row['label'])}"
         yield "    top   " + "  ".join(map(_shown, row["top"]))
+
+
+def _print(lines: Iterator[str]) -> None:
+    """Print lines, coloured on a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    for line in lines:
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
 
 
 def _shown(entry: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from todi_offline.cache.reader import open_cache
+from todi_offline.cache.commit import read_seal
 from todi_offline.cache.verify import verify_cache
 
 
@@ -25,7 +25,7 @@ def command(cache: Path, as_json: bool) -> None:
             bar.length = total
             bar.update(done - bar.pos)
 
-        problems = list(verify_cache(cache, progress))
+        problems = verify_cache(cache, progress)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=1))
     for problem in [] if as_json else problems:
@@ -33,5 +33,5 @@ def command(cache: Path, as_json: bool) -> None:
     if problems:
         sys.exit(1)
     if not as_json:
-        opened = open_cache(cache)
-        click.echo(f"{cache} is whole: {len(opened):,} sequences, {opened.num_targets.sum():,} targets")
+        seal = read_seal(cache)
+        click.echo(f"{cache} is whole: {seal.num_sequences:,} sequences, {seal.num_targets:,} targets")

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from fake_cache import write_cache
+from fake_cache import VOCAB, manifest, sequence, settings, write_cache
 
 import cache_tools.__main__ as tools
+from todi_offline import __version__
+from todi_offline.cache.writer import CacheWriter
 
 
 def run(*args: str | Path, code: int = 0) -> Result:
@@ -23,6 +26,17 @@ def test_help_lists_the_commands_and_each_has_an_example() -> None:
     for name in ("inspect", "verify"):
         assert name in text
         assert f"Example: todi-cache {name} cache/" in run(name, "--help").output
+
+
+def test_help_and_version_import_no_command() -> None:
+    code = (
+        "import sys, cache_tools.__main__ as t; t.cli(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit(bool({'numpy', 'zarr', 'pyarrow', 'cache_tools.verify'} & sys.modules.keys()))"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, option], check=False, capture_output=True, text=True)
+        assert done.returncode == 0
+    assert done.stdout.strip().endswith(__version__)
 
 
 def test_no_tool_imports_torch() -> None:
@@ -42,8 +56,66 @@ def test_inspect_shows_what_a_cache_holds(tmp_path: Path) -> None:
     assert list(found["coverage"].values()) == sorted(found["coverage"].values())
     assert found["manifest"]["settings"]["k"] == 6
     assert len(found["rows"]) == 3
+    assert found["arrays"]["topk_logprobs"] | {"bytes_per_target": 0} == {
+        "dtype": "float16",
+        "shape": [8192, 6],
+        "shard": [4096, 6],
+        "chunk": [512, 6],
+        "codec": "pcodec",
+        "bytes_per_target": 0,
+    }
+    assert found["arrays"]["target_mask"]["codec"] == "blosc-zstd"
     by_array = sum(array["bytes_per_target"] for array in found["arrays"].values())
     assert by_array < found["bytes_per_target"] < by_array + 20
+
+
+def test_sample_rows_are_the_same_each_time_and_are_the_teachers_own(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    rows = json.loads(run("inspect", root, "--json", "--rows", "20").stdout)["rows"]
+    assert rows == json.loads(run("inspect", root, "--json", "--rows", "20").stdout)["rows"]
+    assert len({row["sequence"] for row in rows}) > 8
+    for row in rows:
+        expected = sequence(int(row["sequence"].removeprefix("fake:")), settings())
+        target = int(expected.target_mask[: row["position"]].sum())
+        assert expected.target_mask[row["position"]]
+        assert row["label"]["id"] == expected.token_ids[row["position"] + 1]
+        assert row["label"]["p"] == pytest.approx(np.exp(expected.targets.label_logprob[target]), rel=1e-6)
+        assert [entry["id"] for entry in row["top"]] == expected.targets.ids[target, :5].tolist()
+        tail = np.exp(row["tail_logsumexp"]["1"])
+        assert row["kept_mass"] + tail == pytest.approx(1, abs=0.01)
+    every = json.loads(run("inspect", root, "--json", "--rows", "9999").stdout)
+    assert len(every["rows"]) == every["targets"]
+
+
+def test_coverage_is_the_mean_mass_of_the_first_columns(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    rows = np.concatenate([np.exp(sequence(number, settings()).targets.logprobs) for number in range(24)])
+    found = json.loads(run("inspect", root, "--json").stdout)["coverage"]
+    for k, mass in found.items():
+        assert mass == pytest.approx(rows[:, : int(k)].sum(axis=1).mean(), abs=0.02)  # of long sequences, a part
+
+
+def test_text_is_shown_where_the_cache_has_a_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({f"word{number}": number for number in range(VOCAB)}, unk_token="word0"))
+    chosen, root = settings(), tmp_path / "cache"
+    with CacheWriter(root, manifest(chosen), 1, tokenizer.to_str()) as writer:
+        writer.write_shard(0, [sequence(0, chosen)])
+        writer.seal()
+    row = json.loads(run("inspect", root, "--json", "--rows", "1", "--text").stdout)["rows"][0]
+    assert all(entry["text"] == f"word{entry['id']}" for entry in [row["label"], *row["top"]])
+    assert f"{row['label']['id']} 'word{row['label']['id']}'" in run("inspect", root, "--rows", "1", "--text").output
+    assert "is whole" in run("verify", root).output
+
+
+def test_an_unfinished_cache_is_shown_when_told_to(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", seal=False)
+    (root / "commits/000001.json").unlink()
+    found = json.loads(run("inspect", root, "--json", "--allow-unsealed").stdout)
+    assert found["sequences"] == 12
+    assert found["arrays"]["token_ids"]["shape"] == [8192]
+    assert "is not sealed" in run("verify", root, code=1).output
 
 
 def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> None:
@@ -58,7 +130,14 @@ def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> N
 def test_errors_are_one_line_with_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for args in (("inspect", str(tmp_path)), ("inspect", str(write_cache(tmp_path / "c")), "--rows", "1", "--text")):
+    cache, unsealed = str(write_cache(tmp_path / "c")), str(write_cache(tmp_path / "u", seal=False))
+    for args in (
+        ("inspect", str(tmp_path)),
+        ("inspect", cache, "--rows", "1", "--text"),
+        ("inspect", unsealed),
+        ("verify", str(tmp_path)),
+        ("verify", str(tmp_path / "none")),
+    ):
         monkeypatch.setattr(sys, "argv", ["todi-cache", *args])
         with pytest.raises(SystemExit) as stopped:
             tools.main()

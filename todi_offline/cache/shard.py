@@ -31,6 +31,12 @@ def blosc_options(codec: str, dtype: np.dtype[np.generic]) -> dict[str, Any]:
     return {"cname": "lz4" if codec == "fast" else "zstd", "clevel": 5, "shuffle": shuffle}
 
 
+def codec_name(dtype: np.dtype[np.generic], codec: str) -> str:
+    """Return what compresses arrays of this dtype, for people."""
+    options = blosc_options(codec, dtype)
+    return f"blosc-{options['cname']}" if options else "pcodec"
+
+
 def encode_shard(spec: ArraySpec, values: npt.NDArray[Any], codec: str) -> bytes:
     """Return one shard of an array; rows beyond `values` are 0."""
     chunks = []
