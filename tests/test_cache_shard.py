@@ -69,6 +69,12 @@ def test_rows_beyond_the_given_ones_are_zero(tmp_path: Path) -> None:
     assert file.read_rows(5, 5).shape == (0, 6)
 
 
+def test_more_rows_than_a_shard_holds_are_never_cut_off_in_silence() -> None:
+    spec = array_specs(settings(), 300)["label_logprob"]
+    with pytest.raises(AssertionError, match="no shard overflow"):
+        encode_shard(spec, np.zeros(4097), "fast")
+
+
 def test_every_flipped_bit_of_a_chunk_is_found_when_it_is_read(tmp_path: Path) -> None:
     file, _ = one_shard(tmp_path)
     whole = bytearray(file.path.read_bytes())

@@ -39,6 +39,7 @@ def codec_name(dtype: np.dtype[np.generic], codec: str) -> str:
 
 def encode_shard(spec: ArraySpec, values: npt.NDArray[Any], codec: str) -> bytes:
     """Return one shard of an array; rows beyond `values` are 0."""
+    assert len(values) <= spec.shard_rows, "the plan lets no shard overflow"
     chunks = []
     for start in range(0, spec.shard_rows, spec.chunk_rows):
         rows = np.ascontiguousarray(values[start : start + spec.chunk_rows], spec.dtype)
