@@ -2,12 +2,15 @@
 
 import json
 import multiprocessing
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from fake_cache import forge, forge_table, sequence, settings, write_cache
+from fake_cache import forge, forge_rows, forge_table, sequence, settings, write_cache
 
 from todi_offline import open_cache
 from todi_offline.cache.layout import CODECS, ENCODINGS
@@ -89,12 +92,22 @@ def edit_manifest(root: Path, **changes: object) -> None:
         ({"settings": 5}, "wrong type or range"),
         ({"vocab_size": 10**12}, "wrong type or range"),
         ({"teacher": None}, "wrong type or range"),
+        ({"format_version": "one"}, "holds no todi_offline manifest"),
     ],
 )
 def test_a_manifest_is_checked_before_it_is_believed(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     root = write_cache(tmp_path / "cache")
     edit_manifest(root, **changes)
     with pytest.raises(CacheFormatError, match=message):
+        open_cache(root)
+
+
+def test_a_manifest_that_lacks_a_part_names_it(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    group = json.loads((root / "zarr.json").read_text())
+    del group["attributes"]["todi_offline"]["teacher"]
+    (root / "zarr.json").write_text(json.dumps(group))
+    with pytest.raises(CacheFormatError, match=r"the manifest of .* lacks teacher"):
         open_cache(root)
 
 
@@ -155,6 +168,27 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
         forge(root, "sequences/000000.parquet", data)
         with pytest.raises(CacheCorruptError, match=r"000000.parquet cannot be read: .+"):
             open_cache(root)
+
+
+def test_a_record_without_a_table_and_a_table_of_other_columns_are_refused(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": ["a"]}), sink)
+    forge(root, "sequences/000001.parquet", sink.getvalue().to_pybytes())
+    with pytest.raises(CacheFormatError, match=re.escape("sequences/000001.parquet has the columns ['id']")):
+        open_cache(root)
+    record = json.loads((root / "commits/000001.json").read_text())
+    del record["objects"]["sequences/000001.parquet"]
+    forge(root, "commits/000001.json", json.dumps(record).encode())
+    with pytest.raises(CacheFormatError, match=r"the commit record of shard 1 of .* names no sequence table"):
+        open_cache(root)
+
+
+def test_a_mask_that_supervises_other_positions_than_the_targets_is_refused(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    forge_rows(root, "target_mask", lambda rows: rows.__setitem__(0, 0))
+    with pytest.raises(CacheCorruptError, match=r"sequence 0 of .* has \d+ supervised positions and \d+ targets"):
+        open_cache(root)[0]
 
 
 def test_a_folder_in_the_place_of_an_object_is_one_line(tmp_path: Path) -> None:

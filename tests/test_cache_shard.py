@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from fake_cache import settings, write_cache
@@ -98,3 +99,34 @@ def test_a_damaged_index_a_cut_file_and_a_missing_file_say_so(tmp_path: Path) ->
     file.path.unlink()
     with pytest.raises(CacheIncompleteError, match="the cache lacks"):
         file.read_rows(0, 1)
+
+
+def shard_of(chunks: list[bytes], index: np.ndarray) -> bytes:
+    """Put a shard together whose checksums are right, whatever its chunks and its index say."""
+    data = index.astype("<u8").tobytes()
+    return b"".join([chunk + crc(chunk) for chunk in chunks] + [data, crc(data)])
+
+
+def crc(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_chunks_with_right_checksums_and_other_contents_are_damaged(tmp_path: Path, codec: str) -> None:
+    spec = array_specs(settings(), 300)["topk_ids"]
+    short = ArraySpec("topk_ids", "target", spec.dtype, 6, 512)
+    for number, body in enumerate((b"", b"garbage", encode_shard(short, np.zeros((512, 6)), codec)[:-30])):
+        file = ShardFile(tmp_path / str(number), spec, codec)
+        index = np.array([[0, len(body) + 4]] * 8)
+        file.path.write_bytes(shard_of([body], index))
+        with pytest.raises(CacheCorruptError, match=r"chunk 0 \(rows 0 to 512\) of .* is damaged: "):
+            file.read_rows(0, 1)
+
+
+def test_an_index_that_points_outside_the_file_is_refused(tmp_path: Path) -> None:
+    spec = array_specs(settings(), 300)["topk_ids"]
+    for number, pair in enumerate([(0, 2**63), (2**64 - 4, 8), (60, 8), (0, 3)]):
+        file = ShardFile(tmp_path / str(number), spec, "fast")
+        file.path.write_bytes(shard_of([bytes(58)], np.array([pair] * 8, "<u8")))
+        with pytest.raises(CacheCorruptError, match=r"the chunk index of .* points outside the file"):
+            file.check_index()

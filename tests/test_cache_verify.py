@@ -134,6 +134,20 @@ def test_following_the_remedy_mends_what_is_lost(tmp_path: Path, key: str) -> No
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == whole
 
 
+def test_leftovers_of_a_killed_writer_are_named_but_its_lock_is_none(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    (root / ".lock").write_text("process 1 on nowhere")
+    (root / "empty").mkdir()
+    assert problems(root) == []
+    (root / "topk_ids/c/0/0.tmp").write_bytes(b"half")
+    (root / "topk_ids/c/2").mkdir()
+    (root / "topk_ids/c/2/0").write_bytes(b"of no shard")
+    assert [(problem.where, problem.remedy) for problem in problems(root)] == [
+        ("topk_ids/c/0/0.tmp", "delete it"),
+        ("topk_ids/c/2/0", "delete it"),
+    ]
+
+
 def test_progress_ends_at_the_end(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     verify_cache(write_cache(tmp_path / "cache"), lambda done, total: calls.append((done, total)))
