@@ -115,9 +115,25 @@ def test_a_cache_whose_manifest_is_lost_is_told_from_a_folder_that_is_no_cache(t
     with pytest.raises(CacheFormatError, match="is no cache"):
         verify_cache(tmp_path)
     root = write_cache(tmp_path / "cache")
+    group = json.loads((root / "zarr.json").read_text())
     (root / "zarr.json").unlink()
     (found,) = problems(root)
     assert (found.where, found.remedy) == ("zarr.json", "bring it back from a copy, or capture into another folder")
+    group["attributes"]["todi_offline"]["format_version"] = 2
+    (root / "zarr.json").write_text("")
+    forge(root, "zarr.json", json.dumps(group).encode())
+    with pytest.raises(CacheFormatError, match="is of format version 2, this release reads version 1"):
+        verify_cache(root)
+
+
+def test_a_lost_tokenizer_is_one_problem(tmp_path: Path) -> None:
+    chosen, root = settings(), tmp_path / "cache"
+    with CacheWriter(root, manifest(chosen), 1, "{}") as writer:
+        writer.write_shard(0, [sequence(0, chosen)])
+        writer.seal()
+    assert problems(root) == []
+    (root / "tokenizer.json").unlink()
+    assert [problem.where for problem in problems(root)] == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize("key", ["topk_ids/zarr.json", "commits/000001.json", "sequences/000001.parquet"])
@@ -216,8 +232,16 @@ def test_metadata_and_records_that_disagree_are_found_behind_right_checksums(tmp
     assert [(problem.where, problem.what) for problem in problems(root)] == [
         ("topk_ids/zarr.json", "it is not what the manifest leads to")
     ]
+    forge(root, "topk_ids/zarr.json", b"[")
+    assert [problem.where for problem in problems(root)] == ["topk_ids/zarr.json"]
     forge(root, "topk_ids/zarr.json", json.dumps(metadata).encode())
     assert problems(root) == []
+    table = (root / "sequences/000001.parquet").read_bytes()
+    forge(root, "sequences/000001.parquet", b"no table")
+    assert [(problem.where, problem.what.split(": ")[0]) for problem in problems(root)] == [
+        ("shard 1", f"{root / 'sequences/000001.parquet'} cannot be read")
+    ]
+    forge(root, "sequences/000001.parquet", table)
     forge(root, "commits/000001.json", (root / "commits/000000.json").read_bytes())
     assert any("it is not the record of shard 1" in problem.what for problem in problems(root))
 

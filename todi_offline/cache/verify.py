@@ -29,7 +29,7 @@ from todi_offline.cache.commit import (
 from todi_offline.cache.encoding import decode_rows
 from todi_offline.cache.fingerprint import content_key, hash_bytes
 from todi_offline.cache.invariants import SLACK, faults, mass_bounds
-from todi_offline.cache.layout import CHUNK_TARGETS, record_key, sequences_key
+from todi_offline.cache.layout import CHUNK_TARGETS, TOKENIZER_KEY, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.reader import read_manifest, read_table, require_places
 from todi_offline.cache.shard import ShardFile
@@ -37,6 +37,7 @@ from todi_offline.cache.writer import array_metadata, metadata_keys
 from todi_offline.errors import CacheError
 
 _BLOCK_BYTES = 2**22
+_GO_ON = "run the same capture again: it goes on"
 _RESEAL = "delete sealed.json and run the same capture again: it seals anew"
 _REWRITE = "delete it and sealed.json, and run the same capture again: it writes them anew"
 _RESTORE = "bring it back from a copy, or capture into another folder"
@@ -62,7 +63,7 @@ def verify_cache(root: str | Path, progress: Progress = lambda *_: None) -> list
     """Return everything that is wrong with a cache.
 
     Raises:
-        CacheFormatError: the folder is no cache.
+        CacheFormatError: the folder is no cache, or one of another format version.
     """
     return list(_problems(Path(root), progress))
 
@@ -72,22 +73,29 @@ def _problems(root: Path, progress: Progress) -> Iterator[Problem]:
     try:
         manifest = read_manifest(root)
     except CacheError as error:
-        if not committed and not (root / SEAL_KEY).exists():
+        if not (committed or (root / SEAL_KEY).exists()) or _is_as_sealed(root, "zarr.json"):
             raise
         yield Problem("zarr.json", str(error), _RESTORE)
         return
     try:
         seal = read_seal(root)
     except CacheError as error:
-        yield Problem(SEAL_KEY, str(error), _RESEAL)
+        yield Problem(SEAL_KEY, str(error), _RESEAL if (root / SEAL_KEY).exists() else _GO_ON)
         yield from _shards_problems(root, manifest, committed, set(), progress)
         return
-    shards = list(range(seal.num_shards))
     metadata = list(_metadata_problems(root, manifest, seal))
     yield from metadata
     yield from _extra_objects(root, manifest, seal)
     yield from _count_problems(root, seal)
-    yield from _shards_problems(root, manifest, shards, {problem.where for problem in metadata}, progress)
+    reported = {problem.where for problem in metadata}
+    yield from _shards_problems(root, manifest, list(range(seal.num_shards)), reported, progress)
+
+
+def _is_as_sealed(root: Path, key: str) -> bool:
+    try:
+        return _difference(root / key, read_seal(root).objects[key]) is None
+    except (CacheError, KeyError):
+        return False
 
 
 def _metadata_problems(root: Path, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
@@ -95,7 +103,7 @@ def _metadata_problems(root: Path, manifest: Manifest, seal: Seal) -> Iterator[P
     if (root / SEAL_KEY).read_bytes() != to_bytes(seal):
         yield Problem(SEAL_KEY, "its values stand in other bytes than those that were written", _RESEAL)
     expected = {*metadata_keys(root, manifest), *map(record_key, range(seal.num_shards))}
-    if differing := expected ^ seal.objects.keys():
+    if differing := (expected ^ seal.objects.keys()) - {TOKENIZER_KEY}:  # there or not, as the teacher had it
         yield Problem(SEAL_KEY, f"it does not name what it should: {', '.join(sorted(differing))}", _RESEAL)
     for key, expected_sum in seal.objects.items():
         if what := _difference(root / key, expected_sum):
@@ -108,9 +116,12 @@ def _metadata_problems(root: Path, manifest: Manifest, seal: Seal) -> Iterator[P
                 yield Problem(key, "it is not what the manifest leads to", _REWRITE)
 
 
-def _stable(metadata: bytes) -> list[Any]:
-    values = json.loads(metadata)
-    return [values.get(name) for name in _STABLE_METADATA]
+def _stable(metadata: bytes) -> list[Any] | None:
+    try:
+        values = json.loads(metadata)
+        return [values[name] for name in _STABLE_METADATA]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _extra_objects(root: Path, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
@@ -159,18 +170,16 @@ def _shard_problems(root: Path, manifest: Manifest, record: CommitRecord, shard:
         yield Problem(record_key(shard), f"it is not the record of shard {shard}: {differing}", _again(shard))
         return
     damaged = {key: what for key, sums in record.objects.items() if (what := _difference(root / key, sums))}
-    table = None if sequences_key(shard) in damaged else read_table(root, shard)
-    for key, what in damaged.items():
-        yield Problem(key, what + _damaged_chunks(root, manifest, key, shard, table), _again(shard))
-    if table is None or damaged:
-        return
-    found = list(_table_problems(root, manifest, table, record))
-    yield from found
-    if not found:
-        try:
-            yield from _content_problems(root, manifest, table, shard)
-        except CacheError as error:
-            yield Problem(f"shard {shard}", str(error), _again(shard))
+    try:
+        table = None if sequences_key(shard) in damaged else read_table(root, shard)
+        for key, what in damaged.items():
+            yield Problem(key, what + _damaged_chunks(root, manifest, key, shard, table), _again(shard))
+        if table is None or damaged:
+            return
+        found = list(_table_problems(root, manifest, table, record))
+        yield from found or _content_problems(root, manifest, table, shard)
+    except CacheError as error:  # right checksums over what cannot be read
+        yield Problem(f"shard {shard}", str(error), _again(shard))
 
 
 def _damaged_chunks(root: Path, manifest: Manifest, key: str, shard: int, table: pa.Table | None) -> str:
