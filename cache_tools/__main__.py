@@ -1,12 +1,11 @@
 """Command lines in, calls of the tools out: `todi-cache inspect`, `verify`. A command is imported when it is used."""
 
-import sys
 from importlib import import_module
 
 import click
 
 from todi_offline import __version__
-from todi_offline.errors import TodiError
+from todi_offline.errors import one_line_errors
 
 _COMMANDS = {
     "inspect": "Show what a cache holds, and what it costs.",
@@ -45,11 +44,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run `todi-cache`; an error of ours is one line and exit code 1."""
-    try:
+    with one_line_errors():
         cli()
-    except TodiError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,12 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
+def test_resuming_where_there_is_no_checkpoint_is_refused(folder: Path, cache: Cache, tmp_path: Path) -> None:
+    for out in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ConfigError, match=r"holds no checkpoint to go on from; leave out resume"):
+            train(str(folder), cache.root, out, resume=True, **SMALL)
+
+
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(folder: Path, cache: Cache, tmp_path: Path) -> None:
     settings = SMALL | {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4}
     train(str(folder), cache.root, tmp_path / "whole", **settings)

@@ -76,33 +76,37 @@ def capture(
 ) -> CaptureSummary:
     """Run a teacher once over a data set and keep its sparse targets in a cache.
 
-    `settings` are the fields of `CaptureConfig`'s tables by their own names (`k=64`, `max_length=2048`, ...) and win
-    over the TOML file `config`. The same call again goes on where the last one was stopped.
+    `settings` are the fields of `CaptureConfig`'s tables by their own names (`k=64`, `max_length=2048`, ...); they win
+    over the TOML file `config`, and so do teacher, data and out, given or not: `capture_from` takes these from a file
+    too. The same call again goes on where the last one was stopped.
 
     Raises:
         TodiError: a setting, the data, the teacher or the folder cannot be used; see `todi_offline.errors`.
     """
-    named = {"teacher": teacher if isinstance(teacher, str) else "(given)", "out": out}
+    named: dict[str, Any] = {"teacher": teacher if isinstance(teacher, str) else "(given)", "out": out}
     named |= {"data": data} if isinstance(data, str) else {}
-    chosen = load_config(CaptureConfig, config, {**settings, **named})
-    model = load_teacher(chosen.teacher) if isinstance(teacher, str) else teacher
     return run(
-        chosen,
-        model,
-        load_examples(chosen.data, model.tokenizer) if isinstance(data, str) else data,
+        load_config(CaptureConfig, config, {**settings, **named}),
+        None if isinstance(teacher, str) else teacher,
+        None if isinstance(data, str) else data,
         progress,
     )
 
 
 def capture_from(path: Path | None, settings: dict[str, Any], progress: Progress | None = None) -> CaptureSummary:
     """Capture what a TOML file and settings say, the latter winning."""
-    chosen = load_config(CaptureConfig, path, settings)
-    teacher = load_teacher(chosen.teacher)
-    return run(chosen, teacher, load_examples(chosen.data, teacher.tokenizer), progress)
+    return run(load_config(CaptureConfig, path, settings), progress=progress)
 
 
-def run(config: CaptureConfig, teacher: Teacher, examples: Examples, progress: Progress | None) -> CaptureSummary:
-    """Plan, capture what is not committed yet, seal."""
+def run(
+    config: CaptureConfig,
+    teacher: Teacher | None = None,
+    examples: Examples | None = None,
+    progress: Progress | None = None,
+) -> CaptureSummary:
+    """Load what is not given, plan, capture what is not committed yet, seal."""
+    teacher = teacher or load_teacher(config.teacher)
+    examples = load_examples(config.data, teacher.tokenizer) if examples is None else examples
     plan = plan_shards(examples.num_tokens.tolist(), config.cache.shard_tokens)
     manifest = describe(teacher, examples, config.cache)
     with CacheWriter(config.out, manifest, len(plan), tokenizer_json(teacher.tokenizer)) as writer:

@@ -23,7 +23,7 @@ import click
 
 from todi_offline import __version__
 from todi_offline.config import flat_fields
-from todi_offline.errors import ConfigError, TodiError
+from todi_offline.errors import ConfigError, one_line_errors
 
 # Options that are named otherwise than their fields: a repeated one is singular, and two of the Trainer's are short.
 _OPTION_NAMES = {
@@ -179,11 +179,8 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
 def main() -> None:
     """Run `todi`; an error of ours is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with one_line_errors():
         cli()
-    except TodiError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
 
 
 def _option(field: str, holder: type) -> click.Option | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from todi_offline.capturing import CaptureSummary, Progress, capture
 from todi_offline.errors import ModelError
-from todi_offline.student import prune_depth, spaced_layers
+from todi_offline.student import save_pruned, spaced_layers
 from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
 from todi_offline.training import TrainSummary, train
 
@@ -77,7 +77,8 @@ def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: 
     heldout = _capture(teacher, out / "heldout-cache", "heldout", NUM_HELDOUT, progress)
     clock.lap("capture")
     stage(f"Pruning a student of {NUM_LAYERS} layers")
-    _prune(teacher, out / "student")
+    layers = spaced_layers(teacher.model.config.num_hidden_layers, NUM_LAYERS)
+    save_pruned(teacher.model, teacher.tokenizer, layers, out / "student")
     del teacher  # stage 2 needs the cache and nothing else
     clock.lap("prune")
     stage("Stage 2: the student learns from the cache")
@@ -136,12 +137,6 @@ def _capture(teacher: Teacher, out: Path, split: str, limit: int, progress: Prog
         max_prompt_length=MAX_PROMPT_LENGTH,
         shard_tokens=SHARD_TOKENS,
     )
-
-
-def _prune(teacher: Teacher, out: Path) -> None:
-    layers = spaced_layers(teacher.model.config.num_hidden_layers, NUM_LAYERS)
-    prune_depth(teacher.model, layers).save_pretrained(out)
-    teacher.tokenizer.save_pretrained(out)
 
 
 def _summarise(

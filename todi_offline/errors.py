@@ -17,6 +17,10 @@ A message says what was found, what was expected, where, and what to do.
 The command line prints it as one line and exits with 1.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class TodiError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -69,6 +73,16 @@ class CacheMismatchError(CacheError):
 
 class CacheLockedError(CacheError):
     """Another process is writing to the cache."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within, an error of ours is one line on stderr and exit code 1: the last resort of a command line."""
+    try:
+        yield
+    except TodiError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from todi_offline.errors import ConfigError, ModelError
-from todi_offline.models import Model, evaluation_mode, load_model, load_tokenizer, same_logits
+from todi_offline.models import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer, same_logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +97,14 @@ def make_student(source: str, out: Path, *, layers: int | None = None, keep: Seq
         raise ConfigError(f"{out} is not empty; choose another folder for the student")
     model = load_model(source, device="cpu")
     kept = list(keep) or spaced_layers(model.config.num_hidden_layers, layers or 0)
-    prune_depth(model, kept).save_pretrained(out)
-    load_tokenizer(source).save_pretrained(out)
+    save_pruned(model, load_tokenizer(source), kept, out)
     return kept
+
+
+def save_pruned(model: Model, tokenizer: Tokenizer, layers: Sequence[int], out: Path) -> None:
+    """Save a student made of these layers of a model, with its tokenizer."""
+    prune_depth(model, layers).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def _layers_prefix(model: Model, num_layers: int) -> str:

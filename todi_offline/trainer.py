@@ -80,9 +80,11 @@ class ToDiTrainer(Trainer):
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         caches = [cache for cache in (train_dataset, *evaluated.values()) if cache is not None]
         self.distillation = distillation or DistillationConfig()
+        found = _student_tokenizer(processing_class, model)
         for cache in caches:
-            self._check(cache, model, processing_class)
+            require_same_tokenizer(found, cache.manifest, "the student")
             _require_alike(cache, caches[0])
+            self._require_targets(cache)
         args.remove_unused_columns = False  # a batch is no row of a table
         args.dataloader_pin_memory &= args.device.type not in ("cpu", "mps")  # nothing to pin for: torch warns
         super().__init__(
@@ -198,14 +200,8 @@ class ToDiTrainer(Trainer):
             num_targets=num_targets,
         )
 
-    def _check(self, cache: Cache, model: Model, tokenizer: Tokenizer | None) -> None:
-        """Refuse what would go wrong later, or worse, would not."""
-        if tokenizer is None:
-            raise ModelError(
-                "ToDiTrainer needs processing_class, the student's tokenizer: it is compared with the cache's"
-            )
-        require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
-        real_vocab_size(tokenizer, model)
+    def _require_targets(self, cache: Cache) -> None:
+        """Refuse a cache that does not hold what the objective asks for."""
         targets = SparseTargets.from_numpy(cache[0].targets[:0])
         self._objective(torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long), targets)
 
@@ -233,6 +229,14 @@ class _Meter:
         means["tokens_per_second"] = num_tokens / seconds
         means["data_wait_share"] = self.wait_seconds / seconds
         return means
+
+
+def _student_tokenizer(tokenizer: Tokenizer | None, model: Model) -> dict[str, str]:
+    """Return the fingerprint of a student's tokenizer; refuse a student without one, or of too small a vocabulary."""
+    if tokenizer is None:
+        raise ModelError("ToDiTrainer needs processing_class, the student's tokenizer: it is compared with the cache's")
+    real_vocab_size(tokenizer, model)
+    return tokenizer_fingerprint(tokenizer)
 
 
 def _require_alike(cache: Cache, first: Cache) -> None:

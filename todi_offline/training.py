@@ -92,24 +92,18 @@ def train(
     named |= {"cache": cache.root if isinstance(cache, Cache) else cache}
     if eval_cache is not None:
         named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else eval_cache
-    chosen = load_train_config(config, {**settings, **named})
-    if isinstance(student, str):
-        student, tokenizer = load_student(chosen.student)
-    caches = (
-        _open(cache, chosen),
-        None if chosen.eval_cache is None else _open(eval_cache or chosen.eval_cache, chosen),
+    return run(
+        load_train_config(config, {**settings, **named}),
+        None if isinstance(student, str) else (student, tokenizer),
+        cache if isinstance(cache, Cache) else None,
+        eval_cache if isinstance(eval_cache, Cache) else None,
+        callbacks,
     )
-    return run(chosen, student, tokenizer, *caches, callbacks)
 
 
 def train_from(path: Path | None, settings: dict[str, Any]) -> TrainSummary:
     """Train what a TOML file and settings say, the latter winning."""
-    chosen = load_train_config(path, settings)
-    caches = (
-        _open(chosen.cache, chosen),
-        None if chosen.eval_cache is None else _open(chosen.eval_cache, chosen),
-    )
-    return run(chosen, *load_student(chosen.student), *caches)
+    return run(load_train_config(path, settings))
 
 
 def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfig:
@@ -166,15 +160,19 @@ def training_arguments(config: TrainConfig) -> Any:
 
 def run(
     config: TrainConfig,
-    student: Model,
-    tokenizer: Tokenizer | None,
-    cache: Cache,
-    eval_cache: Cache | None,
+    student: tuple[Model, Tokenizer | None] | None = None,
+    cache: Cache | None = None,
+    eval_cache: Cache | None = None,
     callbacks: list[Any] | None = None,
 ) -> TrainSummary:
-    """Evaluate, train, evaluate, save."""
+    """Load what is not given, evaluate, train, evaluate, save."""
+    checkpoint = _last_checkpoint(config.out) if config.resume else None
+    model, tokenizer = student or load_student(config.student)
+    cache = cache or open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    if eval_cache is None and config.eval_cache is not None:
+        eval_cache = open_cache(config.eval_cache, allow_unsealed=config.allow_unsealed)
     trainer = ToDiTrainer(
-        model=add_lora(student, config.lora),
+        model=add_lora(model, config.lora),
         args=training_arguments(config),
         train_dataset=cache,
         eval_dataset=eval_cache,
@@ -186,7 +184,7 @@ def run(
     (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
     before = trainer.evaluate() if eval_cache and not config.resume else {}
     started = perf_counter()
-    output = trainer.train(resume_from_checkpoint=config.resume or None)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = perf_counter() - started
     after = trainer.evaluate() if eval_cache else {}
     trainer.save_model()
@@ -201,8 +199,18 @@ def run(
     )
 
 
-def _open(cache: "str | Path | Cache", config: TrainConfig) -> Cache:
-    return cache if isinstance(cache, Cache) else open_cache(cache, allow_unsealed=config.allow_unsealed)
+def _last_checkpoint(out: Path) -> str:
+    """Return the folder of the last checkpoint of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found: str | None = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if found is None:
+        raise ConfigError(f"{out} holds no checkpoint to go on from; leave out resume (--resume) to begin")
+    return found
 
 
 def _without_prefix(metrics: dict[str, float]) -> dict[str, float]:

@@ -44,7 +44,7 @@ _RESTORE = "bring it back from a copy, or capture into another folder"
 _STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")  # zarr may add others
 
 Progress = Callable[[int, int], None]
-"""Called with the targets looked at so far and all of them."""
+"""Called with the shards looked at so far and all of them."""
 
 
 @dataclass(frozen=True, slots=True)
