@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,12 +20,12 @@ _SHOWN_IDS = 5
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--rows", type=click.IntRange(0), default=0, metavar="N", help="Show N targets, always the same ones.")
 @click.option("--text", is_flag=True, help="Show ids as text, too.")
 @click.option("--allow-unsealed", is_flag=True, help="Look at the committed part of an unfinished cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def command(cache: Path, rows: int, text: bool, allow_unsealed: bool, as_json: bool) -> None:
+def command(cache: str, rows: int, text: bool, allow_unsealed: bool, as_json: bool) -> None:
     """Show the manifest, the arrays, the bytes a target by array, and the mass that the first k entries cover.
 
     Example: todi-cache inspect cache/ --rows 5 --text
@@ -55,7 +54,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
         "arrays": {
             name: {
                 "dtype": spec.dtype.name,
-                "shape": json.loads(read_object(cache.root, f"{name}/zarr.json"))["shape"],
+                "shape": json.loads(read_object(cache.store, f"{name}/zarr.json"))["shape"],
                 "shard": spec.shape(spec.shard_rows),
                 "chunk": spec.shape(spec.chunk_rows),
                 "codec": codec_name(spec.dtype, manifest.settings.codec),
@@ -116,13 +115,13 @@ def _row(sequence: CachedSequence, target: int, decode: Any) -> dict[str, Any]:
 def _decoder(cache: Cache) -> Any:
     from tokenizers import Tokenizer
 
-    if not (cache.root / TOKENIZER_KEY).exists():
+    if cache.store.size(TOKENIZER_KEY) is None:
         raise CacheError(f"{cache.root} holds no {TOKENIZER_KEY}: its tokenizer had no such form; leave out --text")
     try:
-        tokenizer = Tokenizer.from_str(read_object(cache.root, TOKENIZER_KEY).decode())
+        tokenizer = Tokenizer.from_str(read_object(cache.store, TOKENIZER_KEY).decode())
     except Exception as error:  # what the package raises has no narrower class
         raise CacheError(
-            f"{cache.root / TOKENIZER_KEY} is no tokenizer: {first_line(error)}; leave out --text"
+            f"{cache.root}/{TOKENIZER_KEY} is no tokenizer: {first_line(error)}; leave out --text"
         ) from error
     return lambda number: tokenizer.decode([number], skip_special_tokens=False)
 

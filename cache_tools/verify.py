@@ -3,18 +3,18 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import click
 
 from todi_offline.cache.commit import read_seal
+from todi_offline.cache.store import open_store
 from todi_offline.cache.verify import verify_cache
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
-def command(cache: Path, as_json: bool) -> None:
+def command(cache: str, as_json: bool) -> None:
     """Check every checksum and every invariant; exit with 1 and the list of what is wrong.
 
     Example: todi-cache verify cache/
@@ -33,5 +33,5 @@ def command(cache: Path, as_json: bool) -> None:
     if problems:
         sys.exit(1)
     if not as_json:
-        seal = read_seal(cache)
+        seal = read_seal(open_store(cache))
         click.echo(f"{cache} is whole: {seal.num_sequences:,} sequences, {seal.num_targets:,} targets")

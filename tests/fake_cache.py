@@ -16,6 +16,7 @@ from todi_offline.cache.layout import CacheSettings, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.reader import read_manifest, read_table
 from todi_offline.cache.shard import ShardFile, encode_shard
+from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 
 VOCAB = 300
@@ -80,20 +81,21 @@ def write_cache(root: Path, num_shards: int = 2, per_shard: int = 12, *, seal: b
 
 def forge(root: Path, key: str, data: bytes) -> None:
     """Replace an object and make every checksum right again, so that only a look at the contents can tell."""
+    store = LocalStore(root)
     (root / key).write_bytes(data)
-    for shard in committed_shards(root):
-        record = read_record(root, record_key(shard))
+    for shard in committed_shards(store):
+        record = read_record(store, record_key(shard))
         if key in record.objects:
             record = dataclasses.replace(record, objects={**record.objects, key: ObjectSum.of(data)})
             (root / record_key(shard)).write_bytes(to_bytes(record))
-    seal = read_seal(root)
+    seal = read_seal(store)
     objects = {name: ObjectSum.of((root / name).read_bytes()) for name in seal.objects}
     (root / SEAL_KEY).write_bytes(to_bytes(dataclasses.replace(seal, objects=objects)))
 
 
 def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None], shard: int = 0) -> None:
     """Change stored rows of an array in place, and forge its object."""
-    manifest = read_manifest(root)
+    manifest = read_manifest(LocalStore(root))
     spec, codec = manifest.arrays[name], manifest.settings.codec
     rows = ShardFile(root / spec.object_key(shard), spec, codec).read_rows(0, spec.shard_rows).copy()
     change(rows)
@@ -102,7 +104,7 @@ def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None]
 
 def forge_table(root: Path, column: str, change: Callable[[list[Any]], None], shard: int = 0) -> None:
     """Change a column of a sequence table in place, and forge its object."""
-    table = read_table(root, shard)
+    table = read_table(LocalStore(root), shard)
     values = table[column].to_pylist()
     change(values)
     kind = table.schema.field(column).type

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from fake_cache import manifest, sequence, settings, write_cache
 
-from todi_offline.cache import commit
-from todi_offline.cache.commit import CacheLock, CommitRecord, ObjectSum, read_record, to_bytes
+from todi_offline.cache import store
+from todi_offline.cache.commit import CommitRecord, ObjectSum, read_record, to_bytes
 from todi_offline.cache.layout import record_key
 from todi_offline.cache.plan import plan_shards
 from todi_offline.cache.reader import open_cache
+from todi_offline.cache.store import CacheLock, LocalStore
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import (
     CacheError,
@@ -73,6 +74,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_folders_is_refused_but_what_an_interrupted_creation_left_is_not(tmp_path: Path) -> None:
     (tmp_path / "photos" / "photos").mkdir(parents=True)
+    (tmp_path / "photos" / "photos" / "1.jpg").touch()
     with pytest.raises(CacheError, match="is not empty and holds no cache"):
         write_cache(tmp_path / "photos")
     (tmp_path / "cache" / "token_ids").mkdir(parents=True)
@@ -136,7 +138,7 @@ def test_a_full_disk_leaves_no_temporary_file_and_what_is_committed(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(commit.os, "fsync", full)
+    monkeypatch.setattr(store.os, "fsync", full)
     with CacheWriter(root, manifest(chosen), 2) as writer, pytest.raises(CacheError, match="No space left on device"):
         writer.write_shard(1, [sequence(number, chosen) for number in range(12, 24)])
     monkeypatch.undo()
@@ -149,7 +151,7 @@ def test_a_full_disk_leaves_no_temporary_file_and_what_is_committed(
 
 def test_a_second_writer_is_told_who_holds_the_cache_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from todi_offline.cache.commit import CacheLock\n"
+        "import sys, time, pathlib; from todi_offline.cache.store import CacheLock\n"
         "with CacheLock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -175,7 +177,7 @@ def test_a_second_writer_is_told_who_holds_the_cache_and_a_dead_one_does_not_blo
 
 def test_records_are_believed_in_nothing(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
-    record = read_record(root, record_key(0))
+    record = read_record(LocalStore(root), record_key(0))
     path = root / record_key(0)
     text = path.read_text()
     for damaged, why in {
@@ -190,7 +192,7 @@ def test_records_are_believed_in_nothing(tmp_path: Path) -> None:
     }.items():
         path.write_text(damaged)
         with pytest.raises(CacheFormatError, match=why):
-            read_record(root, record_key(0))
+            read_record(LocalStore(root), record_key(0))
     path.write_text(text)
     assert to_bytes(record) == text.encode()
     assert isinstance(record, CommitRecord)

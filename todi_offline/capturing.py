@@ -38,8 +38,8 @@ _RECORDED = ("todi-offline", "torch", "transformers", "numpy", "pyarrow", "numco
 class CaptureConfig:
     """All that decides a capture."""
 
-    out: Path
-    """The folder of the cache."""
+    out: str
+    """Where the cache is written: a folder."""
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -83,7 +83,7 @@ def capture(
     Raises:
         TodiError: a setting, the data, the teacher or the folder cannot be used; see `todi_offline.errors`.
     """
-    named: dict[str, Any] = {"teacher": teacher if isinstance(teacher, str) else "(given)", "out": out}
+    named: dict[str, Any] = {"teacher": teacher if isinstance(teacher, str) else "(given)", "out": str(out)}
     named |= {"data": data} if isinstance(data, str) else {}
     return run(
         load_config(CaptureConfig, config, {**settings, **named}),
@@ -186,7 +186,7 @@ def _capture_shards(
     return seconds
 
 
-def _summarise(out: Path, examples: Examples, captured: list[ShardPlan], seconds: float) -> CaptureSummary:
+def _summarise(out: str, examples: Examples, captured: list[ShardPlan], seconds: float) -> CaptureSummary:
     cache = open_cache(out)
     num_targets = int(cache.num_targets.sum())
     mass = np.average(cache.sequences["topk_mass"].to_numpy(), weights=cache.num_targets)

@@ -7,7 +7,8 @@ Read in this order:
     fingerprint  what identifies a tokenizer, a sequence, a piece of metadata
     manifest     what the cache says of itself
     plan         which sequence lies in which shard, decided before the teacher runs
-    commit       atomic files, commit records, the seal, the lock
+    store        where objects lie: whole or not there; the lock
+    commit       sums of objects, commit records, the seal
     writer       rows -> shards
     shard        one Zarr shard file -> decoded rows, read directly
     reader       shards -> sequences

@@ -1,27 +1,22 @@
-"""Bytes in, objects out that are either whole or not there; commit records, the seal, the lock.
+"""Sums of objects in, commit records and the seal out, and back.
 
-The order of a commit is: every object of a shard, each synced to the disk; then its record, written under another
-name and renamed. A shard without a record does not exist. The seal is the record of the whole cache.
+The order of a commit is: every object of a shard, each safe on its medium; then its record. A shard without a record
+does not exist. The seal is the record of the whole cache.
 """
 
-import contextlib
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from types import TracebackType
+from pathlib import PurePosixPath
 from typing import Any
 
 import google_crc32c
 
-from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, CacheLockedError
+from todi_offline.cache.store import Store
+from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError
 
 SEAL_KEY = "sealed.json"
-LOCK_KEY = ".lock"
-TEMPORARY_SUFFIX = ".tmp"
+RECORDS_PREFIX = "commits/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,146 +63,72 @@ def to_bytes(record: CommitRecord | Seal) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def read_record(root: Path, key: str) -> CommitRecord:
+def read_record(store: Store, key: str) -> CommitRecord:
     """Read the commit record of a shard."""
-    return CommitRecord(**_read_fields(root, key, CommitRecord))
+    return CommitRecord(**_read_fields(store, key, CommitRecord))
 
 
-def committed_shards(root: Path) -> list[int]:
+def committed_shards(store: Store) -> list[int]:
     """Return the shards that have a commit record."""
-    stems = (path.stem for path in (root / "commits").glob("*.json"))
+    stems = (key.removeprefix(RECORDS_PREFIX).removesuffix(".json") for key in store.find(RECORDS_PREFIX))
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
-def read_seal(root: Path) -> Seal:
+def read_seal(store: Store) -> Seal:
     """Read the seal of a cache.
 
     Raises:
         CacheIncompleteError: the cache is not sealed.
         CacheFormatError: the seal cannot be read, or contradicts itself.
     """
-    if not (root / SEAL_KEY).exists():
+    if store.size(SEAL_KEY) is None:
         raise CacheIncompleteError(
-            f"{root} is not sealed: its capture has not finished; run the same `todi capture` again to go on, "
+            f"{store} is not sealed: its capture has not finished; run the same `todi capture` again to go on, "
             "or open it with allow_unsealed (--allow-unsealed) to use the part that is committed"
         )
-    seal = Seal(**_read_fields(root, SEAL_KEY, Seal))
-    num_records = sum(key.startswith("commits/") for key in seal.objects)
+    seal = Seal(**_read_fields(store, SEAL_KEY, Seal))
+    num_records = sum(key.startswith(RECORDS_PREFIX) for key in seal.objects)
     if seal.num_shards != num_records:
-        raise CacheFormatError(f"{root / SEAL_KEY} says {seal.num_shards} shards and names {num_records} records")
+        raise CacheFormatError(f"{store}/{SEAL_KEY} says {seal.num_shards} shards and names {num_records} records")
     return seal
 
 
-def read_object(root: Path, key: str, expected: ObjectSum | None = None) -> bytes:
+def read_object(store: Store, key: str, expected: ObjectSum | None = None) -> bytes:
     """Read a small object and compare it with its sum.
 
     Raises:
         CacheIncompleteError: it is missing.
         CacheCorruptError: its bytes are not those that were written.
     """
-    try:
-        data = (root / key).read_bytes()
-    except FileNotFoundError as error:
-        raise CacheIncompleteError(f"{root} lacks {key}; `todi-cache verify` lists all that is missing") from error
-    except OSError as error:
-        raise CacheError(f"cannot read {root / key}: {error.strerror}") from error
+    data = store.read(key)
     if expected is not None and ObjectSum.of(data) != expected:
         raise CacheCorruptError(
-            f"{root / key} is not what was written: {len(data)} bytes with crc32c {google_crc32c.value(data):08x}, "
+            f"{store}/{key} is not what was written: {len(data)} bytes with crc32c {google_crc32c.value(data):08x}, "
             f"expected {expected.num_bytes} bytes with {expected.crc32c:08x}"
         )
     return data
 
 
-def write_object(root: Path, key: str, data: bytes) -> ObjectSum:
-    """Write an object whole: under a temporary name, synced, then renamed.
+def write_object(store: Store, key: str, data: bytes) -> ObjectSum:
+    """Write an object whole, and return its sum.
 
     Raises:
         CacheError: the disk is full or cannot be written; nothing is left behind.
     """
-    path = root / key
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CacheError(
-            f"cannot write {path}: {error.strerror}; what is committed is safe; mend that and run it again"
-        ) from error
+    store.write(key, data)
     return ObjectSum.of(data)
 
 
-class CacheLock:
-    """Holds a cache folder for one writing process; the kernel lets go of it when the process ends, however it ends."""
-
-    def __init__(self, root: Path) -> None:
-        """Name the folder; entering the context takes the lock."""
-        self._path = root / LOCK_KEY
-        self._descriptor = -1
-
-    def __enter__(self) -> "CacheLock":
-        """Take the lock.
-
-        Raises:
-            CacheLockedError: another process holds it.
-        """
-        try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CacheError(f"cannot write in {self._path.parent}: {error.strerror}; mend that first") from error
-        try:
-            self._lock()
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        return self
-
-    def _lock(self) -> None:
-        folder = self._path.parent
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._is_current():
-                raise CacheLockedError(f"{folder} was let go by another process just now; run the same command again")
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        except BlockingIOError as error:
-            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace") or "another process"
-            raise CacheLockedError(f"{folder} is being written by {holder}; wait or stop it") from error
-        except OSError as error:
-            raise CacheError(f"cannot lock {folder}: {error.strerror}; mend that first") from error
-
-    def _is_current(self) -> bool:
-        """Whether the locked file still has its name: its last holder removes it, and a third may have made another."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
-        except FileNotFoundError:
-            return False
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the lock's file and let go of it."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
-
-
-def _read_fields(root: Path, key: str, kind: type) -> dict[str, Any]:
+def _read_fields(store: Store, key: str, kind: type) -> dict[str, Any]:
     """Read a record's fields; a cache is data, so nothing in it is believed before it is checked."""
     try:
-        values = json.loads(read_object(root, key))
+        values = json.loads(read_object(store, key))
         if values.keys() != set(kind.__slots__):  # type: ignore[attr-defined]
             raise ValueError(f"its fields are {', '.join(values)}")
         objects = {_inner_key(name): ObjectSum(*map(_count, entry)) for name, entry in values.pop("objects").items()}
         counts = {name: value if name == "content" else _count(value) for name, value in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheFormatError(f"{root / key} is no record of a cache: {error}") from error
+        raise CacheFormatError(f"{store}/{key} is no record of a cache: {error}") from error
     return {**counts, "objects": objects}
 
 
@@ -221,11 +142,3 @@ def _inner_key(key: str) -> str:
     if key.startswith("/") or ".." in PurePosixPath(key).parts or "\\" in key or "\0" in key:
         raise ValueError(f"{key!r} leaves the cache's folder")
     return key
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

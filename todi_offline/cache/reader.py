@@ -17,6 +17,7 @@ from todi_offline.cache.encoding import TargetRows, decode_rows
 from todi_offline.cache.layout import MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.shard import ShardFile
+from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, first_line
 
 _NUMBERS = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
@@ -34,7 +35,7 @@ class CachedSequence:
     """One row for each True of `target_mask`, in order."""
 
 
-def open_cache(path: str | Path, *, allow_unsealed: bool = False) -> "Cache":
+def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "Cache":
     """Open a cache for reading.
 
     `allow_unsealed` admits one whose capture has not finished: its committed shards are read.
@@ -44,43 +45,48 @@ def open_cache(path: str | Path, *, allow_unsealed: bool = False) -> "Cache":
         CacheIncompleteError: it is not sealed, or a part of it is missing.
         CacheCorruptError: metadata or the sequence table are not what was written.
     """
-    root = Path(path)
-    manifest = read_manifest(root)
-    if allow_unsealed and not (root / SEAL_KEY).exists():
-        shards = committed_shards(root)
+    store = open_store(place)
+    manifest = read_manifest(store)
+    if allow_unsealed and store.size(SEAL_KEY) is None:
+        shards = committed_shards(store)
     else:
-        seal = read_seal(root)
+        seal = read_seal(store)
         for key, expected in seal.objects.items():
-            read_object(root, key, expected)
+            read_object(store, key, expected)
         shards = list(range(seal.num_shards))
-    tables = [read_table(root, shard) for shard in shards]
-    return Cache(root, manifest, pa.concat_tables(tables) if tables else None)
+    tables = [read_table(store, shard) for shard in shards]
+    return Cache(store, manifest, pa.concat_tables(tables) if tables else None)
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(store: Store) -> Manifest:
     """Read what a cache says of itself."""
-    if not (root / "zarr.json").is_file():
-        raise CacheFormatError(f"{root} is no cache: it has no zarr.json; name the folder that `todi capture` wrote")
+    if store.size("zarr.json") is None:
+        raise CacheFormatError(f"{store} is no cache: it has no zarr.json; name the folder that `todi capture` wrote")
     try:
-        values = json.loads(read_object(root, "zarr.json"))["attributes"][MANIFEST_KEY]
+        values = json.loads(read_object(store, "zarr.json"))["attributes"][MANIFEST_KEY]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CacheFormatError(f"{root / 'zarr.json'} holds no todi_offline manifest") from error
-    return Manifest.from_json(values, str(root))
+        raise CacheFormatError(f"{store}/zarr.json holds no todi_offline manifest") from error
+    return Manifest.from_json(values, str(store))
 
 
 class Cache:
     """A sequence of `CachedSequence`. Safe to fork and to share between threads: it holds no open file."""
 
-    def __init__(self, root: Path, manifest: Manifest, sequences: pa.Table | None) -> None:
+    def __init__(self, store: Store, manifest: Manifest, sequences: pa.Table | None) -> None:
         """Use `open_cache`."""
         if sequences is None or not len(sequences):
-            raise CacheIncompleteError(f"{root} holds no committed shard yet; run its capture again to go on")
-        require_places(root, sequences, manifest)
-        self.root = root
+            raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again to go on")
+        require_places(str(store), sequences, manifest)
+        self.store = store
         self.manifest = manifest
         self.sequences = sequences
         """The sequence table: id, source, content key, place, teacher NLL and top-k mass of every sequence."""
         self._numbers: dict[str, npt.NDArray[Any]] = {name: sequences[name].to_numpy() for name in _NUMBERS}
+
+    @property
+    def root(self) -> str:
+        """The place of the cache."""
+        return str(self.store)
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -107,7 +113,7 @@ class Cache:
         }
         try:
             arrays = {
-                name: ShardFile(self.root / spec.object_key(shard), spec, self.manifest.settings.codec).read_rows(
+                name: ShardFile(self.store.local(spec.object_key(shard)), spec, self.manifest.settings.codec).read_rows(
                     *spans[spec.axis]
                 )
                 for name, spec in self.manifest.arrays.items()
@@ -143,34 +149,34 @@ class Cache:
         shards = np.unique(self._numbers["shard"]).tolist()
         sums = {"sequences": 0, **dict.fromkeys(self.manifest.arrays, 0)}
         for shard in shards:
-            for key, found in read_record(self.root, record_key(shard)).objects.items():
+            for key, found in read_record(self.store, record_key(shard)).objects.items():
                 sums[key.split("/")[0]] += found.num_bytes
         return sums
 
 
-def read_table(root: Path, shard: int) -> pa.Table:
+def read_table(store: Store, shard: int) -> pa.Table:
     """Read the sequence table of a shard.
 
     Raises:
         CacheError: it is not what its commit record says, or names places that the shard does not have.
     """
-    record = read_record(root, record_key(shard))
+    record = read_record(store, record_key(shard))
     if sequences_key(shard) not in record.objects:
-        raise CacheFormatError(f"the commit record of shard {shard} of {root} names no sequence table")
-    data = read_object(root, sequences_key(shard), record.objects[sequences_key(shard)])
+        raise CacheFormatError(f"the commit record of shard {shard} of {store} names no sequence table")
+    data = read_object(store, sequences_key(shard), record.objects[sequences_key(shard)])
     try:
         table = pq.read_table(pa.BufferReader(data))
         if table.schema.remove_metadata() != SEQUENCE_SCHEMA:
-            raise CacheFormatError(f"{root / sequences_key(shard)} has the columns {table.column_names}")
+            raise CacheFormatError(f"{store}/{sequences_key(shard)} has the columns {table.column_names}")
     except (pa.ArrowException, OSError) as error:
-        raise CacheCorruptError(f"{root / sequences_key(shard)} cannot be read: {first_line(error)}") from error
+        raise CacheCorruptError(f"{store}/{sequences_key(shard)} cannot be read: {first_line(error)}") from error
     return table
 
 
-def require_places(root: Path, table: pa.Table, manifest: Manifest) -> None:
+def require_places(place: str, table: pa.Table, manifest: Manifest) -> None:
     """Refuse a table with a hole, or with a sequence outside the rows of its shard."""
     if any(column.null_count for column in table.columns):
-        raise CacheFormatError(f"a sequence table of {root} has empty cells; run `todi-cache verify`")
+        raise CacheFormatError(f"a sequence table of {place} has empty cells; run `todi-cache verify`")
     num_rows = manifest.settings.shard_tokens
     shard = table["shard"].to_numpy().astype(np.int64)
     for axis in ("token", "target"):
@@ -180,6 +186,6 @@ def require_places(root: Path, table: pa.Table, manifest: Manifest) -> None:
         if len(outside):
             name = table["id"][int(outside[0])].as_py()
             raise CacheFormatError(
-                f"sequence {name!r} of {root} lies outside its shard on the {axis} axis ({count[outside[0]]} rows from "
-                f"{start[outside[0]]} of {num_rows}); run `todi-cache verify`"
+                f"sequence {name!r} of {place} lies outside its shard on the {axis} axis "
+                f"({count[outside[0]]} rows from {start[outside[0]]} of {num_rows}); run `todi-cache verify`"
             )

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from todi_offline.cache.commit import (
-    LOCK_KEY,
     SEAL_KEY,
     CommitRecord,
     ObjectSum,
@@ -33,6 +32,7 @@ from todi_offline.cache.layout import CHUNK_TARGETS, TOKENIZER_KEY, record_key, 
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.reader import read_manifest, read_table, require_places
 from todi_offline.cache.shard import ShardFile
+from todi_offline.cache.store import LOCK_KEY, Store, open_store
 from todi_offline.cache.writer import array_metadata, metadata_keys
 from todi_offline.errors import CacheError
 
@@ -59,60 +59,60 @@ class Problem:
     """What it takes to mend it."""
 
 
-def verify_cache(root: str | Path, progress: Progress = lambda *_: None) -> list[Problem]:
+def verify_cache(place: str | Path | Store, progress: Progress = lambda *_: None) -> list[Problem]:
     """Return everything that is wrong with a cache.
 
     Raises:
         CacheFormatError: the folder is no cache, or one of another format version.
     """
-    return list(_problems(Path(root), progress))
+    return list(_problems(open_store(place), progress))
 
 
-def _problems(root: Path, progress: Progress) -> Iterator[Problem]:
-    committed = committed_shards(root)
+def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
+    committed = committed_shards(store)
     try:
-        manifest = read_manifest(root)
+        manifest = read_manifest(store)
     except CacheError as error:
-        if not (committed or (root / SEAL_KEY).exists()) or _is_as_sealed(root, "zarr.json"):
+        if not (committed or store.size(SEAL_KEY) is not None) or _is_as_sealed(store, "zarr.json"):
             raise
         yield Problem("zarr.json", str(error), _RESTORE)
         return
     try:
-        seal = read_seal(root)
+        seal = read_seal(store)
     except CacheError as error:
-        yield Problem(SEAL_KEY, str(error), _RESEAL if (root / SEAL_KEY).exists() else _GO_ON)
-        yield from _shards_problems(root, manifest, committed, set(), progress)
+        yield Problem(SEAL_KEY, str(error), _RESEAL if store.size(SEAL_KEY) is not None else _GO_ON)
+        yield from _shards_problems(store, manifest, committed, set(), progress)
         return
-    metadata = list(_metadata_problems(root, manifest, seal))
+    metadata = list(_metadata_problems(store, manifest, seal))
     yield from metadata
-    yield from _extra_objects(root, manifest, seal)
-    yield from _count_problems(root, seal)
+    yield from _extra_objects(store, manifest, seal)
+    yield from _count_problems(store, seal)
     reported = {problem.where for problem in metadata}
-    yield from _shards_problems(root, manifest, list(range(seal.num_shards)), reported, progress)
+    yield from _shards_problems(store, manifest, list(range(seal.num_shards)), reported, progress)
 
 
-def _is_as_sealed(root: Path, key: str) -> bool:
+def _is_as_sealed(store: Store, key: str) -> bool:
     try:
-        return _difference(root / key, read_seal(root).objects[key]) is None
+        return _difference(store, key, read_seal(store).objects[key]) is None
     except (CacheError, KeyError):
         return False
 
 
-def _metadata_problems(root: Path, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
+def _metadata_problems(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
     """Compare the seal with its own bytes, with what it names, and the arrays' metadata with the manifest."""
-    if (root / SEAL_KEY).read_bytes() != to_bytes(seal):
+    if store.read(SEAL_KEY) != to_bytes(seal):
         yield Problem(SEAL_KEY, "its values stand in other bytes than those that were written", _RESEAL)
-    expected = {*metadata_keys(root, manifest), *map(record_key, range(seal.num_shards))}
+    expected = {*metadata_keys(store, manifest), *map(record_key, range(seal.num_shards))}
     if differing := (expected ^ seal.objects.keys()) - {TOKENIZER_KEY}:  # there or not, as the teacher had it
         yield Problem(SEAL_KEY, f"it does not name what it should: {', '.join(sorted(differing))}", _RESEAL)
     for key, expected_sum in seal.objects.items():
-        if what := _difference(root / key, expected_sum):
+        if what := _difference(store, key, expected_sum):
             shard = Path(key).stem if key.startswith("commits/") else ""
             remedy = _again(int(shard)) if shard.isdecimal() else _RESTORE if key == "zarr.json" else _REWRITE
             yield Problem(key, what, remedy)
         elif key.endswith("/zarr.json") and (name := key.partition("/")[0]) in manifest.arrays:
             implied = array_metadata(manifest.arrays[name], manifest.settings.codec, seal.num_shards)
-            if _stable(implied) != _stable((root / key).read_bytes()):
+            if _stable(implied) != _stable(store.read(key)):
                 yield Problem(key, "it is not what the manifest leads to", _REWRITE)
 
 
@@ -124,20 +124,19 @@ def _stable(metadata: bytes) -> list[Any] | None:
         return None
 
 
-def _extra_objects(root: Path, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
+def _extra_objects(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
     """Whatever lies there and belongs to no shard of a finished cache."""
     known = {SEAL_KEY, LOCK_KEY, *seal.objects}
     for shard in range(seal.num_shards):
         known |= _object_keys(manifest, shard)
-    for path in sorted(root.rglob("*")):
-        key = path.relative_to(root).as_posix()
-        if key not in known and not (path.is_dir() and not path.is_symlink()):
+    for key in store.find():
+        if key not in known:
             yield Problem(key, "no record names it", "delete it")
 
 
-def _count_problems(root: Path, seal: Seal) -> Iterator[Problem]:
+def _count_problems(store: Store, seal: Seal) -> Iterator[Problem]:
     try:
-        records = [read_record(root, record_key(shard)) for shard in range(seal.num_shards)]
+        records = [read_record(store, record_key(shard)) for shard in range(seal.num_shards)]
     except CacheError:
         return  # named where the shards are looked at
     names = ("num_sequences", "num_tokens", "num_targets")
@@ -148,46 +147,46 @@ def _count_problems(root: Path, seal: Seal) -> Iterator[Problem]:
 
 
 def _shards_problems(
-    root: Path, manifest: Manifest, shards: list[int], reported: set[str], progress: Progress
+    store: Store, manifest: Manifest, shards: list[int], reported: set[str], progress: Progress
 ) -> Iterator[Problem]:
     """Look into shards; `reported` are objects that are known to be damaged."""
     for done, shard in enumerate(shards):
         progress(done, len(shards))
         try:
-            record = read_record(root, record_key(shard))
+            record = read_record(store, record_key(shard))
         except CacheError as error:
             if record_key(shard) not in reported:
                 yield Problem(record_key(shard), str(error), _again(shard))
             continue
-        yield from _shard_problems(root, manifest, record, shard)
+        yield from _shard_problems(store, manifest, record, shard)
     progress(len(shards), len(shards))
 
 
-def _shard_problems(root: Path, manifest: Manifest, record: CommitRecord, shard: int) -> Iterator[Problem]:
+def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord, shard: int) -> Iterator[Problem]:
     expected = _object_keys(manifest, shard)
     if record.shard != shard or record.objects.keys() != expected:
         differing = ", ".join(sorted(record.objects.keys() ^ expected)) or f"shard {record.shard}"
         yield Problem(record_key(shard), f"it is not the record of shard {shard}: {differing}", _again(shard))
         return
-    damaged = {key: what for key, sums in record.objects.items() if (what := _difference(root / key, sums))}
+    damaged = {key: what for key, sums in record.objects.items() if (what := _difference(store, key, sums))}
     try:
-        table = None if sequences_key(shard) in damaged else read_table(root, shard)
+        table = None if sequences_key(shard) in damaged else read_table(store, shard)
         for key, what in damaged.items():
-            yield Problem(key, what + _damaged_chunks(root, manifest, key, shard, table), _again(shard))
+            yield Problem(key, what + _damaged_chunks(store, manifest, key, shard, table), _again(shard))
         if table is None or damaged:
             return
-        found = list(_table_problems(root, manifest, table, record))
-        yield from found or _content_problems(root, manifest, table, shard)
+        found = list(_table_problems(store, manifest, table, record))
+        yield from found or _content_problems(store, manifest, table, shard)
     except CacheError as error:  # right checksums over what cannot be read
         yield Problem(f"shard {shard}", str(error), _again(shard))
 
 
-def _damaged_chunks(root: Path, manifest: Manifest, key: str, shard: int, table: pa.Table | None) -> str:
+def _damaged_chunks(store: Store, manifest: Manifest, key: str, shard: int, table: pa.Table | None) -> str:
     """Return which chunks of a damaged object are, and whose; nothing where that cannot be told."""
     spec = manifest.arrays.get(key.partition("/")[0])
-    if spec is None or not (root / key).is_file():
+    if spec is None or store.size(key) is None:
         return ""
-    file, chunks = ShardFile(root / key, spec, manifest.settings.codec), []
+    file, chunks = ShardFile(store.local(key), spec, manifest.settings.codec), []
     try:
         file.check_index()
     except CacheError:
@@ -209,11 +208,11 @@ def _damaged_chunks(root: Path, manifest: Manifest, key: str, shard: int, table:
     return f"; damaged are the chunks {chunks}, of the sequences {shown or 'none'}"
 
 
-def _table_problems(root: Path, manifest: Manifest, table: pa.Table, record: CommitRecord) -> Iterator[Problem]:
+def _table_problems(store: Store, manifest: Manifest, table: pa.Table, record: CommitRecord) -> Iterator[Problem]:
     """Sequences must lie end to end from the beginning of the shard, and be as many as the record says."""
     shard, where = record.shard, sequences_key(record.shard)
     try:
-        require_places(root, table, manifest)
+        require_places(str(store), table, manifest)
     except CacheError as error:
         yield Problem(where, str(error), _again(shard))
         return
@@ -233,10 +232,10 @@ def _table_problems(root: Path, manifest: Manifest, table: pa.Table, record: Com
         yield Problem(where, "its content keys are not those of the commit record", _again(shard))
 
 
-def _content_problems(root: Path, manifest: Manifest, table: pa.Table, shard: int) -> Iterator[Problem]:
+def _content_problems(store: Store, manifest: Manifest, table: pa.Table, shard: int) -> Iterator[Problem]:
     """Look at what a shard holds: its tokens at once, its targets a chunk at a time."""
     files = {
-        name: ShardFile(root / spec.object_key(shard), spec, manifest.settings.codec)
+        name: ShardFile(store.local(spec.object_key(shard)), spec, manifest.settings.codec)
         for name, spec in manifest.arrays.items()
     }
     token_ids, mask = (
@@ -331,16 +330,18 @@ def _object_keys(manifest: Manifest, shard: int) -> set[str]:
     return {sequences_key(shard), *(spec.object_key(shard) for spec in manifest.arrays.values())}
 
 
-def _difference(path: Path, expected: ObjectSum) -> str | None:
-    """Return how a file differs from what was written, reading it in blocks."""
+def _difference(store: Store, key: str, expected: ObjectSum) -> str | None:
+    """Return how an object differs from what was written, reading it in blocks."""
     try:
-        with path.open("rb") as file:
+        with store.local(key).open("rb") as file:
             num_bytes, crc = 0, 0
             while block := file.read(_BLOCK_BYTES):
                 num_bytes += len(block)
                 crc = google_crc32c.extend(crc, block)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
+    except CacheError as error:
+        return f"it cannot be read: {error}"
     if (num_bytes, crc) == (expected.num_bytes, expected.crc32c):
         return None
     return f"it has {num_bytes} bytes with crc32c {crc:08x}, expected {expected.num_bytes} with {expected.crc32c:08x}"

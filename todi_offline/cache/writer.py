@@ -6,6 +6,7 @@ with CacheWriter(root, manifest, num_shards) as writer:      # creates the cache
     writer.seal()
 """
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -21,13 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from todi_offline.cache.commit import (
-    LOCK_KEY,
     SEAL_KEY,
-    TEMPORARY_SUFFIX,
-    CacheLock,
     CommitRecord,
     ObjectSum,
     Seal,
+    committed_shards,
     read_object,
     read_record,
     read_seal,
@@ -47,6 +46,7 @@ from todi_offline.cache.layout import (
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.reader import read_manifest
 from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, encode_shard
+from todi_offline.cache.store import LOCK_KEY, TEMPORARY_SUFFIX, Store, open_store
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError
 
 
@@ -62,47 +62,43 @@ class SequenceRows:
 
 
 class CacheWriter:
-    """A cache folder, locked for writing."""
+    """The place of a cache, locked for writing."""
 
-    def __init__(self, root: Path, manifest: Manifest, num_shards: int, tokenizer_json: str | None = None) -> None:
+    def __init__(
+        self, place: str | Path | Store, manifest: Manifest, num_shards: int, tokenizer_json: str | None = None
+    ) -> None:
         """Name what is to be written; `tokenizer_json` lets the tools show text without the teacher."""
-        self.root = root
+        self.store = open_store(place)
         self.manifest = manifest
         self.num_shards = num_shards
         self._tokenizer_json = tokenizer_json
-        self._lock = CacheLock(root)
+        self._locked = contextlib.ExitStack()
 
     def __enter__(self) -> "CacheWriter":
-        """Lock the folder, and create the cache or check that it is the one to go on with.
+        """Lock the place, and create the cache or check that it is the one to go on with.
 
         Raises:
             CacheLockedError: another process writes to it.
             CacheMismatchError: it was begun with other settings, data, teacher or tokenizer.
-            CacheError: the folder is not empty and no cache, or cannot be written.
+            CacheError: the place is not empty and no cache, or cannot be written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CacheError(f"cannot create {self.root}: {error.strerror}; choose another folder") from error
-        if not (self.root / "zarr.json").exists() and _foreign(self.root, self.manifest):
-            raise CacheError(f"{self.root} is not empty and holds no cache; choose another folder")
-        self._lock.__enter__()
-        try:
+        if self.store.size("zarr.json") is None and _foreign(self.store, self.manifest):
+            raise CacheError(f"{self.store} is not empty and holds no cache; choose another folder")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.store.lock())
             self._create_or_check()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+            self._locked = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Unlock the folder."""
-        self._lock.__exit__(kind, error, trace)
+        """Unlock the place."""
+        self._locked.__exit__(kind, error, trace)
 
     def missing_shards(self) -> list[int]:
         """Return the shards that have no commit record yet."""
-        return [shard for shard in range(self.num_shards) if not (self.root / record_key(shard)).exists()]
+        return sorted(set(range(self.num_shards)) - set(committed_shards(self.store)))
 
     def write_shard(self, shard: int, sequences: list[SequenceRows]) -> CommitRecord:
         """Write the objects of a shard, then its commit record; until then the shard does not exist."""
@@ -110,9 +106,9 @@ class CacheWriter:
         for name, values in _shard_arrays(sequences, self.manifest.settings.encoding).items():
             spec = self.manifest.arrays[name]
             key = spec.object_key(shard)
-            objects[key] = write_object(self.root, key, encode_shard(spec, values, self.manifest.settings.codec))
+            objects[key] = write_object(self.store, key, encode_shard(spec, values, self.manifest.settings.codec))
         table = sequence_table(shard, sequences, self.manifest.settings.shard_tokens)
-        objects[sequences_key(shard)] = write_object(self.root, sequences_key(shard), _parquet(table))
+        objects[sequences_key(shard)] = write_object(self.store, sequences_key(shard), _parquet(table))
         record = CommitRecord(
             shard=shard,
             num_sequences=len(sequences),
@@ -121,7 +117,7 @@ class CacheWriter:
             content=hash_bytes(table["content_key"].to_pylist()),
             objects=objects,
         )
-        write_object(self.root, record_key(shard), to_bytes(record))
+        self.store.create(record_key(shard), to_bytes(record))
         return record
 
     def seal(self) -> Seal:
@@ -132,40 +128,40 @@ class CacheWriter:
         """
         missing = self.missing_shards()
         if missing:
-            raise CacheIncompleteError(f"{self.root} cannot be sealed: shards {missing} are not committed")
-        records = [read_record(self.root, record_key(shard)) for shard in range(self.num_shards)]
+            raise CacheIncompleteError(f"{self.store} cannot be sealed: shards {missing} are not committed")
+        records = [read_record(self.store, record_key(shard)) for shard in range(self.num_shards)]
         for record in records:
-            _require_objects(self.root, record)
-        keys = [*metadata_keys(self.root, self.manifest), *(record_key(shard) for shard in range(self.num_shards))]
+            _require_objects(self.store, record)
+        keys = [*metadata_keys(self.store, self.manifest), *(record_key(shard) for shard in range(self.num_shards))]
         seal = Seal(
             num_shards=self.num_shards,
             num_sequences=sum(record.num_sequences for record in records),
             num_tokens=sum(record.num_tokens for record in records),
             num_targets=sum(record.num_targets for record in records),
-            objects={key: ObjectSum.of(read_object(self.root, key)) for key in keys},
+            objects={key: ObjectSum.of(read_object(self.store, key)) for key in keys},
         )
-        write_object(self.root, SEAL_KEY, to_bytes(seal))
+        write_object(self.store, SEAL_KEY, to_bytes(seal))
         return seal
 
     @property
     def sealed(self) -> bool:
         """Whether the cache is finished."""
-        return (self.root / SEAL_KEY).exists() and read_seal(self.root).num_shards == self.num_shards
+        return self.store.size(SEAL_KEY) is not None and read_seal(self.store).num_shards == self.num_shards
 
     def _create_or_check(self) -> None:
         manifest = self.manifest.to_json()
-        begun = (self.root / "zarr.json").exists()
+        begun = self.store.size("zarr.json") is not None
         if begun:
-            found = read_manifest(self.root).to_json()
+            found = read_manifest(self.store).to_json()
             lines = differences(found, json.loads(json.dumps(manifest)), ("in the cache", "now"))
             if lines:
                 raise CacheMismatchError(
-                    f"{self.root} was begun otherwise: {'; '.join(lines)}; "
+                    f"{self.store} was begun otherwise: {'; '.join(lines)}; "
                     "go on with the command that began it, or choose another folder"
                 )
         for key, data in self._metadata(manifest):
-            if not (begun and (self.root / key).exists()):  # what was lost is written again
-                write_object(self.root, key, data)
+            if not (begun and self.store.size(key) is not None):  # what was lost is written again
+                write_object(self.store, key, data)
 
     def _metadata(self, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
         """Yield the objects that describe the cache as a whole; the last of them makes the folder one."""
@@ -177,9 +173,9 @@ class CacheWriter:
         yield "zarr.json", (json.dumps(group, indent=1) + "\n").encode()
 
 
-def metadata_keys(root: Path, manifest: Manifest) -> list[str]:
+def metadata_keys(store: Store, manifest: Manifest) -> list[str]:
     """Return the objects that describe a cache as a whole."""
-    tokenizer = [TOKENIZER_KEY] if (root / TOKENIZER_KEY).exists() else []
+    tokenizer = [TOKENIZER_KEY] if store.size(TOKENIZER_KEY) is not None else []
     return ["zarr.json", *(f"{name}/zarr.json" for name in manifest.arrays), *tokenizer]
 
 
@@ -244,18 +240,17 @@ def _parquet(table: pa.Table) -> bytes:
     return data
 
 
-def _require_objects(root: Path, record: CommitRecord) -> None:
+def _require_objects(store: Store, record: CommitRecord) -> None:
     for key, expected in record.objects.items():
-        path = root / key
-        found = path.stat().st_size if path.exists() else None
+        found = store.size(key)
         if found != expected.num_bytes:
             raise CacheIncompleteError(
-                f"{path} has {found if found is not None else 'no'} bytes, expected {expected.num_bytes}; "
+                f"{store}/{key} has {found if found is not None else 'no'} bytes, expected {expected.num_bytes}; "
                 "`todi-cache verify` lists what is damaged"
             )
 
 
-def _foreign(root: Path, manifest: Manifest) -> bool:
-    """Whether a folder holds anything that no interrupted creation of this cache would have left."""
+def _foreign(store: Store, manifest: Manifest) -> bool:
+    """Whether a place holds anything that no interrupted creation of this cache would have left."""
     ours = {LOCK_KEY, TOKENIZER_KEY, TOKENIZER_KEY + TEMPORARY_SUFFIX, "zarr.json" + TEMPORARY_SUFFIX, *manifest.arrays}
-    return any(path.name not in ours for path in root.iterdir())
+    return any(key.partition("/")[0] not in ours for key in store.find())
