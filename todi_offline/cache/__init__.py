@@ -6,6 +6,7 @@ Read in this order:
     encoding     log-probs <-> stored numbers
     fingerprint  what identifies a tokenizer, a sequence, a piece of metadata
     manifest     what the cache says of itself
+    narrow       rows that hold much -> rows that hold less
     plan         which sequence lies in which shard, decided before the teacher runs
     store        where objects lie: whole or not there; the lock
     commit       sums of objects, commit records, the seal

@@ -1,0 +1,87 @@
+"""Rows that hold much in, rows that hold less out: fewer entries, temperatures or tail samples."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.layout import CacheSettings
+from todi_offline.errors import CacheMismatchError
+
+
+def narrow(rows: TargetRows, settings: CacheSettings, content_key: bytes) -> TargetRows:
+    """Return the rows as a capture with these settings would have kept them.
+
+    What is left out moves into the tail: log sum exp(l / T) over the dropped entries and the old tail, exact but for
+    the rounding of the stored log-probs. The stored samples are of the old tail alone; in the wider one each of them
+    stays with the old tail's share of it, and else a dropped id takes its place, drawn in proportion to p^(1/T) of
+    `tail_temperature`: so it is a draw from the wider tail. Which, is decided by `content_key` and the settings' seed.
+
+    Raises:
+        CacheMismatchError: the rows hold less than the settings ask for; says what.
+    """
+    require_enough(rows, settings)
+    columns = [rows.temperatures.index(temperature) for temperature in settings.temperatures]
+    kept, dropped = rows.logprobs[:, : settings.k], rows.logprobs[:, settings.k :].astype(np.float64)
+    tail = rows.tail_logsumexp[:, columns]
+    if dropped.shape[1]:
+        parts = [np.logaddexp.reduce(dropped / temperature, axis=1) for temperature in settings.temperatures]
+        tail = np.logaddexp(tail, np.stack(parts, axis=1)).astype(np.float32)
+    narrowed = dataclasses.replace(
+        rows,
+        ids=rows.ids[:, : settings.k],
+        logprobs=kept,
+        tail_logsumexp=tail,
+        temperatures=settings.temperatures,
+        tail_ids=None if rows.tail_ids is None else rows.tail_ids[:, : settings.tail_samples],
+        tail_logprobs=None if rows.tail_logprobs is None else rows.tail_logprobs[:, : settings.tail_samples],
+    )
+    if not settings.tail_samples:
+        return dataclasses.replace(narrowed, tail_ids=None, tail_logprobs=None)
+    return _with_dropped_samples(narrowed, rows, settings, content_key) if dropped.shape[1] else narrowed
+
+
+def require_enough(rows: TargetRows, settings: CacheSettings) -> None:
+    """Refuse rows that hold less than the settings ask for."""
+    samples = 0 if rows.tail_ids is None else rows.tail_ids.shape[1]
+    missing = [f"{t:g}" for t in settings.temperatures if t not in rows.temperatures]
+    lacks = [
+        *([f"{rows.ids.shape[1]} entries, {settings.k} asked for"] if rows.ids.shape[1] < settings.k else []),
+        *([f"no tail at the temperatures {', '.join(missing)}"] if missing else []),
+        *([f"{samples} tail samples, {settings.tail_samples} asked for"] if samples < settings.tail_samples else []),
+    ]
+    if settings.tail_samples and rows.tail_temperature != settings.tail_temperature:
+        lacks.append(f"samples drawn at temperature {rows.tail_temperature:g}, not {settings.tail_temperature:g}")
+    if lacks:
+        raise CacheMismatchError(f"the cache holds {'; '.join(lacks)}; ask for no more than it holds, or capture again")
+
+
+def _with_dropped_samples(
+    narrowed: TargetRows, rows: TargetRows, settings: CacheSettings, content_key: bytes
+) -> TargetRows:
+    """Put dropped ids in the place of as many samples as their share of the tail asks for."""
+    assert narrowed.tail_ids is not None, "there are samples"
+    assert narrowed.tail_logprobs is not None, "and their log-probs"
+    dropped = rows.logprobs[:, settings.k :].astype(np.float64)
+    column = rows.temperatures.index(settings.tail_temperature)
+    weights = np.exp(dropped / settings.tail_temperature)
+    cumulative = np.cumsum(weights, axis=1)
+    total = cumulative[:, -1:] + np.exp(rows.tail_logsumexp[:, column : column + 1].astype(np.float64))
+    reached = _uniforms(content_key, settings, narrowed.tail_ids.shape) * total
+    place = (reached[:, :, None] >= cumulative[:, None, :]).sum(axis=2)
+    replaced = place < dropped.shape[1]
+    place = np.where(replaced, place, 0)
+    ids = np.take_along_axis(rows.ids[:, settings.k :], place, axis=1)
+    logprobs = np.take_along_axis(rows.logprobs[:, settings.k :], place, axis=1)
+    return dataclasses.replace(
+        narrowed,
+        tail_ids=np.where(replaced, ids, narrowed.tail_ids),
+        tail_logprobs=np.where(replaced, logprobs, narrowed.tail_logprobs),
+    )
+
+
+def _uniforms(content_key: bytes, settings: CacheSettings, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    key = hashlib.blake2b(content_key, digest_size=16, key=b"narrow", salt=settings.tail_seed.to_bytes(8, "little"))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key.digest(), "little"))).random(shape)
