@@ -17,10 +17,11 @@ NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not 
 RESULTS = Path(__file__).parent / "results"
 
 
-@click.command(epilog="For example: python -m benchmarks loss --quick")
+@click.command(epilog="For example: python -m benchmarks read --quick --set cache=cache/")
 @click.argument("name", required=False, type=click.Choice(NAMES))
 @click.option("--quick", is_flag=True, help="Smaller, to see that it runs; keeps no results.")
-def main(name: str | None, quick: bool) -> None:
+@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An argument of the benchmark's `run`.")
+def main(name: str | None, quick: bool, options: tuple[str, ...]) -> None:
     """Run the benchmark NAME; without a name, list all with the question that each answers."""
     if name is None:
         for each in NAMES:
@@ -28,7 +29,7 @@ def main(name: str | None, quick: bool) -> None:
         return
     benchmark = _load(name)
     click.echo(f"{benchmark.__doc__}\n{_listed(_environment())}\n")
-    measured = benchmark.run(quick)
+    measured = benchmark.run(quick, **dict(option.split("=", 1) for option in options))
     if not quick:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"benchmark": name, **_environment(), **measured}, indent=1)
