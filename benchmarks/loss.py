@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
-from todi_offline.losses import dense_divergence, distillation_loss, fused_linear_distill
+from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss, fused_linear_distill
 from todi_offline.targets import SparseTargets, sparsify
 
 Step = Callable[[], object]
@@ -85,7 +85,8 @@ def _steps(num_targets: int) -> dict[str, Step]:
         return torch.autograd.grad(loss, (hidden, weight))
 
     def fused(targets: SparseTargets, temperature: float = 1.0) -> Step:
-        return lambda: gradients(fused_linear_distill(hidden, weight, labels, targets, temperature=temperature)[0])
+        config = DistillationConfig(temperature=temperature)
+        return lambda: gradients(fused_linear_distill(hidden, weight, labels, targets, config)[0])
 
     def products() -> tuple[Tensor, ...]:
         with torch.no_grad():

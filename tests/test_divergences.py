@@ -9,15 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from todi_offline.errors import TargetsError
-from todi_offline.losses import DIVERGENCES, dense_divergence, sparse_divergence
-from todi_offline.losses.divergences import (
-    entry_divergence,
-    skew_forward_kl,
-    student_entries,
-    teacher_entries,
-    todi,
-)
+from todi_offline.errors import ConfigError, TargetsError
+from todi_offline.losses import DIVERGENCES, DistillationConfig, dense_divergence, sparse_divergence
+from todi_offline.losses.divergences import named_divergence, skew_forward_kl, todi
+from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets, sparsify
 
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
@@ -480,19 +475,13 @@ def test_the_entries_of_both_models_give_the_same_as_their_logits():
     entries, log_partition = student_entries(student, targets, 2.0)
     torch.testing.assert_close(log_partition, (student / 2).logsumexp(-1))
     torch.testing.assert_close(entries.with_bucket().exp().sum(-1), torch.ones(3, dtype=torch.float64))
-    found = entry_divergence(teacher_entries(targets, 2.0), entries, beta=0.5, k=3)
+    found = entry_divergence(teacher_entries(targets, 2.0), entries, DistillationConfig(beta=0.5, k=3))
     assert found.equal(sparse_divergence(student, targets, beta=0.5, k=3, temperature=2.0))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"divergence": "forwardkl"},
-            "divergence is 'forwardkl'; expected one of todi, .*; did you mean 'forward_kl'",
-        ),
-        ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*alpha_beta$"),
-        ({"tail": "bucked"}, "tail is 'bucked'; expected one of auto, .*; did you mean 'bucket'"),
         ({"tail": "sampled"}, "hold no samples of the tail"),
         ({"k": 5}, "k is 5, but these targets hold the top 4"),
         ({"k": 0}, "k is 0, but these targets hold the top 4"),
@@ -503,3 +492,60 @@ def test_what_targets_cannot_give_is_refused(arguments, message):
     student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4)
     with pytest.raises(TargetsError, match=message):
         sparse_divergence(student, targets, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"divergence": "forwardkl"}, "divergence is 'forwardkl'; expected one of todi, .*; did you mean 'forward_kl'"),
+        ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*alpha_beta$"),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused(arguments, message):
+    student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4)
+    with pytest.raises(ConfigError, match=message):
+        sparse_divergence(student, targets, **arguments)
+
+
+# Divergences of other packages
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """An installed package that registers divergences, only one of which it has."""
+    code = "def squares(teacher, student):\n    return (teacher.exp() - student.exp()).square().sum(-1)\n\nnumber = 3\n"
+    (tmp_path / "made_divergences.py").write_text(code)
+    metadata = tmp_path / "made_divergences-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: made-divergences\nVersion: 1.0\n")
+    points = ["squares = made_divergences:squares", "gone = made_divergences:gone", "number = made_divergences:number"]
+    points += ["absent = made_by_nobody:squares", "todi = made_divergences:squares"]
+    (metadata / "entry_points.txt").write_text("\n".join(["[todi_offline.divergences]", *points, ""]))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    named_divergence.cache_clear()
+
+
+def test_an_installed_package_may_name_a_divergence(installed):
+    student, teacher = random_logits(2, 8, 1), random_logits(2, 8, 2)
+    targets = sparsify(teacher, 3)
+    p, q = probabilities(teacher[0]), probabilities(student[0])
+    kept = reference.top_k(p, 3)
+    found = sparse_divergence(student, targets, "squares", tail="none")
+    assert found[0].item() == pytest.approx(((p - q)[kept] ** 2).sum())
+    assert dense_divergence(student, teacher, "squares")[0].item() == pytest.approx(((p - q) ** 2).sum())
+    assert dense_divergence(student, teacher, "todi").equal(dense_divergence(student, teacher, todi))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("square", "is 'square'; expected one of todi, .*alpha_beta, absent, gone, .*; did you mean 'squares'"),
+        ("gone", "'gone', made_divergences:gone, cannot be loaded: .*no attribute 'gone'"),
+        ("absent", "'absent', made_by_nobody:squares, cannot be loaded: No module named 'made_by_nobody'"),
+        ("number", "'number', made_divergences:number, is 3; expected a function of two tensors"),
+    ],
+)
+def test_a_divergence_that_no_package_has_is_refused(name, message, installed):
+    with pytest.raises(ConfigError, match=message):
+        DistillationConfig(loss=name)

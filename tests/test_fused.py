@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from todi_offline.errors import TargetsError
-from todi_offline.losses import DIVERGENCES, distillation_loss, fused_linear_distill
+from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.targets import sparsify
 
 NUM_TARGETS, WIDTH, VOCAB, K = 7, 4, 19, 5
@@ -27,18 +28,22 @@ def case(num_targets=NUM_TARGETS, width=WIDTH, vocab=VOCAB, dtype=torch.float64,
     return hidden, weight, bias, labels, sparsify(teacher, K, num_tail_samples=num_tail_samples, generator=generator)
 
 
-def readable(hidden, weight, bias, labels, targets, *, vocab_size=None, scale=1.0, softcap=None, **options):
+def readable(
+    hidden, weight, bias, labels, targets, *, vocab_size=None, scale=1.0, softcap=None, num_targets=None, **settings
+):
     logits = hidden @ weight[:vocab_size].T
     if bias is not None:
         logits = logits + bias[:vocab_size]
     logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return distillation_loss(logits, labels, targets, **options)
+    return distillation_loss(logits, labels, targets, DistillationConfig(**settings), num_targets=num_targets)
 
 
 def fused(hidden, weight, bias, labels, targets, **options):
-    return fused_linear_distill(hidden, weight, labels, targets, bias=bias, **options)
+    names = [field.name for field in dataclasses.fields(DistillationConfig)]
+    config = DistillationConfig(**{name: options.pop(name) for name in names if name in options})
+    return fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **options)
 
 
 def assert_equal(inputs, chunk_targets=3, **options):
@@ -64,7 +69,7 @@ def assert_equal(inputs, chunk_targets=3, **options):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_sums_and_gradients_are_the_readable_ones(divergence, tail, temperature, k):
     for dtype in (torch.float32, torch.float64):
-        options = {"divergence": divergence, "tail": tail, "temperature": temperature, "k": k, "beta": 1.5}
+        options = {"loss": divergence, "tail": tail, "temperature": temperature, "k": k, "beta": 1.5}
         assert_equal(case(dtype=dtype), **options)
 
 
@@ -84,7 +89,7 @@ def test_a_divergence_of_ones_own_may_be_given():
     def squares(teacher, student):
         return (student.exp() - teacher.exp()).square().sum(-1)
 
-    assert_equal(case(), divergence=squares, tail_weight=0.3)
+    assert_equal(case(), loss=squares, tail_weight=0.3)
 
 
 @pytest.mark.parametrize("kd_weight", [0.0, 0.5])
@@ -95,7 +100,7 @@ def test_without_weight_the_divergence_builds_no_graph(kd_weight):
         seen.append(torch.is_grad_enabled())
         return (student.exp() - teacher.exp()).square().sum(-1)
 
-    fused(*case(), divergence=watched, kd_weight=kd_weight)
+    fused(*case(), loss=watched, kd_weight=kd_weight)
     assert set(seen) == {kd_weight != 0}
 
 
@@ -146,7 +151,7 @@ def test_an_id_that_cannot_occur_gets_no_gradient(divergence, temperature):
         bias[list(impossible)] = -torch.inf
     possible = next(i for i in range(VOCAB) if i not in impossible)
     labels = torch.full((NUM_TARGETS,), possible)
-    assert_equal((hidden, weight, bias, labels, targets), divergence=divergence, temperature=temperature)
+    assert_equal((hidden, weight, bias, labels, targets), loss=divergence, temperature=temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -156,7 +161,7 @@ def test_a_tail_far_below_the_kept_ids_keeps_its_mass(nats, dtype):
     with torch.no_grad():
         hidden.mul_(0.1)
         bias[targets.ids[0]] += nats
-    assert_equal((hidden, weight, bias, labels, targets), divergence="forward_kl")
+    assert_equal((hidden, weight, bias, labels, targets), loss="forward_kl")
 
 
 def test_every_id_may_be_kept():
@@ -172,7 +177,7 @@ def test_gradients_are_those_of_finite_differences(divergence, temperature):
     *inputs, labels, targets = case(num_targets=2, width=2, vocab=9)
 
     def loss(*inputs):
-        options = {"divergence": divergence, "temperature": temperature, "k": 3, "softcap": 5.0, "chunk_targets": 2}
+        options = {"loss": divergence, "temperature": temperature, "k": 3, "softcap": 5.0, "chunk_targets": 2}
         return fused(*inputs, labels, targets, **options)[0]
 
     assert torch.autograd.gradcheck(loss, inputs)
@@ -244,9 +249,9 @@ def test_backward_may_run_twice_where_the_graph_is_kept():
     torch.testing.assert_close([gradient / 2 for gradient in once], list(twice))
 
 
-@pytest.mark.parametrize("settings", [{"divergence": "x"}, {"tail": "x"}, {"k": K + 1}, {"temperature": 3.0}])
+@pytest.mark.parametrize("settings", [{"k": K + 1}, {"temperature": 3.0}])
 @pytest.mark.parametrize("num_targets", [0, NUM_TARGETS])
-def test_settings_are_checked_even_without_rows(num_targets, settings):
+def test_what_the_targets_do_not_hold_is_noticed_even_without_rows(num_targets, settings):
     with pytest.raises(TargetsError):
         fused(*case(num_targets=num_targets), **settings)
 

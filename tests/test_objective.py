@@ -1,11 +1,14 @@
+import math
+
+import jaxtyping
 import numpy as np
 import pytest
 import reference
 import torch
 from torch.nn.functional import cross_entropy
 
-from todi_offline.errors import TargetsError
-from todi_offline.losses import DIVERGENCES, distillation_loss, sparse_divergence
+from todi_offline.errors import ConfigError, TargetsError
+from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, sparse_divergence
 from todi_offline.targets import sparsify
 
 
@@ -27,7 +30,8 @@ def gradient(loss, logits):
 @pytest.mark.parametrize("num_tail_samples", [0, 3])
 def test_the_loss_is_the_weighted_mean_of_both_parts(num_tail_samples, temperature, kd_weight):
     student, labels, targets = case(num_tail_samples=num_tail_samples)
-    loss, _ = distillation_loss(student, labels, targets, temperature=temperature, kd_weight=kd_weight)
+    config = DistillationConfig(temperature=temperature, kd_weight=kd_weight)
+    loss, _ = distillation_loss(student, labels, targets, config)
     kd = sparse_divergence(student, targets, temperature=temperature).mean()
     ce = cross_entropy(student, labels)
     assert ce.item() == pytest.approx(reference.mean_cross_entropy(student.detach().numpy(), labels.tolist()))
@@ -39,16 +43,10 @@ def test_the_loss_is_the_weighted_mean_of_both_parts(num_tail_samples, temperatu
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_setting_reaches_the_divergence(divergence):
     student, labels, targets = case(num_tail_samples=3)
-    settings = {
-        "divergence": divergence,
-        "beta": 0.5,
-        "temperature": 2.0,
-        "k": 3,
-        "tail": "sampled",
-        "tail_weight": 0.7,
-    }
-    loss, sums = distillation_loss(student, labels, targets, kd_weight=1.0, **settings)
-    expected = sparse_divergence(student, targets, **settings)
+    settings = {"beta": 0.5, "temperature": 2.0, "k": 3, "tail": "sampled", "tail_weight": 0.7}
+    config = DistillationConfig(loss=divergence, kd_weight=1.0, **settings)
+    loss, sums = distillation_loss(student, labels, targets, config)
+    expected = sparse_divergence(student, targets, divergence, **settings)
     torch.testing.assert_close(loss, expected.mean())
     torch.testing.assert_close(sums["kd"], expected.sum().detach())
 
@@ -56,7 +54,7 @@ def test_every_setting_reaches_the_divergence(divergence):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_without_weight_the_divergence_is_reported_but_not_trained_on(temperature):
     student, labels, targets = case(num_tail_samples=3)
-    loss, sums = distillation_loss(student, labels, targets, temperature=temperature, kd_weight=0.0)
+    loss, sums = distillation_loss(student, labels, targets, DistillationConfig(temperature=temperature, kd_weight=0.0))
     torch.testing.assert_close(gradient(loss, student), gradient(cross_entropy(student, labels), student))
     expected = sparse_divergence(student, targets, temperature=temperature).sum().detach()
     torch.testing.assert_close(sums["kd"], expected)
@@ -70,7 +68,7 @@ def test_without_weight_the_divergence_builds_no_graph():
         return (student.exp() - teacher.exp()).square().sum(-1)
 
     for kd_weight in (0.0, 0.5):
-        distillation_loss(*case(), divergence=watched, kd_weight=kd_weight)
+        distillation_loss(*case(), DistillationConfig(loss=watched, kd_weight=kd_weight))
     assert seen == [False, True]
 
 
@@ -94,7 +92,8 @@ def test_the_gradients_of_micro_batches_add_up_to_those_of_one_batch(as_tensor):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_sums_to_log_are_those_of_the_obvious_formulas(temperature, k):
     student, labels, targets = case(num_tail_samples=3)
-    _, sums = distillation_loss(student, labels, targets, temperature=temperature, k=k, beta=3.0)
+    options = {"temperature": temperature, "k": k, "beta": 3.0}
+    _, sums = distillation_loss(student, labels, targets, DistillationConfig(**options))
     expected = dict.fromkeys(sums, 0.0)
     for row in range(len(labels)):
         q = np.exp(reference.log_softmax(student[row].detach().numpy(), temperature))
@@ -110,7 +109,6 @@ def test_the_sums_to_log_are_those_of_the_obvious_formulas(temperature, k):
         expected["tail_share"] += p[-1]
         expected["share_a_above_half"] += (p > q).mean()
         expected["num_targets"] += 1
-    options = {"temperature": temperature, "k": k, "beta": 3.0}
     expected["kd"] = sparse_divergence(student, targets, **options).sum().item()
     expected["cross_entropy"] = cross_entropy(student, labels, reduction="sum").item()
     assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected)
@@ -129,7 +127,7 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_no_rows_give_no_loss_and_no_gradient():
     student, labels, targets = case(num_targets=0, num_tail_samples=2)
     for temperature in (1.0, 2.0):
-        loss, sums = distillation_loss(student, labels, targets, temperature=temperature)
+        loss, sums = distillation_loss(student, labels, targets, DistillationConfig(temperature=temperature))
         assert loss.item() == 0
         assert gradient(loss, student).shape == (0, 20)
         assert all(value.item() == 0 for value in sums.values())
@@ -144,7 +142,23 @@ def test_a_loss_is_had_without_gradients_too():
     torch.testing.assert_close(quiet, loss.detach())
 
 
-@pytest.mark.parametrize("settings", [{"divergence": "x"}, {"tail": "x"}, {"k": 6}, {"temperature": 3.0}])
-def test_settings_are_checked_even_without_weight(settings):
+@pytest.mark.parametrize("settings", [{"k": 6}, {"temperature": 3.0}, {"tail": "sampled"}])
+def test_what_the_targets_do_not_hold_is_noticed_even_without_weight(settings):
     with pytest.raises(TargetsError):
-        distillation_loss(*case(), kd_weight=0.0, **settings)
+        distillation_loss(*case(), DistillationConfig(kd_weight=0.0, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "todo"}, "divergence is 'todo'; .*did you mean 'todi'"),
+        ({"tail": "bucked"}, "tail is 'bucked'; expected one of auto, .*; did you mean 'bucket'"),
+        ({"kd_weight": -0.1}, "kd_weight is -0.1; expected 0 to 1"),
+        ({"kd_weight": 1.1}, "kd_weight is 1.1"),
+        ({"kd_weight": math.nan}, "kd_weight is nan"),
+    ],
+)
+def test_a_config_is_valid_once_built(settings, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would notice some of it first
+    with pytest.raises(ConfigError, match=message):
+        DistillationConfig(**settings)

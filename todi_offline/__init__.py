@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from todi_offline.cache.reader import Cache, open_cache
     from todi_offline.capturing import capture
+    from todi_offline.losses import DistillationConfig
     from todi_offline.targets import SparseTargets, sparsify
-    from todi_offline.trainer import DistillationConfig, ToDiTrainer
+    from todi_offline.trainer import ToDiTrainer
     from todi_offline.training import train
 
 __version__ = "0.1.0"
@@ -49,7 +50,7 @@ __all__ = [
 
 _HOMES = {
     "Cache": "cache.reader",
-    "DistillationConfig": "trainer",
+    "DistillationConfig": "losses",
     "SparseTargets": "targets",
     "ToDiTrainer": "trainer",
     "capture": "capturing",

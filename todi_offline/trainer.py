@@ -3,12 +3,10 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -16,38 +14,13 @@ from todi_offline.cache.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
-from todi_offline.losses import distillation_loss
+from todi_offline.losses import DistillationConfig, distillation_loss
 from todi_offline.models import Model, Tokenizer, head_at, real_vocab_size
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch
 from todi_offline.student import packs_apart
 from todi_offline.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DistillationConfig:
-    """The objective: (1 - kd_weight) CE + kd_weight KD."""
-
-    loss: str = "todi"
-    """The divergence, by its name in `todi_offline.losses.DIVERGENCES`."""
-    beta: float = 1.0
-    """Sharpness of ToDi's gate."""
-    temperature: float = 1.0
-    """Of teacher and student in KD; one of those that the cache was captured at."""
-    k: int | None = None
-    """Entries of the teacher used a position; the cache's by default."""
-    tail: Literal["auto", "bucket", "sampled", "none"] = "auto"
-    """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
-    tail_weight: float | None = None
-    """Weight of the sampled tail's term; by default what matches the divergence's own curvature."""
-    kd_weight: float = 0.5
-    """0 is plain fine-tuning, 1 distillation alone."""
-
-    def __post_init__(self) -> None:
-        """Refuse a weight that is none."""
-        if not 0 <= self.kd_weight <= 1:
-            raise ConfigError(f"kd_weight is {self.kd_weight}; expected 0 to 1")
 
 
 class ToDiTrainer(Trainer):
@@ -128,7 +101,9 @@ class ToDiTrainer(Trainer):
             outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
         logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
         targets = batch_targets(inputs, self._cache)
-        loss, sums = self._objective(logits, inputs["labels"], targets, num_items_in_batch)
+        loss, sums = distillation_loss(
+            logits, inputs["labels"], targets, self.distillation, num_targets=num_items_in_batch
+        )
         self._meters[model.training].add(sums, inputs["num_tokens"])
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum
@@ -182,28 +157,11 @@ class ToDiTrainer(Trainer):
         self._order = ShuffledOrder(len(dataset), seed)
         return self._order
 
-    def _objective(
-        self, logits: Float[Tensor, "target vocab"], labels: Tensor, targets: SparseTargets, num_targets: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = self.distillation
-        return distillation_loss(
-            logits,
-            labels,
-            targets,
-            divergence=chosen.loss,
-            beta=chosen.beta,
-            temperature=chosen.temperature,
-            k=chosen.k,
-            tail=chosen.tail,
-            tail_weight=chosen.tail_weight,
-            kd_weight=chosen.kd_weight,
-            num_targets=num_targets,
-        )
-
     def _require_targets(self, cache: Cache) -> None:
         """Refuse a cache that does not hold what the objective asks for."""
         targets = SparseTargets.from_numpy(cache[0].targets[:0])
-        self._objective(torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long), targets)
+        logits, labels = torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long)
+        distillation_loss(logits, labels, targets, self.distillation)
 
 
 class _Meter:

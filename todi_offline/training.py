@@ -13,9 +13,10 @@ import torch
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.config import flat_fields, load_config, to_dict
 from todi_offline.errors import ConfigError
+from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student import LoraSettings, add_lora
-from todi_offline.trainer import DistillationConfig, ToDiTrainer
+from todi_offline.trainer import ToDiTrainer
 
 CONFIG_NAME = "todi_config.json"
 

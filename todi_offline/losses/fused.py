@@ -14,9 +14,7 @@ q. So it is the softmax inside the tail times one scalar a row, but for K + S co
 readable `entry_divergence` by autograd: [chunk, K + 1 + S] is small, and no divergence is written twice.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from todi_offline.losses.divergences import FLOOR, Divergence, Entries, entry_divergence, teacher_entries
+from todi_offline.losses.config import DistillationConfig
+from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teacher_entries
 from todi_offline.losses.objective import sums_to_log
 from todi_offline.targets import SparseTargets
 
@@ -42,15 +41,9 @@ def fused_linear_distill(
     weight: Float[Tensor, "vocab d"],
     labels: Int[Tensor, " target"],
     targets: SparseTargets,
+    config: DistillationConfig | None = None,
     *,
     bias: Float[Tensor, " vocab"] | None = None,
-    divergence: str | Divergence = "todi",
-    beta: float = 1.0,
-    temperature: float = 1.0,
-    k: int | None = None,
-    tail: str = "auto",
-    tail_weight: float | None = None,
-    kd_weight: float = 0.5,
     num_targets: Tensor | int | None = None,
     vocab_size: int | None = None,
     scale: float = 1.0,
@@ -69,15 +62,8 @@ def fused_linear_distill(
     Raises:
         TargetsError: as `sparse_divergence`.
     """
-    terms = _Terms(
-        functools.partial(entry_divergence, divergence=divergence, beta=beta, k=k, tail=tail, tail_weight=tail_weight),
-        temperature=temperature,
-        k=k,
-        kd_weight=kd_weight,
-        num_targets=max(len(labels), 1) if num_targets is None else num_targets,
-        scale=scale,
-        softcap=softcap,
-    )
+    num_targets = max(len(labels), 1) if num_targets is None else num_targets
+    terms = _Terms(config or DistillationConfig(), num_targets, scale, softcap)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     gradients = _Gradients(*(_zeros_where_needed(tensor) for tensor in (hidden, weight, bias)))
@@ -99,10 +85,7 @@ class _Head:
 class _Terms:
     """What the loss is, whatever the rows."""
 
-    divergence: Callable[[Entries, Entries], Tensor]
-    temperature: float
-    k: int | None
-    kd_weight: float
+    config: DistillationConfig
     num_targets: Tensor | int
     scale: float
     softcap: float | None
@@ -217,26 +200,27 @@ def _overwrite_with_gradient(
 
     It is the gradient by the logits before scale and soft cap. Without `backward` the logits are just used up.
     """
+    config = terms.config
     slope = _scale_and_cap(logits, terms, backward)
     label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
-    warm = logits if terms.temperature == 1 else logits / terms.temperature
+    warm = logits if config.temperature == 1 else logits / config.temperature
     split = _split(warm, targets)
     log_partition, mass = (split.log_partition, None) if warm is logits else _exponentiate(logits)
     cross_entropy = (log_partition - label_logits).sum()
-    teacher = teacher_entries(targets, terms.temperature)
-    kd, by_entry = _divergence(teacher, split.student, terms, backward)
+    teacher = teacher_entries(targets, config.temperature)
+    kd, by_entry = _divergence(teacher, split.student, config, backward)
     if backward:
         unit = logits.new_tensor(terms.scale) / terms.num_targets
-        ce_unit = (1 - terms.kd_weight) * unit
-        kd_unit = terms.kd_weight * unit / terms.temperature
+        ce_unit = (1 - config.kd_weight) * unit
+        kd_unit = config.kd_weight * unit / config.temperature
         _overwrite(warm, split, targets, by_entry, kd_unit, ce_unit if mass is None else None)
         if mass is not None:
             torch.addcmul(warm, logits, ce_unit / mass[:, None], out=logits)
         logits.scatter_add_(-1, labels[:, None], -ce_unit.expand(len(labels), 1))
         if slope is not None:
             logits.mul_(slope)
-    total = (1 - terms.kd_weight) * cross_entropy + terms.kd_weight * kd
-    return total, {"cross_entropy": cross_entropy, "kd": kd} | sums_to_log(teacher, split.student, terms.k)
+    total = (1 - config.kd_weight) * cross_entropy + config.kd_weight * kd
+    return total, {"cross_entropy": cross_entropy, "kd": kd} | sums_to_log(teacher, split.student, config.k)
 
 
 def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | None:
@@ -302,14 +286,14 @@ def _split(scaled: Float[Tensor, "target vocab"], targets: SparseTargets) -> _Sp
 
 
 def _divergence(
-    teacher: Entries, student: Entries, terms: _Terms, backward: bool
+    teacher: Entries, student: Entries, config: DistillationConfig, backward: bool
 ) -> tuple[Float[Tensor, ""], tuple[Tensor, ...] | None]:
     """Return the sum over rows, and its derivatives by the student's log-probs; None where it has no weight."""
-    backward = backward and terms.kd_weight != 0
+    backward = backward and config.kd_weight != 0
     leaves = [student.kept, student.tail] + ([] if student.sampled is None else [student.sampled])
     leaves = [leaf.requires_grad_(backward) for leaf in leaves]
     with torch.set_grad_enabled(backward):
-        kd = terms.divergence(teacher, Entries(*leaves)).sum()
+        kd = entry_divergence(teacher, Entries(*leaves), config).sum()
     if not backward:
         return kd, None
     derivatives = torch.autograd.grad(kd, leaves, allow_unused=True, materialize_grads=True)

@@ -4,15 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from todi_offline.losses.divergences import (
-    Divergence,
-    Entries,
-    entry_divergence,
-    forward_kl,
-    reverse_kl,
-    student_entries,
-    teacher_entries,
-)
+from todi_offline.losses.config import DistillationConfig
+from todi_offline.losses.divergences import forward_kl, reverse_kl
+from todi_offline.losses.entries import Entries, entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets
 
 
@@ -20,26 +14,20 @@ def distillation_loss(
     student_logits: Float[Tensor, "target vocab"],
     labels: Int[Tensor, " target"],
     targets: SparseTargets,
+    config: DistillationConfig | None = None,
     *,
-    divergence: str | Divergence = "todi",
-    beta: float = 1.0,
-    temperature: float = 1.0,
-    k: int | None = None,
-    tail: str = "auto",
-    tail_weight: float | None = None,
-    kd_weight: float = 0.5,
     num_targets: Tensor | int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the sum over targets of (1 - w) CE + w KD over their number, w = kd_weight, and sums to log.
 
-    CE is at temperature 1, KD at `temperature` without a factor T^2, as in the code of the ToDi paper.
+    CE is at temperature 1, KD at the config's without a factor T^2, as in the code of the ToDi paper.
     `num_targets` is the number of targets over all ranks and accumulated micro-batches, so that the gradients
     of micro-batches add up to those of one batch; by default it is the number of these rows.
     With kd_weight = 0 the loss is plain fine-tuning, and the divergence is computed for the log only.
 
     The sums run over the targets and carry no gradient:
 
-    - cross_entropy; kd; forward_kl and reverse_kl, at `temperature` and with a bucket
+    - cross_entropy; kd; forward_kl and reverse_kl, at the config's temperature and with a bucket
     - teacher_kept_mass and student_kept_mass, of the k kept ids; tail_share, the teacher's mass off them
     - share_a_above_half, the share of entries that the teacher gives more than the student does: ToDi's gate
     - num_targets, the rows
@@ -48,15 +36,16 @@ def distillation_loss(
         TargetsError: as `sparse_divergence`.
     """
     logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-    teacher = teacher_entries(targets, temperature)
-    student, log_partition = student_entries(logits, targets, temperature)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and kd_weight != 0):
-        kd = entry_divergence(teacher, student, divergence, beta=beta, k=k, tail=tail, tail_weight=tail_weight).sum()
-    if temperature != 1:
+    config = config or DistillationConfig()
+    teacher = teacher_entries(targets, config.temperature)
+    student, log_partition = student_entries(logits, targets, config.temperature)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.kd_weight != 0):
+        kd = entry_divergence(teacher, student, config).sum()
+    if config.temperature != 1:
         log_partition = logits.logsumexp(-1)
     cross_entropy = (log_partition - logits.gather(-1, labels[:, None]).squeeze(-1)).sum()
-    total = (1 - kd_weight) * cross_entropy + kd_weight * kd
-    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | sums_to_log(teacher, student, k)
+    total = (1 - config.kd_weight) * cross_entropy + config.kd_weight * kd
+    sums = {"cross_entropy": cross_entropy.detach(), "kd": kd.detach()} | sums_to_log(teacher, student, config.k)
     return total / (max(len(labels), 1) if num_targets is None else num_targets), sums
 
 

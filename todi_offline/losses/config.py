@@ -1,0 +1,41 @@
+"""The settings of the objective in, a checked objective out."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from todi_offline.errors import ConfigError
+from todi_offline.losses.divergences import Divergence, choices, resolve
+
+Tail = Literal["auto", "bucket", "sampled", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """The objective: (1 - kd_weight) CE + kd_weight KD.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range. What only the targets can tell, they are asked when used.
+    """
+
+    loss: str | Divergence = "todi"
+    """The divergence: a name in `todi_offline.losses.DIVERGENCES`, or one that an installed package registers."""
+    beta: float = 1.0
+    """Sharpness of ToDi's gate."""
+    temperature: float = 1.0
+    """Of teacher and student in KD; one of those that the cache was captured at."""
+    k: int | None = None
+    """Entries of the teacher used a position; the cache's by default."""
+    tail: Tail = "auto"
+    """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
+    tail_weight: float | None = None
+    """Weight of the sampled tail's term; by default what matches the divergence's own curvature."""
+    kd_weight: float = 0.5
+    """0 is plain fine-tuning, 1 distillation alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse names that nothing has, and a weight that is none."""
+        resolve(self.loss, self.beta)
+        if self.tail not in get_args(Tail):
+            raise ConfigError(f"tail is {self.tail!r}; expected {choices(self.tail, get_args(Tail))}")
+        if not 0 <= self.kd_weight <= 1:
+            raise ConfigError(f"kd_weight is {self.kd_weight}; expected 0 to 1")

@@ -1,0 +1,197 @@
+"""Student logits and the teacher's logits or sparse targets in, one divergence a position out.
+
+Both models are reduced to the log-probs of a position's entries, on which every divergence is defined.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from todi_offline.errors import TargetsError
+from todi_offline.losses.config import DistillationConfig, Tail
+from todi_offline.losses.divergences import Divergence, resolve
+from todi_offline.targets import SparseTargets, check_narrowing
+
+FLOOR = -1e3
+"""Where a logit is -inf, it is taken to lie this many nats from the largest of its row instead. Its
+probability is still exactly zero, in float64 too, but the log of it, products with that, and their gradients
+are finite. A tail less probable than that counts as that."""
+
+
+def dense_divergence(
+    student_logits: Float[Tensor, "target vocab"],
+    teacher_logits: Float[Tensor, "target vocab"],
+    divergence: str | Divergence = "todi",
+    *,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+) -> Float[Tensor, " target"]:
+    """Return the divergence of each position over the whole vocabulary; beta is ToDi's.
+
+    Raises:
+        ConfigError: the divergence is unknown.
+    """
+    function, _ = resolve(divergence, beta)
+    return function(
+        _above_floor(teacher_logits.detach(), temperature).log_softmax(-1),
+        _above_floor(student_logits, temperature).log_softmax(-1),
+    )
+
+
+def sparse_divergence(
+    student_logits: Float[Tensor, "target vocab"],
+    targets: SparseTargets,
+    divergence: str | Divergence = "todi",
+    *,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    k: int | None = None,
+    tail: str = "auto",
+    tail_weight: float | None = None,
+) -> Float[Tensor, " target"]:
+    """Return the divergence of each position from sparse targets; beta is ToDi's, k keeps fewer columns.
+
+    What becomes of the tail:
+
+    - "bucket": one more entry. For ToDi and every f-divergence this is the dense divergence where, inside the
+      tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With
+      every id kept, every divergence is dense.
+    - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), which is
+      what the bucket leaves out of forward KL. A sample j weighs p(j) over the probability that it was drawn
+      with, so neither value nor gradient has a bias, at any temperature; their variance is that of one
+      weighted log-ratio, and of its gradient, over the number of samples. At q = p only the value's is zero.
+      Entries that a smaller k drops belong to the tail, and are summed exactly. tail_weight is by default
+      the divergence's curvature near q = p over forward KL's: 1 + beta / 2 for ToDi, and 1 for a function
+      that is not in `DIVERGENCES`.
+    - "none": the kept ids alone, by their true probabilities.
+    - "auto": "sampled" where samples are stored, else "bucket".
+
+    Raises:
+        ConfigError: the divergence or the tail is unknown.
+        TargetsError: k is out of range, the temperature was not captured, or "sampled" is asked of targets that hold
+            no samples.
+    """
+    config = DistillationConfig(
+        loss=divergence, beta=beta, temperature=temperature, k=k, tail=cast("Tail", tail), tail_weight=tail_weight
+    )
+    student, _ = student_entries(student_logits, targets, temperature)
+    return entry_divergence(teacher_entries(targets, temperature), student, config)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """One model's log-probs at one temperature, at the ids that sparse targets name; all finite.
+
+    Attributes:
+        kept: of the kept ids.
+        tail: of all other ids together.
+        sampled: of the sampled ids of the tail, or None.
+        proposal: the teacher's only: the log-probs with which the samples were drawn.
+    """
+
+    kept: Float[Tensor, "target k"]
+    tail: Float[Tensor, " target"]
+    sampled: Float[Tensor, "target sample"] | None = None
+    proposal: Float[Tensor, "target sample"] | None = None
+
+    def with_bucket(self) -> Float[Tensor, "target entry"]:
+        """Return the kept entries and the tail as one more."""
+        return torch.cat([self.kept, self.tail[:, None]], dim=-1)
+
+    def narrow(self, k: int) -> "Entries":
+        """Return the first k entries, the others moved into the tail; the samples are not of it, and go."""
+        check_narrowing(k, self.kept.shape[1])
+        if k == self.kept.shape[1]:
+            return Entries(self.kept, self.tail)
+        return Entries(self.kept[:, :k], torch.logaddexp(self.tail, self.kept[:, k:].logsumexp(-1)))
+
+
+def teacher_entries(targets: SparseTargets, temperature: float) -> Entries:
+    """Return the teacher's log-probs at a captured temperature.
+
+    Raises:
+        TargetsError: the temperature was not captured.
+    """
+    floor = targets.logprobs[:, :1] / temperature + FLOOR
+    log_partition = targets.log_partition(temperature)[:, None]
+    kept = _replace(targets.logprobs / temperature, floor) - log_partition
+    tail = _replace(targets.tail_at(temperature)[:, None], floor) - log_partition
+    if targets.tail_logprobs is None:
+        return Entries(kept, tail.squeeze(-1))
+    sampled = _replace(targets.tail_logprobs / temperature, floor) - log_partition
+    return Entries(kept, tail.squeeze(-1), sampled, targets.proposal_logprobs())
+
+
+def student_entries(
+    logits: Float[Tensor, "target vocab"], targets: SparseTargets, temperature: float
+) -> tuple[Entries, Float[Tensor, " target"]]:
+    """Return the student's log-probs at the ids of the targets, and log sum of exp(logits / temperature).
+
+    The tail's mass is summed over its own ids: as 1 - sum over the others it would be lost to rounding.
+    """
+    scaled = _scale(logits, temperature)
+    floor = _floor(scaled)
+    kept = _replace(scaled.gather(-1, targets.ids), floor)
+    # The floor in place of -inf: a row without any other finite logit would have NaN for its gradient.
+    tail = scaled.scatter(-1, targets.ids, floor.expand_as(kept)).logsumexp(-1)
+    log_partition = torch.logaddexp(kept.logsumexp(-1), tail)
+    sampled = None
+    if targets.tail_ids is not None:
+        sampled = _replace(scaled.gather(-1, targets.tail_ids), floor) - log_partition[:, None]
+    return Entries(kept - log_partition[:, None], tail - log_partition, sampled), log_partition
+
+
+def entry_divergence(teacher: Entries, student: Entries, config: DistillationConfig) -> Float[Tensor, " target"]:
+    """Return what `sparse_divergence` documents, from the entries of both models."""
+    function, curvature = resolve(config.loss, config.beta)
+    tail = config.tail
+    if tail == "auto":
+        tail = "bucket" if teacher.sampled is None else "sampled"
+    k = teacher.kept.shape[1] if config.k is None else config.k
+    near_teacher, near_student = teacher.narrow(k), student.narrow(k)
+    if tail == "none":
+        return function(near_teacher.kept, near_student.kept)
+    bucket = function(near_teacher.with_bucket(), near_student.with_bucket())
+    if tail == "bucket":
+        return bucket
+    weight = curvature if config.tail_weight is None else config.tail_weight
+    return bucket + weight * _tail_forward_kl(teacher, student, k)
+
+
+def _tail_forward_kl(teacher: Entries, student: Entries, k: int) -> Float[Tensor, " target"]:
+    """Return an unbiased estimate of p_tail KL(p(.|tail) || q(.|tail)), the tail being all but the first k.
+
+    By the chain rule of KL: exactly over the dropped entries and the stored tail, by samples inside that.
+    """
+    if teacher.sampled is None or teacher.proposal is None or student.sampled is None:
+        raise TargetsError("these targets hold no samples of the tail; capture some, or use tail='bucket'")
+
+    dropped_p, dropped_q = teacher.with_bucket()[:, k:], student.with_bucket()[:, k:]
+    ratio = (dropped_p - teacher.narrow(k).tail[:, None]) - (dropped_q - student.narrow(k).tail[:, None])
+    exact = (dropped_p.exp() * ratio).sum(-1)
+    ratio = (teacher.sampled - teacher.tail[:, None]) - (student.sampled - student.tail[:, None])
+    weight = (teacher.sampled - teacher.proposal).exp()
+    return exact + (weight * ratio).mean(-1)
+
+
+def _scale(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if temperature == 1 else logits / temperature
+
+
+def _floor(scaled: Tensor) -> Tensor:
+    return scaled.detach().amax(-1, keepdim=True) + FLOOR
+
+
+def _replace(values: Tensor, floor: Tensor) -> Tensor:
+    """Return the values with -inf replaced by the floor, which takes no gradient."""
+    return torch.where(values == -math.inf, floor, values)
+
+
+def _above_floor(logits: Tensor, temperature: float) -> Tensor:
+    scaled = _scale(logits, temperature)
+    return _replace(scaled, _floor(scaled))
