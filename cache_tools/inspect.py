@@ -11,7 +11,6 @@ from todi_offline.cache.commit import read_object
 from todi_offline.cache.layout import TOKENIZER_KEY
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
 from todi_offline.cache.shard import codec_name
-from todi_offline.config import to_dict
 from todi_offline.errors import CacheError, first_line
 
 _SAMPLED_SEQUENCES = 64
@@ -62,7 +61,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
             }
             for name, spec in manifest.arrays.items()
         },
-        "manifest": manifest.to_json() | {"settings": to_dict(manifest.settings)},
+        "manifest": manifest.to_json(),
     }
 
 
@@ -128,10 +127,12 @@ def _decoder(cache: Cache) -> Any:
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     manifest, settings = found["manifest"], found["manifest"]["settings"]
-    teacher, data = manifest["teacher"], manifest["data"]
+    teacher = manifest["teacher"]
     size = f"{teacher.get('num_parameters', 0):,} parameters"
     yield f"teacher      {teacher.get('model_type')}, {size}, {teacher.get('dtype')}"
-    yield "data         " + ", ".join(f"{name} {data[name]}" for name in ("source", "split", "form") if data.get(name))
+    for part in manifest["parts"]:
+        recipe = ", ".join(f"{name} {value}" for name, value in part["recipe"].items() if value is not None)
+        yield f"data         {part['num_sequences']:,} sequences: {recipe}"
     yield f"vocabulary   {manifest['vocab_size']:,}"
     yield f"kept         k = {settings['k']}, {settings['tail_samples']} tail samples, T = {settings['temperatures']}"
     yield f"stored as    {settings['encoding']}, {settings['codec']}; format {manifest['format_version']}"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from todi_offline.cache.commit import SEAL_KEY, ObjectSum, committed_shards, read_record, read_seal, to_bytes
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.layout import CacheSettings, record_key, sequences_key
-from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.manifest import Manifest, Part
 from todi_offline.cache.reader import read_manifest, read_table
 from todi_offline.cache.shard import ShardFile, encode_shard
 from todi_offline.cache.store import LocalStore
@@ -26,13 +26,17 @@ def settings(**changes: Any) -> CacheSettings:
     return CacheSettings(**({"k": 6, "tail_samples": 3, "shard_tokens": 4096} | changes))
 
 
-def manifest(chosen: CacheSettings, vocab_size: int = VOCAB) -> Manifest:
+def manifest(chosen: CacheSettings, num_shards: int = 1, num_sequences: int = 1, vocab_size: int = VOCAB) -> Manifest:
     teacher = {"model_type": "fake", "num_parameters": 1, "dtype": "float32"}
     tokenizer = {"vocabulary": "a", "merges": "b"}
-    data = {"source": "fake", "split": None}
-    return Manifest(
-        settings=chosen, vocab_size=vocab_size, teacher=teacher, tokenizer=tokenizer, data=data, versions={"torch": "0"}
+    part = Part(
+        recipe={"source": "fake", "split": None},
+        content="c",
+        num_sequences=num_sequences,
+        num_shards=num_shards,
+        versions={"torch": "0"},
     )
+    return Manifest(settings=chosen, vocab_size=vocab_size, teacher=teacher, tokenizer=tokenizer, parts=(part,))
 
 
 def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale: float = 3) -> SequenceRows:
@@ -70,7 +74,7 @@ def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale:
 def write_cache(root: Path, num_shards: int = 2, per_shard: int = 12, *, seal: bool = True, **changes: Any) -> Path:
     """Write a cache; its sequences are numbered from 0 through the shards."""
     chosen = settings(**changes)
-    with CacheWriter(root, manifest(chosen), num_shards) as writer:
+    with CacheWriter(root, manifest(chosen, num_shards, num_shards * per_shard)) as writer:
         for shard in writer.missing_shards():
             numbers = range(shard * per_shard, (shard + 1) * per_shard)
             writer.write_shard(shard, [sequence(number, chosen) for number in numbers])

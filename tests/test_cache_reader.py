@@ -92,6 +92,8 @@ def edit_manifest(root: Path, **changes: object) -> None:
         ({"settings": 5}, "wrong type or range"),
         ({"vocab_size": 10**12}, "wrong type or range"),
         ({"teacher": None}, "wrong type or range"),
+        ({"parts": []}, "names no part"),
+        ({"parts": [{"recipe": {}}]}, "has a part of a wrong type or range"),
         ({"format_version": "one"}, "holds no todi_offline manifest"),
     ],
 )

@@ -100,7 +100,7 @@ def test_text_is_shown_where_the_cache_has_a_tokenizer(tmp_path: Path) -> None:
 
     tokenizer = Tokenizer(models.WordLevel({f"word{number}": number for number in range(VOCAB)}, unk_token="word0"))
     chosen, root = settings(), tmp_path / "cache"
-    with CacheWriter(root, manifest(chosen), 1, tokenizer.to_str()) as writer:
+    with CacheWriter(root, manifest(chosen), tokenizer.to_str()) as writer:
         writer.write_shard(0, [sequence(0, chosen)])
         writer.seal()
     row = json.loads(run("inspect", root, "--json", "--rows", "1", "--text").stdout)["rows"][0]

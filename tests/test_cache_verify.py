@@ -128,7 +128,7 @@ def test_a_cache_whose_manifest_is_lost_is_told_from_a_folder_that_is_no_cache(t
 
 def test_a_lost_tokenizer_is_one_problem(tmp_path: Path) -> None:
     chosen, root = settings(), tmp_path / "cache"
-    with CacheWriter(root, manifest(chosen), 1, "{}") as writer:
+    with CacheWriter(root, manifest(chosen), "{}") as writer:
         writer.write_shard(0, [sequence(0, chosen)])
         writer.seal()
     assert problems(root) == []
@@ -261,7 +261,7 @@ def with_rows(tmp_path: Path, **changes: object) -> list[str]:
     good = sequence(3, chosen)
     rows: TargetRows = dataclasses.replace(good.targets, **changes)  # type: ignore[arg-type]
     bad = SequenceRows(good.id, good.source, good.token_ids, good.target_mask, rows)
-    with CacheWriter(tmp_path / "cache", manifest(chosen), 1) as writer:
+    with CacheWriter(tmp_path / "cache", manifest(chosen)) as writer:
         writer.write_shard(0, [bad])
         writer.seal()
     return [problem.what for problem in problems(tmp_path / "cache")]

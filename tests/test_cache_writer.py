@@ -50,10 +50,10 @@ def test_a_cache_holds_no_path_and_no_host_name(tmp_path: Path) -> None:
 def test_writing_goes_on_after_the_last_committed_shard(tmp_path: Path) -> None:
     whole = contents(write_cache(tmp_path / "whole", num_shards=3))
     chosen = settings()
-    with CacheWriter(tmp_path / "part", manifest(chosen), 3) as writer:
+    with CacheWriter(tmp_path / "part", manifest(chosen, 3, 36)) as writer:
         writer.write_shard(0, [sequence(number, chosen) for number in range(12)])
     assert not writer.sealed
-    with CacheWriter(tmp_path / "part", manifest(chosen), 3) as writer:
+    with CacheWriter(tmp_path / "part", manifest(chosen, 3, 36)) as writer:
         assert writer.missing_shards() == [1, 2]
     write_cache(tmp_path / "part", num_shards=3)
     assert contents(tmp_path / "part") == whole
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 def test_a_cache_with_missing_shards_cannot_be_sealed(tmp_path: Path) -> None:
     with (
-        CacheWriter(tmp_path / "cache", manifest(settings()), 2) as writer,
+        CacheWriter(tmp_path / "cache", manifest(settings(), 2, 24)) as writer,
         pytest.raises(CacheIncompleteError, match=re.escape("shards [0, 1] are not committed")),
     ):
         writer.seal()
@@ -116,7 +116,7 @@ def test_a_shard_whose_object_is_gone_cannot_be_sealed(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache", seal=False)
     (root / "topk_ids/c/1/0").unlink()
     with (
-        CacheWriter(root, manifest(settings()), 2) as writer,
+        CacheWriter(root, manifest(settings(), 2, 24)) as writer,
         pytest.raises(CacheIncompleteError, match=r"topk_ids/c/1/0 has no bytes, expected \d+"),
     ):
         writer.seal()
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_no_temporary_file_and_what_is_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     chosen, root = settings(), tmp_path / "cache"
-    with CacheWriter(root, manifest(chosen), 2) as writer:
+    with CacheWriter(root, manifest(chosen, 2, 24)) as writer:
         writer.write_shard(0, [sequence(number, chosen) for number in range(12)])
     committed = contents(root)
     calls = iter(range(100))
@@ -139,7 +139,10 @@ def test_a_full_disk_leaves_no_temporary_file_and_what_is_committed(
         real(descriptor)
 
     monkeypatch.setattr(store.os, "fsync", full)
-    with CacheWriter(root, manifest(chosen), 2) as writer, pytest.raises(CacheError, match="No space left on device"):
+    with (
+        CacheWriter(root, manifest(chosen, 2, 24)) as writer,
+        pytest.raises(CacheError, match="No space left on device"),
+    ):
         writer.write_shard(1, [sequence(number, chosen) for number in range(12, 24)])
     monkeypatch.undo()
     after = contents(root)

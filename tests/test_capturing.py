@@ -300,7 +300,7 @@ def test_a_begun_cache_refuses_another_teacher_and_other_data(
     with pytest.raises(CacheMismatchError, match=r"teacher\.weights"):
         capture(as_teacher(llama(seed=1), tiny_tokenizer()), many, root, **SMALL)
     fewer = Examples.from_list(list(many)[:-1], many.recipe)
-    with pytest.raises(CacheMismatchError, match=r"data\.content.*data\.num_sequences: 120 in the cache, 119 now"):
+    with pytest.raises(CacheMismatchError, match=r"parts\.0\.content.*num_sequences: 120 in the cache, 119 now"):
         capture(teacher, fewer, root, **SMALL)
     assert files_of(root) == files
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from todi_offline.cache.fingerprint import content_key, hash_bytes, tokenizer_fingerprint
 from todi_offline.cache.layout import CacheSettings
-from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.manifest import Manifest, Part
 from todi_offline.cache.plan import ShardPlan, plan_shards
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
@@ -108,8 +108,8 @@ def run(
     teacher = teacher or load_teacher(config.teacher)
     examples = load_examples(config.data, teacher.tokenizer) if examples is None else examples
     plan = plan_shards(examples.num_tokens.tolist(), config.cache.shard_tokens)
-    manifest = describe(teacher, examples, config.cache)
-    with CacheWriter(config.out, manifest, len(plan), tokenizer_json(teacher.tokenizer)) as writer:
+    manifest = describe(teacher, examples, config.cache, len(plan))
+    with CacheWriter(config.out, manifest, tokenizer_json(teacher.tokenizer)) as writer:
         missing = [plan[shard] for shard in writer.missing_shards()]
         seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
         if not writer.sealed:
@@ -117,17 +117,22 @@ def run(
     return _summarise(config.out, examples, missing, seconds)
 
 
-def describe(teacher: Teacher, examples: Examples, settings: CacheSettings) -> Manifest:
+def describe(teacher: Teacher, examples: Examples, settings: CacheSettings, num_shards: int) -> Manifest:
     """Return the manifest of a cache that holds this teacher's targets of these examples."""
     keys = (content_key(example.token_ids, example.target_mask) for example in examples)
-    content = hash_bytes(keys)
+    part = Part(
+        recipe=examples.recipe,
+        content=hash_bytes(keys),
+        num_sequences=len(examples),
+        num_shards=num_shards,
+        versions={name: version(name) for name in _RECORDED},
+    )
     return Manifest(
         settings=settings,
         vocab_size=teacher.vocab_size,
         teacher=teacher_fingerprint(teacher),
         tokenizer=tokenizer_fingerprint(teacher.tokenizer),
-        data={**examples.recipe, "num_sequences": len(examples), "content": content},
-        versions={name: version(name) for name in _RECORDED},
+        parts=(part,),
     )
 
 

@@ -59,12 +59,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
 def differences(
     found: Mapping[str, Any], expected: Mapping[str, Any], where: tuple[str, str] = ("here", "there")
 ) -> list[str]:
-    """Return a line for each key whose values differ: both, and `where` each stands; nested keys as `a.b`."""
+    """Return a line for each key whose values differ: both, and `where` each stands; nested keys as `a.b`, `a.0`."""
     lines = []
     for key in sorted(found.keys() | expected.keys()):
-        mine, other = found.get(key), expected.get(key)
+        mine, other = (_numbered(values.get(key)) for values in (found, expected))
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             lines += [f"{key}.{line}" for line in differences(mine, other, where)]
         elif mine != other:
             lines.append(f"{key}: {mine!r} {where[0]}, {other!r} {where[1]}")
     return lines
+
+
+def _numbered(value: Any) -> Any:
+    """Return a list of mappings as a mapping."""
+    is_list = isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+    return {str(number): item for number, item in enumerate(value)} if is_list and value else value

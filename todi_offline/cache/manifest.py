@@ -16,6 +16,22 @@ from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigErro
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one capture added to a cache; its shards lie behind those of the parts before it."""
+
+    recipe: Mapping[str, Any]
+    """How its data set was made."""
+    content: str
+    """Hash over the content keys of the whole data set, in order: also of what an earlier part holds."""
+    num_sequences: int
+    """Sequences that it added."""
+    num_shards: int
+    """Shards that hold them."""
+    versions: Mapping[str, str]
+    """Versions of the libraries that made it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The identity and the settings of a cache."""
 
@@ -26,11 +42,14 @@ class Manifest:
     """Fingerprint: hashes of config and weights, dtype, adapters, and a few facts for people."""
     tokenizer: Mapping[str, str]
     """Fingerprint: a hash for each part."""
-    data: Mapping[str, Any]
-    """The recipe of the data set, and the plan that it led to."""
-    versions: Mapping[str, str]
-    """Versions of the libraries that made the cache."""
+    parts: tuple[Part, ...]
+    """The captures that made the cache, at least one, in order."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the finished cache."""
+        return sum(part.num_shards for part in self.parts)
 
     @property
     def arrays(self) -> Mapping[str, ArraySpec]:
@@ -39,7 +58,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON-able values."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return to_dict(self)
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> "Manifest":
@@ -58,7 +77,7 @@ class Manifest:
         missing = {field.name for field in dataclasses.fields(cls)} - values.keys()
         if missing:
             raise CacheFormatError(f"the manifest of {where} lacks {', '.join(sorted(missing))}")
-        mappings = ("settings", "teacher", "tokenizer", "data", "versions")
+        mappings = ("settings", "teacher", "tokenizer")
         wrong = [name for name in mappings if not isinstance(values[name], Mapping)]
         vocab_size = values["vocab_size"]
         if wrong or not isinstance(vocab_size, int) or not 1 <= vocab_size <= 2**32:
@@ -67,7 +86,13 @@ class Manifest:
             settings = load_config(CacheSettings, overrides=values["settings"])
         except ConfigError as error:
             raise CacheFormatError(f"the manifest of {where} has impossible settings: {error}") from error
-        return cls(settings=settings, vocab_size=vocab_size, **{name: values[name] for name in mappings[1:]})
+        return cls(
+            settings=settings,
+            vocab_size=vocab_size,
+            teacher=values["teacher"],
+            tokenizer=values["tokenizer"],
+            parts=_read_parts(values["parts"], where),
+        )
 
 
 def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: str) -> None:
@@ -84,5 +109,14 @@ def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: s
         )
 
 
-def _plain(value: Any) -> Any:
-    return to_dict(value) if dataclasses.is_dataclass(value) else value
+def _read_parts(values: Any, where: str) -> tuple[Part, ...]:
+    """Return the parts; a cache is data, so nothing in it is believed before it is checked."""
+    kinds = {"recipe": Mapping, "content": str, "num_sequences": int, "num_shards": int, "versions": Mapping}
+    if not isinstance(values, list) or not values:
+        raise CacheFormatError(f"the manifest of {where} names no part: no capture that made the cache")
+    for part in values:
+        right = isinstance(part, Mapping) and part.keys() == kinds.keys()
+        right = right and all(isinstance(part[name], kind) for name, kind in kinds.items())
+        if not right or not all(1 <= part[name] < 2**31 for name in ("num_sequences", "num_shards")):
+            raise CacheFormatError(f"the manifest of {where} has a part of a wrong type or range: {part!r:.200}")
+    return tuple(Part(**part) for part in values)

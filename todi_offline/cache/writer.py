@@ -1,6 +1,6 @@
 """Rows of a shard in, its Zarr objects, sequence table and commit record out.
 
-with CacheWriter(root, manifest, num_shards) as writer:      # creates the cache, or goes on with it
+with CacheWriter(root, manifest) as writer:      # creates the cache, or goes on with it
     for shard in writer.missing_shards():
         writer.write_shard(shard, rows)
     writer.seal()
@@ -64,13 +64,10 @@ class SequenceRows:
 class CacheWriter:
     """The place of a cache, locked for writing."""
 
-    def __init__(
-        self, place: str | Path | Store, manifest: Manifest, num_shards: int, tokenizer_json: str | None = None
-    ) -> None:
+    def __init__(self, place: str | Path | Store, manifest: Manifest, tokenizer_json: str | None = None) -> None:
         """Name what is to be written; `tokenizer_json` lets the tools show text without the teacher."""
         self.store = open_store(place)
         self.manifest = manifest
-        self.num_shards = num_shards
         self._tokenizer_json = tokenizer_json
         self._locked = contextlib.ExitStack()
 
@@ -98,7 +95,7 @@ class CacheWriter:
 
     def missing_shards(self) -> list[int]:
         """Return the shards that have no commit record yet."""
-        return sorted(set(range(self.num_shards)) - set(committed_shards(self.store)))
+        return sorted(set(range(self.manifest.num_shards)) - set(committed_shards(self.store)))
 
     def write_shard(self, shard: int, sequences: list[SequenceRows]) -> CommitRecord:
         """Write the objects of a shard, then its commit record; until then the shard does not exist."""
@@ -129,12 +126,12 @@ class CacheWriter:
         missing = self.missing_shards()
         if missing:
             raise CacheIncompleteError(f"{self.store} cannot be sealed: shards {missing} are not committed")
-        records = [read_record(self.store, record_key(shard)) for shard in range(self.num_shards)]
+        records = [read_record(self.store, record_key(shard)) for shard in range(self.manifest.num_shards)]
         for record in records:
             _require_objects(self.store, record)
-        keys = [*metadata_keys(self.store, self.manifest), *(record_key(shard) for shard in range(self.num_shards))]
+        keys = [*metadata_keys(self.store, self.manifest), *map(record_key, range(self.manifest.num_shards))]
         seal = Seal(
-            num_shards=self.num_shards,
+            num_shards=self.manifest.num_shards,
             num_sequences=sum(record.num_sequences for record in records),
             num_tokens=sum(record.num_tokens for record in records),
             num_targets=sum(record.num_targets for record in records),
@@ -146,7 +143,7 @@ class CacheWriter:
     @property
     def sealed(self) -> bool:
         """Whether the cache is finished."""
-        return self.store.size(SEAL_KEY) is not None and read_seal(self.store).num_shards == self.num_shards
+        return self.store.size(SEAL_KEY) is not None and read_seal(self.store).num_shards == self.manifest.num_shards
 
     def _create_or_check(self) -> None:
         manifest = self.manifest.to_json()
@@ -168,7 +165,7 @@ class CacheWriter:
         if self._tokenizer_json is not None:
             yield TOKENIZER_KEY, self._tokenizer_json.encode()
         for spec in self.manifest.arrays.values():
-            yield f"{spec.name}/zarr.json", array_metadata(spec, self.manifest.settings.codec, self.num_shards)
+            yield f"{spec.name}/zarr.json", array_metadata(spec, self.manifest.settings.codec, self.manifest.num_shards)
         group = {"zarr_format": 3, "node_type": "group", "attributes": {MANIFEST_KEY: manifest}}
         yield "zarr.json", (json.dumps(group, indent=1) + "\n").encode()
 
