@@ -15,7 +15,7 @@ from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.layout import CacheSettings, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest, Part
 from todi_offline.cache.reader import read_manifest, read_table
-from todi_offline.cache.shard import ShardFile, encode_shard
+from todi_offline.cache.shard import ShardFile, chunk_sums, encode_shard
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 
@@ -83,14 +83,18 @@ def write_cache(root: Path, num_shards: int = 2, per_shard: int = 12, *, seal: b
     return root
 
 
-def forge(root: Path, key: str, data: bytes) -> None:
-    """Replace an object and make every checksum right again, so that only a look at the contents can tell."""
+def forge(root: Path, key: str, data: bytes, chunks: bytes | None = None) -> None:
+    """Replace an object and make every checksum right again, so that only a look at the contents can tell.
+
+    `chunks` are the new sums of its chunks; without them the old ones stay.
+    """
     store = LocalStore(root)
     (root / key).write_bytes(data)
     for shard in committed_shards(store):
         record = read_record(store, record_key(shard))
         if key in record.objects:
-            record = dataclasses.replace(record, objects={**record.objects, key: ObjectSum.of(data)})
+            found = ObjectSum.of(data, record.objects[key].chunks if chunks is None else chunks)
+            record = dataclasses.replace(record, objects={**record.objects, key: found})
             (root / record_key(shard)).write_bytes(to_bytes(record))
     seal = read_seal(store)
     objects = {name: ObjectSum.of((root / name).read_bytes()) for name in seal.objects}
@@ -103,12 +107,13 @@ def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None]
     spec, codec = manifest.arrays[name], manifest.settings.codec
     rows = ShardFile(root / spec.object_key(shard), spec, codec).read_rows(0, spec.shard_rows).copy()
     change(rows)
-    forge(root, spec.object_key(shard), encode_shard(spec, rows, codec))
+    data = encode_shard(spec, rows, codec)
+    forge(root, spec.object_key(shard), data, chunk_sums(spec, data))
 
 
 def forge_table(root: Path, column: str, change: Callable[[list[Any]], None], shard: int = 0) -> None:
     """Change a column of a sequence table in place, and forge its object."""
-    table = read_table(LocalStore(root), shard)
+    table = read_table(LocalStore(root), read_record(LocalStore(root), record_key(shard)))
     values = table[column].to_pylist()
     change(values)
     kind = table.schema.field(column).type

@@ -243,7 +243,7 @@ def test_metadata_and_records_that_disagree_are_found_behind_right_checksums(tmp
     ]
     forge(root, "sequences/000001.parquet", table)
     forge(root, "commits/000001.json", (root / "commits/000000.json").read_bytes())
-    assert any("it is not the record of shard 1" in problem.what for problem in problems(root))
+    assert any("000001.json is not the record of shard 1" in problem.what for problem in problems(root))
 
 
 def test_a_seal_in_other_bytes_is_found(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ The order of a commit is: every object of a shard, each safe on its medium; then
 does not exist. The seal is the record of the whole cache.
 """
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,15 +22,33 @@ RECORDS_PREFIX = "commits/"
 
 @dataclass(frozen=True, slots=True)
 class ObjectSum:
-    """Size and CRC-32C of an object."""
+    """Size and CRC-32C of an object and, where it is a Zarr shard, of each of its chunks.
+
+    Every chunk of a shard ends in its own CRC-32C, and what ends so has the same CRC-32C whatever it is: the one of
+    the object tells how its chunks lie, but not one shard from another with chunks of the same sizes.
+    """
 
     num_bytes: int
     crc32c: int
+    chunks: bytes = b""
+    """u32 in little-endian order for each chunk, as they stand in the object."""
 
     @classmethod
-    def of(cls, data: bytes) -> "ObjectSum":
+    def of(cls, data: bytes, chunks: bytes = b"") -> "ObjectSum":
         """Measure an object."""
-        return cls(len(data), google_crc32c.value(data))
+        return cls(len(data), google_crc32c.value(data), chunks)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "ObjectSum":
+        """Read what `to_json` returned; whatever else it is given is a ValueError or a TypeError."""
+        num_bytes, crc32c, *chunks = values
+        return cls(
+            _count(num_bytes), _count(crc32c), b"".join(base64.b64decode(text, validate=True) for text in chunks)
+        )
+
+    def to_json(self) -> list[int | str]:
+        """Return it as JSON knows it; chunks in base64."""
+        return [self.num_bytes, self.crc32c, *([base64.b64encode(self.chunks).decode()] if self.chunks else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +78,7 @@ class Seal:
 def to_bytes(record: CommitRecord | Seal) -> bytes:
     """Return a record as JSON."""
     values = {name: getattr(record, name) for name in record.__slots__}
-    values["objects"] = {key: [o.num_bytes, o.crc32c] for key, o in sorted(record.objects.items())}
+    values["objects"] = {key: found.to_json() for key, found in sorted(record.objects.items())}
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
@@ -109,14 +128,14 @@ def read_object(store: Store, key: str, expected: ObjectSum | None = None) -> by
     return data
 
 
-def write_object(store: Store, key: str, data: bytes) -> ObjectSum:
-    """Write an object whole, and return its sum.
+def write_object(store: Store, key: str, data: bytes, chunks: bytes = b"") -> ObjectSum:
+    """Write an object whole, and return its sum; `chunks` are those of its chunks.
 
     Raises:
         CacheError: the disk is full or cannot be written; nothing is left behind.
     """
     store.write(key, data)
-    return ObjectSum.of(data)
+    return ObjectSum.of(data, chunks)
 
 
 def _read_fields(store: Store, key: str, kind: type) -> dict[str, Any]:
@@ -125,7 +144,7 @@ def _read_fields(store: Store, key: str, kind: type) -> dict[str, Any]:
         values = json.loads(read_object(store, key))
         if values.keys() != set(kind.__slots__):  # type: ignore[attr-defined]
             raise ValueError(f"its fields are {', '.join(values)}")
-        objects = {_inner_key(name): ObjectSum(*map(_count, entry)) for name, entry in values.pop("objects").items()}
+        objects = {_inner_key(name): ObjectSum.from_json(entry) for name, entry in values.pop("objects").items()}
         counts = {name: value if name == "content" else _count(value) for name, value in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CacheFormatError(f"{store}/{key} is no record of a cache: {error}") from error

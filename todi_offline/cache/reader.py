@@ -1,7 +1,7 @@
 """A cache folder in, sequences with their targets out, in any order."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.commit import SEAL_KEY, committed_shards, read_object, read_record, read_seal
+from todi_offline.cache.commit import (
+    SEAL_KEY,
+    CommitRecord,
+    ObjectSum,
+    committed_shards,
+    read_object,
+    read_record,
+    read_seal,
+)
 from todi_offline.cache.encoding import TargetRows, decode_rows
 from todi_offline.cache.layout import MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
@@ -54,8 +62,9 @@ def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "C
         for key, expected in seal.objects.items():
             read_object(store, key, expected)
         shards = list(range(seal.num_shards))
-    tables = [read_table(store, shard) for shard in shards]
-    return Cache(store, manifest, pa.concat_tables(tables) if tables else None)
+    records = [read_shard_record(store, manifest, shard) for shard in shards]
+    tables = [read_table(store, record) for record in records]
+    return Cache(store, manifest, records, pa.concat_tables(tables) if tables else None)
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -72,7 +81,9 @@ def read_manifest(store: Store) -> Manifest:
 class Cache:
     """A sequence of `CachedSequence`. Safe to fork and to share between threads: it holds no open file."""
 
-    def __init__(self, store: Store, manifest: Manifest, sequences: pa.Table | None) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, records: Sequence[CommitRecord], sequences: pa.Table | None
+    ) -> None:
         """Use `open_cache`."""
         if sequences is None or not len(sequences):
             raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again to go on")
@@ -81,6 +92,7 @@ class Cache:
         self.manifest = manifest
         self.sequences = sequences
         """The sequence table: id, source, content key, place, teacher NLL and top-k mass of every sequence."""
+        self._objects = {key: found for record in records for key, found in record.objects.items()}
         self._numbers: dict[str, npt.NDArray[Any]] = {name: sequences[name].to_numpy() for name in _NUMBERS}
 
     @property
@@ -113,9 +125,7 @@ class Cache:
         }
         try:
             arrays = {
-                name: ShardFile(self.store.local(spec.object_key(shard)), spec, self.manifest.settings.codec).read_rows(
-                    *spans[spec.axis]
-                )
+                name: open_shard(self.store, self.manifest, self._objects, name, shard).read_rows(*spans[spec.axis])
                 for name, spec in self.manifest.arrays.items()
             }
         except CacheError as error:
@@ -146,30 +156,54 @@ class Cache:
     @cached_property
     def bytes_by_array(self) -> Mapping[str, int]:
         """Bytes on disk by array, and of the sequence tables."""
-        shards = np.unique(self._numbers["shard"]).tolist()
         sums = {"sequences": 0, **dict.fromkeys(self.manifest.arrays, 0)}
-        for shard in shards:
-            for key, found in read_record(self.store, record_key(shard)).objects.items():
-                sums[key.split("/")[0]] += found.num_bytes
+        for key, found in self._objects.items():
+            sums[key.split("/")[0]] += found.num_bytes
         return sums
 
 
-def read_table(store: Store, shard: int) -> pa.Table:
-    """Read the sequence table of a shard.
+def read_shard_record(store: Store, manifest: Manifest, shard: int) -> CommitRecord:
+    """Read the commit record of a shard, which names what a cache with this manifest holds of it.
+
+    Raises:
+        CacheIncompleteError: the shard has none.
+        CacheFormatError: it is no such record.
+    """
+    record = read_record(store, record_key(shard))
+    expected = {
+        sequences_key(shard): 0,
+        **{spec.object_key(shard): spec.chunks_per_shard for spec in manifest.arrays.values()},
+    }
+    found = {key: len(sums.chunks) // 4 for key, sums in record.objects.items()}
+    if record.shard != shard or found != expected:
+        differing = ", ".join(sorted(key for key in found.keys() | expected if found.get(key) != expected.get(key)))
+        raise CacheFormatError(
+            f"{store}/{record_key(shard)} is not the record of shard {shard}: {differing or f'shard {record.shard}'}"
+        )
+    return record
+
+
+def open_shard(store: Store, manifest: Manifest, objects: Mapping[str, ObjectSum], name: str, shard: int) -> ShardFile:
+    """Return the object of an array in a shard; `objects` are those that its commit record names."""
+    spec = manifest.arrays[name]
+    key = spec.object_key(shard)
+    return ShardFile(store.local(key), spec, manifest.settings.codec, objects[key].chunks)
+
+
+def read_table(store: Store, record: CommitRecord) -> pa.Table:
+    """Read the sequence table of a committed shard.
 
     Raises:
         CacheError: it is not what its commit record says, or names places that the shard does not have.
     """
-    record = read_record(store, record_key(shard))
-    if sequences_key(shard) not in record.objects:
-        raise CacheFormatError(f"the commit record of shard {shard} of {store} names no sequence table")
-    data = read_object(store, sequences_key(shard), record.objects[sequences_key(shard)])
+    key = sequences_key(record.shard)
+    data = read_object(store, key, record.objects[key])
     try:
         table = pq.read_table(pa.BufferReader(data))
         if table.schema.remove_metadata() != SEQUENCE_SCHEMA:
-            raise CacheFormatError(f"{store}/{sequences_key(shard)} has the columns {table.column_names}")
+            raise CacheFormatError(f"{store}/{key} has the columns {table.column_names}")
     except (pa.ArrowException, OSError) as error:
-        raise CacheCorruptError(f"{store}/{sequences_key(shard)} cannot be read: {first_line(error)}") from error
+        raise CacheCorruptError(f"{store}/{key} cannot be read: {first_line(error)}") from error
     return table
 
 

@@ -61,6 +61,16 @@ def _empty_chunk(spec: ArraySpec, codec: str) -> bytes:
     return _encode_chunk(spec, np.zeros(spec.shape(0), spec.dtype), codec)
 
 
+def chunk_sums(spec: ArraySpec, shard: bytes) -> bytes:
+    """Return the CRC-32C of every chunk of a shard that `encode_shard` made, u32 in little-endian order."""
+    index = np.frombuffer(shard[-_index_bytes(spec) : -_CRC_BYTES], "<u8").reshape(-1, 2)
+    return b"".join(shard[stop - _CRC_BYTES : stop] for stop in index.sum(axis=1).tolist())
+
+
+def _index_bytes(spec: ArraySpec) -> int:
+    return spec.chunks_per_shard * 16 + _CRC_BYTES
+
+
 def _crc(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
 
@@ -72,6 +82,8 @@ class ShardFile:
     path: Path
     spec: ArraySpec
     codec: str
+    sums: bytes | None = None
+    """What `chunk_sums` returned when it was written, to tell its chunks from those of another; None: any will do."""
 
     def read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `start` to `stop` of the shard.
@@ -124,6 +136,8 @@ class ShardFile:
         body = data[:-_CRC_BYTES]
         if len(data) < num_bytes or _crc(body) != data[-_CRC_BYTES:]:
             raise self._corrupt(chunk, "its checksum does not match")
+        if self.sums is not None and data[-_CRC_BYTES:] != self.sums[chunk * _CRC_BYTES :][:_CRC_BYTES]:
+            raise self._corrupt(chunk, "it is whole, but another than was written here")
         try:
             values = np.frombuffer(_codec(self.codec, self.spec.dtype).decode(body), self.spec.dtype)
             return values.reshape(self.spec.shape(self.spec.chunk_rows))

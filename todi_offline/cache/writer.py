@@ -45,7 +45,7 @@ from todi_offline.cache.layout import (
 )
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.reader import read_manifest
-from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, encode_shard
+from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, chunk_sums, encode_shard
 from todi_offline.cache.store import LOCK_KEY, TEMPORARY_SUFFIX, Store, open_store
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError
 
@@ -103,7 +103,8 @@ class CacheWriter:
         for name, values in _shard_arrays(sequences, self.manifest.settings.encoding).items():
             spec = self.manifest.arrays[name]
             key = spec.object_key(shard)
-            objects[key] = write_object(self.store, key, encode_shard(spec, values, self.manifest.settings.codec))
+            data = encode_shard(spec, values, self.manifest.settings.codec)
+            objects[key] = write_object(self.store, key, data, chunk_sums(spec, data))
         table = sequence_table(shard, sequences, self.manifest.settings.shard_tokens)
         objects[sequences_key(shard)] = write_object(self.store, sequences_key(shard), _parquet(table))
         record = CommitRecord(
