@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 
 CHUNK_TARGETS = 512  # measured: the best random read of 512 targets
 CHUNK_TOKENS = 4096
+MAX_COLUMNS = 2**19  # more than any vocabulary; a chunk of more would be larger than blosc can hold
+MAX_SHARD_TOKENS = 2**26  # a shard is written from memory
 
 MANIFEST_KEY = "todi_offline"  # the attribute of the Zarr group that holds the manifest
 TOKENIZER_KEY = "tokenizer.json"  # for tools that show text; training never re-tokenises
@@ -68,23 +70,34 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no capture could honour."""
-        if self.k < 1 or self.tail_samples < 0:
-            raise ConfigError(f"k is {self.k} and tail_samples {self.tail_samples}; expected k >= 1 and samples >= 0")
-        if not self.temperatures or not all(math.isfinite(t) and t > 0 for t in self.temperatures):
-            raise ConfigError(f"temperatures are {self.temperatures}; expected at least one, each above 0")
-        if len(set(self.temperatures)) < len(self.temperatures):
-            raise ConfigError(f"temperatures are {self.temperatures}; expected each once")
-        if self.tail_samples and self.tail_temperature not in self.temperatures:
+        if not 1 <= self.k <= MAX_COLUMNS or not 0 <= self.tail_samples <= MAX_COLUMNS:
             raise ConfigError(
-                f"tail_temperature is {self.tail_temperature}, not one of the temperatures {self.temperatures}: "
-                "samples can only be weighted with the tail's mass at their own temperature; add it"
+                f"k is {self.k} and tail_samples {self.tail_samples}; "
+                f"expected k >= 1 and samples >= 0, both up to {MAX_COLUMNS:,}"
             )
-        if self.shard_tokens < CHUNK_TOKENS or self.shard_tokens % CHUNK_TOKENS:
-            raise ConfigError(f"shard_tokens is {self.shard_tokens}; expected a multiple of {CHUNK_TOKENS}")
+        self._check_temperatures()
+        if not 0 <= self.tail_seed < 2**64:
+            raise ConfigError(f"tail_seed is {self.tail_seed}; expected 0 to 2^64 - 1")
+        if not CHUNK_TOKENS <= self.shard_tokens <= MAX_SHARD_TOKENS or self.shard_tokens % CHUNK_TOKENS:
+            raise ConfigError(
+                f"shard_tokens is {self.shard_tokens}; expected a multiple of {CHUNK_TOKENS} up to {MAX_SHARD_TOKENS}"
+            )
         if self.encoding not in ENCODINGS or self.codec not in CODECS:
             raise ConfigError(
                 f"encoding {self.encoding!r} with codec {self.codec!r}; "
                 f"expected one of {', '.join(ENCODINGS)} and one of {', '.join(CODECS)}"
+            )
+
+    def _check_temperatures(self) -> None:
+        found = self.temperatures
+        if not 1 <= len(found) <= MAX_COLUMNS or not all(math.isfinite(t) and t > 0 for t in found):
+            raise ConfigError(f"temperatures are {found!s:.200}; expected at least one, each above 0")
+        if len(set(found)) < len(found):
+            raise ConfigError(f"temperatures are {found}; expected each once")
+        if self.tail_samples and self.tail_temperature not in found:
+            raise ConfigError(
+                f"tail_temperature is {self.tail_temperature}, not one of the temperatures {found}: "
+                "samples can only be weighted with the tail's mass at their own temperature; add it"
             )
 
 

@@ -86,6 +86,8 @@ class Manifest:
             settings = load_config(CacheSettings, overrides=values["settings"])
         except ConfigError as error:
             raise CacheFormatError(f"the manifest of {where} has impossible settings: {error}") from error
+        if settings.k > vocab_size:
+            raise CacheFormatError(f"the manifest of {where} says k = {settings.k} of a vocabulary of {vocab_size}")
         return cls(
             settings=settings,
             vocab_size=vocab_size,
