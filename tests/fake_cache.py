@@ -119,5 +119,5 @@ def forge_table(root: Path, column: str, change: Callable[[list[Any]], None], sh
     kind = table.schema.field(column).type
     table = table.set_column(table.column_names.index(column), column, pa.array(values, kind))
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, compression="none")
     forge(root, sequences_key(shard), sink.getvalue().to_pybytes())

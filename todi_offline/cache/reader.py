@@ -28,6 +28,7 @@ from todi_offline.cache.shard import ShardFile
 from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, first_line
 
+_TABLE_BATCH = 256
 _NUMBERS = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
 
 
@@ -175,11 +176,11 @@ def read_shard_record(store: Store, manifest: Manifest, shard: int) -> CommitRec
         **{spec.object_key(shard): spec.chunks_per_shard for spec in manifest.arrays.values()},
     }
     found = {key: len(sums.chunks) // 4 for key, sums in record.objects.items()}
-    if record.shard != shard or found != expected:
-        differing = ", ".join(sorted(key for key in found.keys() | expected if found.get(key) != expected.get(key)))
-        raise CacheFormatError(
-            f"{store}/{record_key(shard)} is not the record of shard {shard}: {differing or f'shard {record.shard}'}"
-        )
+    most = max(record.num_sequences, record.num_tokens, record.num_targets)
+    if record.shard != shard or found != expected or most > manifest.settings.shard_tokens:
+        differing = sorted(key for key in found.keys() | expected if found.get(key) != expected.get(key))
+        what = ", ".join(differing) or f"it is of shard {record.shard}, with {most} rows"
+        raise CacheFormatError(f"{store}/{record_key(shard)} is not the record of shard {shard}: {what}")
     return record
 
 
@@ -199,12 +200,30 @@ def read_table(store: Store, record: CommitRecord) -> pa.Table:
     key = sequences_key(record.shard)
     data = read_object(store, key, record.objects[key])
     try:
-        table = pq.read_table(pa.BufferReader(data))
-        if table.schema.remove_metadata() != SEQUENCE_SCHEMA:
-            raise CacheFormatError(f"{store}/{key} has the columns {table.column_names}")
+        return _parse_table(data, record, f"{store}/{key}")
     except (pa.ArrowException, OSError) as error:
         raise CacheCorruptError(f"{store}/{key} cannot be read: {first_line(error)}") from error
-    return table
+
+
+def _parse_table(data: bytes, record: CommitRecord, where: str) -> pa.Table:
+    """Parse a sequence table; few bytes of Parquet can claim any number of rows, and unfold to as many of bytes."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    if file.schema_arrow.remove_metadata() != SEQUENCE_SCHEMA:
+        raise CacheFormatError(f"{where} has the columns {file.schema_arrow.names}")
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    if file.metadata.num_rows != record.num_sequences or any(c.compression != "UNCOMPRESSED" for c in columns):
+        raise CacheFormatError(
+            f"{where} has {file.metadata.num_rows} rows, expected {record.num_sequences}, uncompressed"
+        )
+    batches, num_bytes = [], 0
+    for batch in file.iter_batches(_TABLE_BATCH, use_threads=False):
+        batch.validate(full=True)
+        batches.append(batch)
+        num_bytes += batch.nbytes
+        if num_bytes > 2**20 + 64 * len(data):
+            raise CacheFormatError(f"{where} unfolds from {len(data)} bytes to more than {num_bytes}")
+    return pa.Table.from_batches(batches, SEQUENCE_SCHEMA).combine_chunks()
 
 
 def require_places(place: str, table: pa.Table, manifest: Manifest) -> None:

@@ -233,7 +233,7 @@ def _shard_arrays(sequences: list[SequenceRows], encoding: str) -> dict[str, npt
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="none")  # small beside the arrays, and no bomb to who reads it
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
