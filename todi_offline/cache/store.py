@@ -1,6 +1,6 @@
 """The place of a cache in, its objects out: bytes by key, each whole or not there.
 
-A `Store` is a folder here; what else may hold a cache offers the same few functions.
+A `Store` is a folder here, and what lies below a URL in `remote`.
 """
 
 import contextlib
@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError
+
+if TYPE_CHECKING:
+    from todi_offline.cache.staging import Staging
 
 LOCK_KEY = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
@@ -63,6 +66,9 @@ class Store(Protocol):
             CacheIncompleteError, CacheError: as `read`; of a folder, whoever opens the file finds out.
         """
 
+    def discard_copy(self, key: str) -> bool:
+        """Forget the local copy of an object that turned out to be damaged; False where objects are files anyway."""
+
     def copy_from(self, source: "Store", source_key: str, key: str) -> None:
         """Write an object of another store under `key`, without moving its bytes where that is possible."""
 
@@ -74,9 +80,22 @@ class Store(Protocol):
         """
 
 
-def open_store(place: "str | Path | Store") -> Store:
-    """Return the store at a place: a folder."""
-    return place if isinstance(place, Store) else LocalStore(Path(place).expanduser())
+def open_store(place: "str | Path | Store", staging: "Staging | None" = None) -> Store:
+    """Return the store at a place: a folder, or a URL such as `s3://bucket/prefix`.
+
+    `staging` is where copies of a URL's objects are kept; a folder needs none.
+
+    Raises:
+        ConfigError: what a URL's protocol needs is not installed.
+    """
+    if isinstance(place, Store):
+        return place
+    protocol, separator, rest = str(place).partition("://")
+    if not separator or protocol in ("file", "local"):
+        return LocalStore(Path(rest or place).expanduser())
+    from todi_offline.cache.remote import RemoteStore
+
+    return RemoteStore(str(place), staging=staging)
 
 
 class LocalStore:
@@ -155,6 +174,10 @@ class LocalStore:
         """Return the object's own file; see `Store`."""
         return self.root / key
 
+    def discard_copy(self, key: str) -> bool:  # noqa: ARG002 -- the protocol's
+        """Return False: there is none; see `Store`."""
+        return False
+
     def copy_from(self, source: Store, source_key: str, key: str) -> None:
         """Link to an object of another folder where the file system can, else copy it; see `Store`."""
         path, temporary = self.root / key, self.root / (key + TEMPORARY_SUFFIX)
@@ -166,7 +189,7 @@ class LocalStore:
                 temporary.hardlink_to(origin)
             except OSError:
                 shutil.copyfile(origin, temporary)
-                _sync(temporary)
+            _sync(temporary)  # a copy of a remote object may not be on its disk yet
             temporary.replace(path)
             temporary.unlink(missing_ok=True)  # renaming a link onto itself leaves it
             _sync(path.parent)

@@ -1,0 +1,285 @@
+"""A URL in, the objects below it out: a cache in an object store, through fsspec and local copies.
+
+Credentials, endpoints and the like are the backend's own matter: S3's come from `AWS_*` and `~/.aws`, Google's from
+`GOOGLE_APPLICATION_CREDENTIALS`; anything that fsspec's file systems take can stand in `FSSPEC_S3_ENDPOINT_URL` and the
+like, in `~/.config/fsspec/`, or in `storage_options`.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+from types import TracebackType
+from typing import Any
+
+from todi_offline.cache.staging import Fetch, Staging, locked_file
+from todi_offline.cache.store import LOCK_KEY, Store
+from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, ConfigError, first_line
+
+logger = logging.getLogger(__name__)
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+class RemoteStore:
+    """What lies below a URL such as `s3://bucket/prefix`. May be forked, pickled and shared between threads.
+
+    `create` is one conditional request on S3 (If-None-Match) and Google Cloud Storage (ifGenerationMatch): of any
+    number of writers one succeeds. Other backends of fsspec look first and then write; there, and in S3-compatible
+    stores that ignore the condition, two writers that begin within the same moment can both succeed.
+    """
+
+    def __init__(
+        self, url: str, storage_options: Mapping[str, Any] | None = None, staging: Staging | None = None
+    ) -> None:
+        """Name the place; `storage_options` go to fsspec's file system of its protocol.
+
+        Raises:
+            ConfigError: there is no such protocol, or its package is not installed.
+        """
+        self.url = url.rstrip("/")
+        self.storage_options = dict(storage_options or {})
+        self.staging = staging or Staging()
+        self._versions: dict[str, tuple[str, int]] = {}  # name and size of the local copy, by key
+        self._open()
+
+    def __str__(self) -> str:
+        """Return the URL."""
+        return self.url
+
+    def read(self, key: str) -> bytes:
+        """Return an object; see `Store`."""
+        with self._at(key, "read") as (files, path):
+            return bytes(files.cat_file(path))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write an object, which appears when its last byte has arrived; see `Store`."""
+        with self._at(key, "write") as (files, path):
+            files.pipe_file(path, data)
+        self._versions.pop(key, None)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write an object that is not there yet; see `Store`, and above."""
+        try:
+            with self._at(key, "write") as (files, path):
+                files.pipe_file(path, data, mode="create")
+        except CacheError as error:
+            # A request whose answer was lost is sent again, and then meets what it has written itself.
+            found = self.read(key) if self.size(key) is not None else None
+            if found is None:
+                raise
+            if found != data:
+                raise CacheLockedError(
+                    f"{self}/{key} was written by another process meanwhile; run the command again"
+                ) from error
+        self._versions.pop(key, None)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; see `Store`."""
+        with contextlib.suppress(CacheIncompleteError), self._at(key, "delete") as (files, path):
+            files.rm_file(path)
+        self._versions.pop(key, None)
+
+    def size(self, key: str) -> int | None:
+        """Return the bytes of an object, or None where there is none; see `Store`."""
+        try:
+            return int(self._info(key)["size"])
+        except CacheIncompleteError:
+            return None
+
+    def find(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin so; see `Store`."""
+        folder = prefix[: prefix.rfind("/") + 1]
+        with self._at(folder, "list") as (files, path):
+            names = files.find(path)
+        root = path.removesuffix(folder)
+        return sorted(name.removeprefix(root) for name in names if name.startswith(root + prefix))
+
+    def local(self, key: str) -> Path:
+        """Return a copy of an object in the staging folder, which stays while it is in use; see `Store`."""
+        return self.staging.copy(*self._copied(key))
+
+    def prepare(self, key: str) -> None:
+        """Copy an object to the staging folder, for a later `local`."""
+        self.staging.prepare(*self._copied(key))
+
+    def discard_copy(self, key: str) -> bool:
+        """Forget the local copy of an object, so that the next `local` fetches it anew; see `Store`."""
+        if key in self._versions:
+            self.staging.drop(*self._versions.pop(key))
+        return True
+
+    def copy_from(self, source: Store, source_key: str, key: str) -> None:
+        """Have the object store copy what it holds itself, and send it what it does not; see `Store`."""
+        if isinstance(source, RemoteStore) and source._open()[0] is self._open()[0]:
+            with source._at(source_key, f"copy to {self}/{key}") as (files, origin):
+                files.cp_file(origin, self._open()[1] + key)
+        else:
+            copy = source.local(source_key)
+            with self._at(key, f"copy {copy} to") as (files, path):
+                files.put_file(str(copy), path)
+        self._versions.pop(key, None)
+
+    def lock(self) -> "RemoteLock":
+        """Return the lock of the place; see `Store`."""
+        return RemoteLock(self)
+
+    def _open(self) -> tuple[Any, str]:
+        """Return fsspec's file system, of which it keeps one for a process and these options, and the root in it."""
+        from fsspec.core import url_to_fs
+
+        try:
+            files, root = url_to_fs(self.url, **{"use_listings_cache": False, **self.storage_options})
+        except (ImportError, ValueError) as error:
+            extra = _EXTRAS.get(self.url.partition(":")[0])
+            advice = f"; pip install 'todi-offline[{extra}]'" if extra else ""
+            raise ConfigError(f"cannot open {self}: {first_line(error)}{advice}") from error
+        return files, root.rstrip("/") + "/"
+
+    @contextlib.contextmanager
+    def _at(self, key: str, doing: str) -> Iterator[tuple[Any, str]]:
+        """Yield the file system and the path of an object in it; what backends raise becomes one line of ours."""
+        files, root = self._open()
+        where = f"{self}/{key}"
+        try:
+            yield files, root + key
+        except FileNotFoundError as error:
+            if "bucket does not exist" in str(error):
+                raise CacheError(f"cannot {doing} {where}: {first_line(error)}; make it, or mend the URL") from error
+            raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
+        except Exception as error:  # they have no common class
+            raise CacheError(
+                f"cannot {doing} {where}: {first_line(error)}; what is committed is safe; "
+                "mend the URL, its credentials or the network, and run it again"
+            ) from error
+
+    def _info(self, key: str) -> dict[str, Any]:
+        with self._at(key, "look for") as (files, path):
+            info: dict[str, Any] = files.info(path)
+            if info["type"] != "file":
+                raise FileNotFoundError(key)
+            return info
+
+    def _copied(self, key: str) -> tuple[str, int, Fetch]:
+        """Return name, size and maker of the local copy of an object as it is in the store."""
+        if key not in self._versions:
+            info = self._info(key)
+            version = repr(sorted((name, str(value)) for name, value in info.items()))  # ETag, time, generation, ...
+            digest = hashlib.sha256(f"{self}\0{key}\0{version}".encode()).hexdigest()[:32]
+            self._versions[key] = f"{key.replace('/', '-')[-80:]}.{digest}", int(info["size"])
+        name, size = self._versions[key]
+        return name, size, partial(self._fetch, key, size)
+
+    def _fetch(self, key: str, size: int, path: Path) -> None:
+        """Bring an object into a file; twice, since backends retry a request, but not all of them a broken body."""
+        try:
+            self._fetch_once(key, size, path)
+        except CacheError as error:
+            logger.info("%s; trying again", error)
+            try:
+                self._fetch_once(key, size, path)
+            except CacheError:
+                self._versions.pop(key, None)  # it may have another size by now
+                raise
+
+    def _fetch_once(self, key: str, size: int, path: Path) -> None:
+        with self._at(key, "fetch") as (files, origin):
+            files.get_file(origin, str(path))
+        if (found := path.stat().st_size) != size:
+            raise CacheIncompleteError(
+                f"{found:,} bytes of {self}/{key} arrived, and it has {size:,}; run it again, or look at the network"
+            )
+
+
+class RemoteLock:
+    """An object that names the process which writes to a place; made if it is not there, and removed at the end.
+
+    Who is killed leaves it. A process of the same machine that finds its maker dead takes it over; to others it says
+    whose it is.
+    """
+
+    def __init__(self, store: RemoteStore) -> None:
+        """Name the place; entering the context takes the lock."""
+        self._store = store
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "key": token_hex(8)}
+        self._mine = json.dumps(holder).encode()
+
+    def __enter__(self) -> "RemoteLock":
+        """Take the lock.
+
+        Raises:
+            CacheLockedError: another process holds it.
+        """
+        try:
+            self._store.create(LOCK_KEY, self._mine)
+        except CacheLockedError:
+            self._take_over()
+        if self._store.read(LOCK_KEY) != self._mine:  # the backend's creation is not exclusive
+            raise CacheLockedError(f"{self._store} was locked by another process just now; run the same command again")
+        return self
+
+    def _take_over(self) -> None:
+        """Replace the lock of a dead process of this machine; processes of this machine do so one after the other."""
+        name = hashlib.sha256(f"{os.getuid()} {self._store}".encode()).hexdigest()[:32]
+        path = Path(tempfile.gettempdir()) / f"todi_offline-{name}.lock"
+        with locked_file(path) as current:
+            if current:
+                path.unlink()
+            holder = _holder(self._store)
+            if not current or not _is_dead(holder):
+                raise CacheLockedError(
+                    f"{self._store} is being written by process {holder.get('process', '?')} on "
+                    f"{holder.get('host', '?')}; wait or stop it; if it is gone, delete {self._store}/{LOCK_KEY}"
+                )
+            self._store.delete(LOCK_KEY)
+            self._store.create(LOCK_KEY, self._mine)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the lock, unless somebody else has taken it."""
+        try:
+            if self._store.read(LOCK_KEY) == self._mine:
+                self._store.delete(LOCK_KEY)
+        except CacheError as failure:
+            logger.warning("the lock %s/%s is left behind: %s", self._store, LOCK_KEY, failure)
+
+
+def _holder(store: RemoteStore) -> dict[str, Any]:
+    """Return what a lock says; a lock is data, which may say anything."""
+    try:
+        values = json.loads(store.read(LOCK_KEY))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether a lock's maker was a process of this machine and is no more."""
+    process = holder.get("process")
+    if holder.get("machine") != _machine() or not isinstance(process, int):
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def _machine() -> str:
+    """Return what tells the processes of this machine, from its start on, from those of another of the same name."""
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{start} {Path('/proc/self/ns/pid').readlink()}"  # a container counts its processes anew
+    except OSError:
+        return f"{uuid.getnode():x}"
