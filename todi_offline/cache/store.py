@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LOCK_KEY = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
+MAX_READ_BYTES = 2**30  # of an object that is read whole: metadata, records, sequence tables
 
 
 @runtime_checkable
@@ -104,6 +106,7 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         """Name the folder; it is made when something is written."""
         self.root = root
+        self._durable: set[Path] = set()
 
     def __str__(self) -> str:
         """Return the folder's path."""
@@ -111,28 +114,31 @@ class LocalStore:
 
     def read(self, key: str) -> bytes:
         """Return an object; see `Store`."""
+        path = self.root / key
         try:
-            return (self.root / key).read_bytes()
+            status = path.stat()
+            if not (stat.S_ISREG(status.st_mode) or path.is_dir()) or status.st_size > MAX_READ_BYTES:
+                raise CacheError(f"cannot read {path}: it is no regular file of at most {MAX_READ_BYTES:,} bytes")
+            return path.read_bytes()
         except FileNotFoundError as error:
             raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
         except OSError as error:
-            raise CacheError(f"cannot read {self.root / key}: {error.strerror}") from error
+            raise CacheError(f"cannot read {path}: {error.strerror}") from error
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object under a temporary name, sync it, and rename it; see `Store`."""
         path = self.root / key
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         try:
-            _make_folder(path.parent)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            self._make_folder(path.parent)
+            with _removed_on_failure(temporary):
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
             _sync(path.parent)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise CacheError(
                 f"cannot write {path}: {error.strerror}; what is committed is safe; mend that and run it again"
             ) from error
@@ -144,10 +150,12 @@ class LocalStore:
         self.write(key, data)
 
     def delete(self, key: str) -> None:
-        """Remove an object, and the folders that it leaves empty; see `Store`."""
+        """Remove an object durably, and the folders that it leaves empty; see `Store`."""
         path = self.root / key
         try:
             path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync(path.parent)
         except OSError as error:
             raise CacheError(f"cannot delete {path}: {error.strerror}; mend that first") from error
         with contextlib.suppress(OSError):  # not empty
@@ -157,9 +165,10 @@ class LocalStore:
     def size(self, key: str) -> int | None:
         """Return the bytes of an object, or None where there is none; see `Store`."""
         try:
-            return (self.root / key).stat().st_size
+            status = (self.root / key).stat()
         except OSError:
             return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def find(self, prefix: str = "") -> list[str]:
         """Return the keys that begin so; see `Store`."""
@@ -182,20 +191,19 @@ class LocalStore:
         """Link to an object of another folder where the file system can, else copy it; see `Store`."""
         path, temporary = self.root / key, self.root / (key + TEMPORARY_SUFFIX)
         try:
-            _make_folder(path.parent)
+            self._make_folder(path.parent)
             temporary.unlink(missing_ok=True)
-            origin = source.local(source_key)
-            try:
-                temporary.hardlink_to(origin)
-            except OSError:
-                shutil.copyfile(origin, temporary)
-            _sync(temporary)  # a copy of a remote object may not be on its disk yet
-            temporary.replace(path)
-            temporary.unlink(missing_ok=True)  # renaming a link onto itself leaves it
+            origin = source.local(source_key).resolve()  # a link to a symbolic link would lead elsewhere from here
+            with _removed_on_failure(temporary):
+                try:
+                    temporary.hardlink_to(origin)
+                except OSError:
+                    shutil.copyfile(origin, temporary)
+                _sync(temporary)  # a copy of a remote object may not be on its disk yet
+                temporary.replace(path)
+                temporary.unlink(missing_ok=True)  # renaming a link onto itself leaves it
             _sync(path.parent)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise CacheError(
                 f"cannot copy {source}/{source_key} to {path}: {error.strerror}; mend that first"
             ) from error
@@ -203,10 +211,26 @@ class LocalStore:
     def lock(self) -> "CacheLock":
         """Make the folder and return its lock; see `Store`."""
         try:
-            _make_folder(self.root)
+            self._make_folder(self.root)
         except OSError as error:
             raise CacheError(f"cannot create {self}: {error.strerror}; choose another folder") from error
         return CacheLock(self.root)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and those above it durable; what is there may be the work of a process killed before it was."""
+        if folder in self._durable and folder.is_dir():
+            return
+        if folder.parent != folder:
+            self._make_folder(folder.parent)
+        made = not folder.is_dir()
+        if made:
+            folder.mkdir(exist_ok=True)
+        try:
+            _sync(folder.parent)
+        except OSError:
+            if made:  # else it is not ours to answer for
+                raise
+        self._durable.add(folder)
 
 
 class CacheLock:
@@ -263,12 +287,15 @@ class CacheLock:
         os.close(self._descriptor)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each durably."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
+@contextlib.contextmanager
+def _removed_on_failure(temporary: Path) -> Iterator[None]:
+    """Leave no temporary file behind whatever is raised, an interrupt included."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _sync(path: Path) -> None:
