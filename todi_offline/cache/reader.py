@@ -1,11 +1,12 @@
 """A cache folder in, sequences with their targets out, in any order."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, first_line
 
 _TABLE_BATCH = 256
+T = TypeVar("T")
+
+_READERS = 16  # threads; each waits for a store
 _NUMBERS = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
 
 
@@ -60,12 +64,17 @@ def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "C
         shards = committed_shards(store)
     else:
         seal = read_seal(store)
-        for key, expected in seal.objects.items():
-            read_object(store, key, expected)
+        _map(partial(read_object, store), seal.objects.keys(), seal.objects.values())
         shards = list(range(seal.num_shards))
-    records = [read_shard_record(store, manifest, shard) for shard in shards]
-    tables = [read_table(store, record) for record in records]
+    records = _map(partial(read_shard_record, store, manifest), shards)
+    tables = _map(partial(read_table, store), records)
     return Cache(store, manifest, records, pa.concat_tables(tables) if tables else None)
+
+
+def _map(read: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+    """Read many small objects at once: an object store takes its time over each."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(read, *arguments))
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -126,12 +135,23 @@ class Cache:
         }
         try:
             arrays = {
-                name: open_shard(self.store, self.manifest, self._objects, name, shard).read_rows(*spans[spec.axis])
-                for name, spec in self.manifest.arrays.items()
+                name: self._read_rows(name, shard, *spans[spec.axis]) for name, spec in self.manifest.arrays.items()
             }
         except CacheError as error:
             raise type(error)(f"sequence {self.sequences['id'][index].as_py()!r} (number {index}): {error}") from error
         return self._decode(index, arrays)
+
+    def _read_rows(self, name: str, shard: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read rows of a shard; where a local copy of it is damaged or gone, from another copy."""
+        try:
+            return open_shard(self.store, self.manifest, self._objects, name, shard).read_rows(start, stop)
+        except CacheError:
+            if not self.store.discard_copy(self.manifest.arrays[name].object_key(shard)):
+                raise
+        try:
+            return open_shard(self.store, self.manifest, self._objects, name, shard).read_rows(start, stop)
+        except CacheError as error:
+            raise type(error)(f"fetched twice from {self.store}: {error}") from error
 
     def _decode(self, index: int, arrays: dict[str, npt.NDArray[Any]]) -> CachedSequence:
         settings = self.manifest.settings

@@ -113,9 +113,10 @@ class RemoteStore:
 
     def discard_copy(self, key: str) -> bool:
         """Forget the local copy of an object, so that the next `local` fetches it anew; see `Store`."""
-        if key in self._versions:
-            self.staging.drop(*self._versions.pop(key))
-        return True
+        found = self._versions.pop(key, None)
+        if found:
+            self.staging.drop(*found)
+        return found is not None
 
     def copy_from(self, source: Store, source_key: str, key: str) -> None:
         """Have the object store copy what it holds itself, and send it what it does not; see `Store`."""

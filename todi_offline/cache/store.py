@@ -69,7 +69,7 @@ class Store(Protocol):
         """
 
     def discard_copy(self, key: str) -> bool:
-        """Forget the local copy of an object that turned out to be damaged; False where objects are files anyway."""
+        """Forget the local copy of an object that turned out to be damaged; False where there is none."""
 
     def copy_from(self, source: "Store", source_key: str, key: str) -> None:
         """Write an object of another store under `key`, without moving its bytes where that is possible."""
@@ -184,7 +184,7 @@ class LocalStore:
         return self.root / key
 
     def discard_copy(self, key: str) -> bool:  # noqa: ARG002 -- the protocol's
-        """Return False: there is none; see `Store`."""
+        """Return False: there are no copies; see `Store`."""
         return False
 
     def copy_from(self, source: Store, source_key: str, key: str) -> None:

@@ -324,7 +324,13 @@ def _object_keys(manifest: Manifest, shard: int) -> set[str]:
 
 
 def _difference(store: Store, key: str, expected: ObjectSum) -> str | None:
-    """Return how an object differs from what was written, reading it in blocks."""
+    """Return how an object differs from what was written."""
+    found = _difference_here(store, key, expected)
+    return _difference_here(store, key, expected) if found and store.discard_copy(key) else found
+
+
+def _difference_here(store: Store, key: str, expected: ObjectSum) -> str | None:
+    """Return how an object, or the local copy of it, differs from what was written, reading it in blocks."""
     try:
         with store.local(key).open("rb") as file:
             num_bytes, crc = 0, 0
