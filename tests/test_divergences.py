@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from todi_offline.errors import ConfigError, TargetsError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, dense_divergence, sparse_divergence
-from todi_offline.losses.divergences import named_divergence, skew_forward_kl, todi
+from todi_offline.losses.divergences import installed_divergence, skew_forward_kl, todi
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets, sparsify
 
@@ -523,7 +523,7 @@ def installed(tmp_path, monkeypatch):
     (metadata / "entry_points.txt").write_text("\n".join(["[todi_offline.divergences]", *points, ""]))
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    named_divergence.cache_clear()
+    installed_divergence.cache_clear()
 
 
 def test_an_installed_package_may_name_a_divergence(installed):

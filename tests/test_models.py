@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 from tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama, save, save_llama
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from todi_offline.errors import ModelError
@@ -18,8 +18,10 @@ from todi_offline.models import (
     chunked_head,
     evaluation_mode,
     head_at,
+    linear_head,
     load_model,
     load_tokenizer,
+    loss_at,
     output_head,
     real_vocab_size,
     resolve_device,
@@ -105,6 +107,76 @@ def test_head_at_leaves_the_model_as_it_was_even_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), head_at(model, POSITIONS):
         raise RuntimeError("stop")
     assert full_logits(model).shape == (TOKENS.numel(), VOCAB)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2, granite, cohere])
+def test_a_loss_in_the_forward_pass_is_returned_as_it_is_with_its_gradients(build: Build) -> None:
+    """Not scaled, not capped: those are far from the identity here."""
+    model = build()
+    assert linear_head(model) is not None
+    head = chunked_head(model)
+    expected_of = head.hidden_states(POSITIONS, input_ids=TOKENS)
+
+    def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is None
+        torch.testing.assert_close(hidden, expected_of)
+        return 100 * (hidden @ weight.T).square().mean()
+
+    with loss_at(model, POSITIONS, loss_of):
+        found = model(input_ids=TOKENS)
+    assert set(found) == {"loss"}
+    expected = loss_of(expected_of, output_head(model).weight, None)
+    assert found["loss"].shape == ()
+    torch.testing.assert_close(found["loss"], expected)
+    parameters = list(model.parameters())
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (found["loss"], expected))
+    torch.testing.assert_close(*gradients)
+    assert full_logits(model).shape == (TOKENS.numel(), VOCAB)
+
+
+def test_an_error_in_the_loss_leaves_the_model_as_it_was() -> None:
+    model, expected = llama(), full_logits(llama())
+
+    def loss_of(*_: Any) -> Tensor:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), loss_at(model, POSITIONS, loss_of):
+        model(input_ids=TOKENS)
+    torch.testing.assert_close(full_logits(model), expected)
+
+
+class Quantised(Tensor):
+    """Stands for the tensors of quantised weights, which multiply in ways of their own."""
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    def of_another_kind(model: Any) -> None:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantised))
+
+    def patched(model: Any) -> None:
+        model.lm_head.forward = lambda hidden: 2 * nn.Linear.forward(model.lm_head, hidden)
+
+    changes: list[Callable[[Any], Any]] = [
+        of_another_kind,
+        patched,
+        lambda model: model.lm_head.register_forward_hook(lambda *_: None),
+        lambda model: model.lm_head.register_forward_pre_hook(lambda *_: None),
+        lambda model: model.lm_head.register_full_backward_hook(lambda *_: None),
+        lambda model: nn.utils.parametrizations.weight_norm(model.lm_head),
+        lambda model: setattr(model, "lm_head", nn.Sequential(model.lm_head)),
+    ]
+    for change in changes:
+        model = llama()
+        change(model)
+        caplog.clear()
+        assert linear_head(model) is None
+        assert "the head of LlamaForCausalLM is no plain linear layer" in caplog.text
+
+
+def test_a_model_that_drops_out_is_compared_without(caplog: pytest.LogCaptureFixture) -> None:
+    model = gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train()
+    assert linear_head(model) is not None
+    assert model.training
 
 
 def test_ids_beyond_the_tokenizers_are_padding_of_the_embedding() -> None:

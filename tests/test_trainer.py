@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 from tiny_models import VOCAB, gpt2, llama, mamba
+from tiny_runs import QUIET, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
@@ -22,13 +23,11 @@ from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TargetsError
 from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
-from todi_offline.models import output_head
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
 from todi_offline.targets import SparseTargets
 from todi_offline.teacher import Teacher, as_teacher
 from todi_offline.trainer import ToDiTrainer
 
-QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 MEANS = (
     "cross_entropy",
     "kd",
@@ -39,55 +38,6 @@ MEANS = (
     "share_a_above_half",
     "tail_share",
 )
-
-
-class Noting(ToDiTrainer):
-    """Notes what every micro-batch held, and its loss."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.batches: list[dict[str, Tensor]] = []
-        self.losses: list[float] = []
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if model.training:
-            self.batches.append(inputs)
-            self.losses.append(loss.item())
-        return loss
-
-
-def trainer_of(
-    out: Path,
-    train_dataset: Cache | None,
-    model: Any = None,
-    *,
-    distillation: DistillationConfig | None = None,
-    eval_dataset: Any = None,
-    tokenizer: Any = None,
-    callbacks: list[Any] | None = None,
-    **settings: Any,
-) -> Noting:
-    values = QUIET | {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1} | settings
-    return Noting(
-        model=llama(seed=1) if model is None else model,
-        args=TrainingArguments(output_dir=str(out), **values),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer or tiny_tokenizer(),
-        distillation=distillation,
-        callbacks=callbacks,
-    )
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_weights(found: Any, expected: Any, tolerance: float = 0.0) -> None:
-    mine = weights(found)
-    for name, value in weights(expected).items():
-        assert (mine[name] - value).abs().max() <= tolerance, name
 
 
 def seen_by(trainer: Noting, cache: Cache) -> list[set[int]]:
@@ -169,14 +119,6 @@ def test_without_distillation_it_is_the_trainer_of_transformers(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["loss"] == pytest.approx(mine["cross_entropy"], rel=1e-4)
     assert_same_weights(ours.model, plain.model, 1e-6)
-
-
-def test_the_head_runs_at_the_targets_alone(cache: Cache, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, cache, max_steps=2)
-    rows: list[int] = []
-    output_head(trainer.model).register_forward_hook(lambda _, __, output: rows.append(output.numel() // VOCAB))
-    trainer.train()
-    assert rows == [len(batch["labels"]) for batch in trainer.batches]
 
 
 def test_a_packed_row_is_read_without_a_cache_and_without_a_mask(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
@@ -456,18 +398,6 @@ def test_callbacks_and_tensorboard_see_what_is_logged(cache: Cache, tmp_path: Pa
 
 
 # Ways to train
-
-CHECKPOINTING = "activation_checkpointing"  # its name of old: gradient_checkpointing
-if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
-
-
-def test_gradient_checkpointing_changes_no_loss(cache: Cache, tmp_path: Path) -> None:
-    plain = trainer_of(tmp_path / "a", cache, max_steps=3)
-    plain.train()
-    checkpointed = trainer_of(tmp_path / "b", cache, max_steps=3, **{CHECKPOINTING: True})
-    checkpointed.train()
-    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
 def test_bfloat16_gives_losses_near_those_of_float32(cache: Cache, tmp_path: Path) -> None:

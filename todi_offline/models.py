@@ -5,7 +5,7 @@ Everything here serves teacher and student alike. What transformers knows is lef
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,41 @@ def head_at(model: Model, positions: Int[Tensor, " target"]) -> Iterator[None]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def loss_at(
+    model: Model, positions: Int[Tensor, " target"], loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> Iterator[None]:
+    """Within, the model's forward pass ends in a loss, and returns {"loss": it} in place of its outputs.
+
+    `loss_of` takes hidden [target, d], what the head would read at these flat positions, and its weight and bias.
+    It runs where the head would, so that they are what whatever wraps the model made of them: gathered by FSDP, in
+    autocast's reach. The loss leaves through the head and the model, for DDP and FSDP hang on to what these return;
+    what the model does to its logits on the way is not done to the loss. The head has to be one of `linear_head`.
+    """
+    head: Any = output_head(model)
+    returned: list[Tensor] = []
+
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        hidden = hidden.flatten(0, 1)
+        loss = loss_of(hidden[positions.to(hidden.device)], head.weight, head.bias)
+        return loss * hidden.new_ones(1, 1, 1, dtype=loss.dtype)  # no view: FSDP's hooks on one may be lost
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        returned.append(output)
+
+    def replace(_: nn.Module, __: Any, ___: Any) -> dict[str, Tensor]:
+        return {"loss": returned[0].sum()}
+
+    head.forward = forward
+    handles = [head.register_forward_hook(keep), model.register_forward_hook(replace, prepend=True)]
+    try:
+        yield
+    finally:
+        del head.forward
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkedHead:
     """A model's head as a function of hidden states, so that logits need never exist for all positions at once."""
@@ -189,6 +224,21 @@ def chunked_head(model: Model) -> ChunkedHead | None:
     return head if same else None
 
 
+def linear_head(model: Model) -> ChunkedHead | None:
+    """Return the head of a model where its logits follow from hidden states, its weight and bias alone, else None.
+
+    So it is no head that is quantised, wears an adapter, is split over devices or has hooks, which are to see logits.
+    """
+    if _is_linear(output_head(model)):
+        with evaluation_mode(model):
+            return chunked_head(model)
+    logger.warning(
+        "the head of %s is no plain linear layer; the loss is computed from its logits, which takes more memory",
+        type(model).__name__,
+    )
+    return None
+
+
 def same_logits(found: Tensor, expected: Tensor) -> bool:
     """Whether logits are the same but for rounding, measured by the largest: fresh models have small ones."""
     tolerance = 5e-3 if expected.dtype == torch.float32 else 2e-2  # TF32 rounds to 5e-4, bfloat16 to 4e-3
@@ -207,6 +257,16 @@ def evaluation_mode(model: Model) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+def _is_linear(head: Any) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(head).forward is nn.Linear.forward
+        and "forward" not in vars(head)  # as accelerate patches it
+        and not any(vars(head)[name] for name in hooks)
+        and type(head.weight) is nn.Parameter  # tensors of other kinds multiply in ways of their own
+    )
 
 
 def _location(path: str) -> tuple[str, dict[str, Any]]:

@@ -14,8 +14,8 @@ from todi_offline.cache.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
-from todi_offline.losses import DistillationConfig, distillation_loss
-from todi_offline.models import Model, Tokenizer, head_at, real_vocab_size
+from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
+from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch
 from todi_offline.student import packs_apart
 from todi_offline.targets import SparseTargets
@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 class ToDiTrainer(Trainer):
     """A `transformers.Trainer` whose targets come from a cache.
+
+    Where the student's head is a linear layer, `head` says so, and the loss is computed in the forward pass of the
+    model, without holding the logits of a batch. Where it is None, which a log line explains, logits are returned and
+    the loss is computed from them: the same numbers. So it is where someone asks `compute_loss` for the outputs.
 
     Arguments, callbacks, reporting, checkpoints and resuming are the Trainer's own. Beside its loss it logs, as means
     over targets: `cross_entropy`, `kd`, `forward_kl`, `reverse_kl`, `teacher_kept_mass`, `student_kept_mass`,
@@ -80,6 +84,7 @@ class ToDiTrainer(Trainer):
         if "data_collator" not in kwargs:
             self.data_collator = _collator(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here
+        self.head = linear_head(self.model)
         self._cache = caches[0] if caches else None
         self._order: ShuffledOrder | None = None
         self._source: Iterator[Any] | None = None
@@ -95,19 +100,53 @@ class ToDiTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the objective, summed over the targets here and divided by `num_items_in_batch`."""
-        assert self._cache is not None
-        unwrapped = self.accelerator.unwrap_model(model)
-        with head_at(unwrapped, inputs["target_positions"]):
-            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
-        logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
-        targets = batch_targets(inputs, self._cache)
-        loss, sums = distillation_loss(
-            logits, inputs["labels"], targets, self.distillation, num_targets=num_items_in_batch
-        )
+        objective = self._objective_from_logits if return_outputs or self.head is None else self._objective_in_forward
+        outputs, loss, sums = objective(model, inputs, num_items_in_batch)
         self._meters[model.training].add(sums, inputs["num_tokens"])
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum
         return (loss, outputs) if return_outputs else loss
+
+    def _objective_in_forward(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_targets: Tensor | int | None
+    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Return what `_objective_from_logits` does, from hidden states and the head."""
+        assert self._cache is not None
+        assert self.head is not None
+        vocab_size, head, sums = self._cache.manifest.vocab_size, self.head, {}
+        targets = batch_targets(inputs, self._cache)
+
+        def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            loss, found = fused_linear_distill(
+                hidden,
+                weight,
+                inputs["labels"],
+                targets,
+                self.distillation,
+                bias=bias,
+                num_targets=num_targets,
+                vocab_size=vocab_size,
+                scale=head.scale,
+                softcap=head.softcap,
+            )
+            sums.update(found)
+            return loss
+
+        with loss_at(self.accelerator.unwrap_model(model), inputs["target_positions"], loss_of):
+            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+        return outputs, outputs["loss"], sums
+
+    def _objective_from_logits(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_targets: Tensor | int | None
+    ) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Return the model's outputs, the loss and the sums to log."""
+        assert self._cache is not None
+        with head_at(self.accelerator.unwrap_model(model), inputs["target_positions"]):
+            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+        logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
+        targets = batch_targets(inputs, self._cache)
+        loss, sums = distillation_loss(logits, inputs["labels"], targets, self.distillation, num_targets=num_targets)
+        return outputs, loss, sums
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

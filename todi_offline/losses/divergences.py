@@ -135,21 +135,21 @@ def resolve(divergence: str | Divergence, beta: float) -> tuple[Divergence, floa
     Raises:
         ConfigError: no divergence has that name.
     """
-    function = named_divergence(divergence) if isinstance(divergence, str) else divergence
+    function = divergence
+    if isinstance(function, str):
+        function = DIVERGENCES.get(function) or installed_divergence(function)
     if function is todi:
         return functools.partial(todi, beta=beta), 1 + beta / 2
     return function, _CURVATURES.get(function, 1.0)
 
 
 @functools.cache
-def named_divergence(name: str) -> Divergence:
-    """Return the divergence of that name: one of `DIVERGENCES`, else one that an installed package has.
+def installed_divergence(name: str) -> Divergence:
+    """Return the divergence that an installed package has under that name.
 
     Raises:
-        ConfigError: there is none, or that of the package is no function that can be loaded.
+        ConfigError: there is none, or it is no function that can be loaded.
     """
-    if name in DIVERGENCES:
-        return DIVERGENCES[name]
     installed = entry_points(group=ENTRY_POINTS)
     if name not in installed.names:
         raise ConfigError(f"divergence is {name!r}; expected {choices(name, [*DIVERGENCES, *sorted(installed.names)])}")

@@ -1,0 +1,64 @@
+"""Short training runs for the tests, and what is noted of them."""
+
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_tokenizer
+from tiny_models import llama
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from todi_offline.cache.reader import Cache
+from todi_offline.losses import DistillationConfig
+from todi_offline.trainer import ToDiTrainer
+
+QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+
+
+class Noting(ToDiTrainer):
+    """Notes what every micro-batch held, and its loss."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            self.batches.append(inputs)
+            self.losses.append(loss.item())
+        return loss
+
+
+def trainer_of(
+    out: Path,
+    train_dataset: Cache | None,
+    model: Any = None,
+    *,
+    distillation: DistillationConfig | None = None,
+    eval_dataset: Any = None,
+    tokenizer: Any = None,
+    callbacks: list[Any] | None = None,
+    **settings: Any,
+) -> Noting:
+    values = QUIET | {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1} | settings
+    return Noting(
+        model=llama(seed=1) if model is None else model,
+        args=TrainingArguments(output_dir=str(out), **values),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer or tiny_tokenizer(),
+        distillation=distillation,
+        callbacks=callbacks,
+    )
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_weights(found: Any, expected: Any, tolerance: float = 0.0) -> None:
+    mine = weights(found)
+    for name, value in weights(expected).items():
+        assert (mine[name] - value).abs().max() <= tolerance, name
