@@ -19,6 +19,8 @@ from torch import Tensor
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 
+_BLOCK = 256  # columns summed at once, of which those of a drawn block are looked at one by one
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparseTargets:
@@ -165,7 +167,7 @@ def sparsify(
     Among equal log-probs the smallest ids win, on every device. A logit of -inf is a probability of zero.
     `uniforms`, numbers in [0, 1), decide the samples in place of `num_tail_samples` and `generator`,
     so that a row's samples do not depend on the rows beside it.
-    Beside the logits it needs about three float32 copies of them.
+    Beside the logits it needs about two float32 copies of them.
 
     Raises:
         TargetsError: k or a temperature is out of range; samples are asked of a tail that is empty.
@@ -175,8 +177,7 @@ def sparsify(
         device = generator.device if generator else "cpu"
         shape = (len(logits), num_tail_samples)
         uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-    with torch.no_grad():
-        return _sparsify_in_place(_logprobs(logits), k, tuple(temperatures), uniforms, tail_temperature)
+    return _targets(logits, k, tuple(temperatures), uniforms, tail_temperature)[0]
 
 
 def teacher_targets(
@@ -193,10 +194,9 @@ def teacher_targets(
         TargetsError: as `sparsify`.
         TeacherOutputError: as `sparsify`.
     """
-    with torch.no_grad():
-        logprobs = _logprobs(logits)
-        label_logprobs = logprobs.gather(-1, labels[:, None]).squeeze(-1)
-        return _sparsify_in_place(logprobs, k, tuple(temperatures), uniforms, tail_temperature), label_logprobs
+    targets, log_partition = _targets(logits, k, tuple(temperatures), uniforms, tail_temperature)
+    label_logprobs = logits.gather(-1, labels[:, None]) - log_partition
+    return targets, label_logprobs.to(targets.logprobs.dtype).squeeze(-1)
 
 
 def check_narrowing(k: int, stored: int) -> None:
@@ -205,43 +205,63 @@ def check_narrowing(k: int, stored: int) -> None:
         raise TargetsError(f"k is {k}, but these targets hold the top {stored}; choose 1 to {stored}")
 
 
-def _logprobs(logits: Float[Tensor, "target vocab"]) -> Float[Tensor, "target vocab"]:
-    largest = logits.amax(-1)  # NaN where the row holds one
+@torch.no_grad()
+def _targets(
+    logits: Float[Tensor, "target vocab"],
+    k: int,
+    temperatures: tuple[float, ...],
+    uniforms: Float[Tensor, "target sample"] | None,
+    tail_temperature: float,
+) -> tuple[SparseTargets, Float[Tensor, "target 1"]]:
+    """Return the targets, and each row's log-partition in double precision.
+
+    No softmax is taken: the kept logits and the sums over all others give the log-partition, so that a pass over the
+    vocabulary is made once a temperature. The tail is counted from its own largest logit: it has a logarithm however
+    far below the kept ones it lies.
+    """
+    uniforms = None if uniforms is None or uniforms.shape[1] == 0 else uniforms
+    _check(logits.shape[1], k, temperatures, tail_temperature if uniforms is not None else None)
+    values, ids, following = _top_k(logits, k)
+    _require_softmax(values[:, 0])
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    largest = following.masked_fill(following == -math.inf, 0).to(dtype)
+    tail = (logits - largest).scatter_(-1, ids, -math.inf)
+    weights, sums, tail_ids = torch.empty_like(tail), {}, None
+    for temperature in dict.fromkeys((*temperatures, 1.0)):
+        blocks = _block_sums(torch.div(tail, temperature, out=weights).exp_())
+        sums[temperature] = _wide(largest) / temperature + blocks.sum(-1, keepdim=True).log()
+        if uniforms is not None and temperature == tail_temperature:
+            tail_ids = _draw(weights, blocks, uniforms)
+    log_partition = torch.logaddexp(_wide(values).logsumexp(-1, keepdim=True), sums[1.0])
+    shift = (log_partition - _wide(largest)).to(tail)
+    targets = SparseTargets(
+        ids=ids,
+        logprobs=(_wide(values) - log_partition).to(tail),
+        tail_logsumexp=torch.cat([sums[t] - log_partition / t for t in temperatures], dim=-1).to(tail),
+        temperatures=temperatures,
+        tail_ids=tail_ids,
+        tail_logprobs=None if tail_ids is None else tail.gather(-1, tail_ids) - shift,
+        tail_temperature=tail_temperature,
+    )
+    return targets, log_partition.to(logits.device)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return in double precision, which MPS has not."""
+    return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
+
+
+def _require_softmax(largest: Float[Tensor, " target"]) -> None:
+    """Refuse rows whose largest logit, which is NaN where the row holds one, is not finite."""
     broken = (~largest.isfinite()).nonzero().flatten().tolist()
     if broken:
         row = broken[0]
         found = {math.inf: "+inf", -math.inf: "nothing but -inf"}.get(largest[row].item(), "NaN")
         raise TeacherOutputError(
             f"row {row} of the teacher's logits holds {found}, so it has no softmax ({len(broken)} such of "
-            f"{len(logits)} rows); a teacher in float16 may overflow: load it in bfloat16 or float32",
+            f"{len(largest)} rows); a teacher in float16 may overflow: load it in bfloat16 or float32",
             row,
         )
-    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
-def _sparsify_in_place(
-    logprobs: Float[Tensor, "target vocab"],
-    k: int,
-    temperatures: tuple[float, ...],
-    uniforms: Float[Tensor, "target sample"] | None,
-    tail_temperature: float,
-) -> SparseTargets:
-    """Turn log-probs into targets; the tensor given is overwritten, which saves a copy of it."""
-    uniforms = None if uniforms is None or uniforms.shape[1] == 0 else uniforms
-    _check(logprobs.shape[1], k, temperatures, tail_temperature if uniforms is not None else None)
-    top_logprobs, ids = _top_k(logprobs, k)
-    tail = logprobs.scatter_(-1, ids, -math.inf)
-    masses = [(tail if t == 1 else tail / t).logsumexp(-1) for t in temperatures]
-    tail_ids = None if uniforms is None else _draw(tail, uniforms, tail_temperature)
-    return SparseTargets(
-        ids=ids,
-        logprobs=top_logprobs,
-        tail_logsumexp=torch.stack(masses, dim=-1),
-        temperatures=temperatures,
-        tail_ids=tail_ids,
-        tail_logprobs=None if tail_ids is None else tail.gather(-1, tail_ids),
-        tail_temperature=tail_temperature,
-    )
 
 
 def _check(vocab: int, k: int, temperatures: tuple[float, ...], tail_temperature: float | None) -> None:
@@ -263,49 +283,73 @@ def _check(vocab: int, k: int, temperatures: tuple[float, ...], tail_temperature
 
 
 def _top_k(
-    logprobs: Float[Tensor, "target vocab"], k: int
-) -> tuple[Float[Tensor, "target k"], Int[Tensor, "target k"]]:
-    """Return the k largest log-probs and their ids, sorted by (log-prob descending, id ascending).
+    logits: Float[Tensor, "target vocab"], k: int
+) -> tuple[Float[Tensor, "target k"], Int[Tensor, "target k"], Float[Tensor, "target 1"]]:
+    """Return the k largest logits and their ids, sorted by (logit descending, id ascending), and the next one or -inf.
 
     torch.topk promises nothing about equal values, and a bfloat16 head makes many. A stable sort restores
     the order among them; where the k-th and the next are equal, the choice among them is made anew.
     """
-    values, ids = logprobs.topk(min(k + 1, logprobs.shape[1]))
-    ambiguous = (values[:, k:] == values[:, k - 1 : k]).any(-1).nonzero().flatten()
+    values, ids = logits.topk(min(k + 1, logits.shape[1]))
+    following = values[:, k:] if values.shape[1] > k else torch.full_like(values[:, :1], -math.inf)
+    ambiguous = (following == values[:, k - 1 : k]).any(-1).nonzero().flatten()
     ids, order = ids[:, :k].sort(-1)
     values, order = values[:, :k].gather(-1, order).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
     if len(ambiguous):
-        ids[ambiguous] = _smallest_tied_ids(logprobs[ambiguous], values[ambiguous], ids[ambiguous])
-    return values, ids
+        ids[ambiguous] = _smallest_tied_ids(logits[ambiguous], values[ambiguous], ids[ambiguous])
+    return values, ids, following
 
 
 def _smallest_tied_ids(
-    logprobs: Float[Tensor, "row vocab"], values: Float[Tensor, "row k"], ids: Int[Tensor, "row k"]
+    logits: Float[Tensor, "row vocab"], values: Float[Tensor, "row k"], ids: Int[Tensor, "row k"]
 ) -> Int[Tensor, "row k"]:
-    """Replace the ids whose log-prob is the k-th by the smallest ones that share it."""
-    vocab, k = logprobs.shape[1], ids.shape[1]
+    """Replace the ids whose logit is the k-th by the smallest ones that share it."""
+    vocab, k = logits.shape[1], ids.shape[1]
     threshold = values[:, -1:]
     countdown = torch.arange(vocab, 0, -1, dtype=torch.int32, device=ids.device)
-    tied_ids = vocab - torch.where(logprobs == threshold, countdown, 0).topk(k).values.long()
+    tied_ids = vocab - torch.where(logits == threshold, countdown, 0).topk(k).values.long()
     num_above = (values > threshold).sum(-1, keepdim=True)
     rank_among_tied = torch.arange(k, device=ids.device) - num_above
     return torch.where(rank_among_tied < 0, ids, tied_ids.gather(-1, rank_among_tied.clamp(min=0)))
 
 
+def _block_sums(weights: Float[Tensor, "target vocab"]) -> Float[Tensor, "target block"]:
+    """Return the sums of consecutive columns, in double precision between blocks."""
+    whole = weights.shape[1] // _BLOCK * _BLOCK
+    sums = weights[:, :whole].view(len(weights), -1, _BLOCK).sum(-1) if whole else weights[:, :0]
+    return _wide(torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1))
+
+
 def _draw(
-    tail: Float[Tensor, "target vocab"], uniforms: Float[Tensor, "target sample"], temperature: float
+    weights: Float[Tensor, "target vocab"],
+    blocks: Float[Tensor, "target block"],
+    uniforms: Float[Tensor, "target sample"],
 ) -> Int[Tensor, "target sample"]:
-    """Draw ids of the tail by inverting the cumulative sum, over ids, of exp(logprob / temperature)."""
-    device = "cpu" if tail.device.type == "mps" else tail.device  # MPS has no float64
-    cumulative = tail.to(device, torch.float64, copy=True)
-    cumulative.sub_(cumulative.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min))
-    cumulative.div_(temperature).exp_().cumsum_(-1)
-    total = cumulative[:, -1:]
-    # Below the total, so that the search ends at an id that adds to the sum: one of positive probability.
-    points = torch.minimum(uniforms.to(cumulative) * total, total.nextafter(torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, points, right=True)
-    return drawn.clamp(max=tail.shape[1] - 1).to(tail.device)  # past the end only where the tail has no mass
+    """Draw ids in proportion to weights by inverting their cumulative sum over ids: of a block's, then within it.
+
+    In a row without weights any id is drawn.
+    """
+    block, rest = _invert(blocks.cumsum(-1), uniforms.to(blocks))
+    columns = (block[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)).to(weights.device)
+    beyond = columns >= weights.shape[1]
+    chosen = weights.gather(-1, columns.masked_fill(beyond, 0).flatten(1)).view(columns.shape)
+    column, _ = _invert(_wide(chosen.masked_fill(beyond, 0)).cumsum(-1), rest[:, :, None])
+    drawn = block * _BLOCK + column.squeeze(-1)
+    return drawn.clamp(max=weights.shape[1] - 1).to(weights.device)
+
+
+def _invert(
+    cumulative: Float[Tensor, "*rows column"], uniforms: Float[Tensor, "*rows sample"]
+) -> tuple[Int[Tensor, "*rows sample"], Float[Tensor, "*rows sample"]]:
+    """Return where a cumulative sum passes these shares of its total, and how far into that column, in [0, 1)."""
+    total = cumulative[..., -1:]
+    # Below the total, so that the search ends at a column that adds to the sum: one of positive weight.
+    points = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
+    found = torch.searchsorted(cumulative, points, right=True).clamp(max=cumulative.shape[-1] - 1)
+    before = torch.where(found > 0, cumulative.gather(-1, (found - 1).clamp(min=0)), 0)
+    inside = (points - before) / (cumulative.gather(-1, found) - before)
+    return found, inside.nan_to_num(nan=0.0).clamp(0, 1)
 
 
 def _listed(temperatures: tuple[float, ...]) -> str:
