@@ -6,6 +6,7 @@
     ├── ModelError               a model, tokenizer or adapter that cannot be loaded or does not fit
     │   └── TeacherOutputError   NaN or +inf among the teacher's logits
     ├── TargetsError             targets asked for in a form that they do not have
+    ├── OutOfMemoryError         the machine or a device has no memory left
     └── CacheError               a cache that cannot be used
         ├── CacheFormatError     not a cache, or one of a version or layout unknown here
         ├── CacheIncompleteError not sealed, or a shard is missing
@@ -18,8 +19,13 @@ The command line prints it as one line and exits with 1.
 """
 
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # torch, of a device and of the host
 
 
 class TodiError(Exception):
@@ -51,6 +57,10 @@ class TargetsError(TodiError):
     """Targets are asked for in a form that they do not have."""
 
 
+class OutOfMemoryError(TodiError):
+    """The machine or a device has no memory left."""
+
+
 class CacheError(TodiError):
     """A cache cannot be used."""
 
@@ -76,8 +86,32 @@ class CacheLockedError(CacheError):
 
 
 @contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Within, memory that runs out is an error of ours, which says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+            raise OutOfMemoryError(f"out of memory: {first_line(error)}; {remedy}") from error
+        raise
+
+
+@contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within, an error of ours is one line on stderr and exit code 1: the last resort of a command line."""
+    """Within, an error of ours is one line on stderr and exit code 1: the last resort of a command line.
+
+    So are the signals that ask a process to end: what is open is closed, and no lock or temporary file stays behind.
+    """
+    ours = os.getpid()
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() != ours:  # a worker, which has nothing to say
+            os._exit(128 + number)
+        sys.exit(f"Error: ended by {signal.Signals(number).name}; what is committed is safe, the same command goes on")
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
     try:
         yield
     except TodiError as error:
