@@ -19,6 +19,7 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.config import load_config
 from todi_offline.data import DataConfig, Example, Examples, load_examples
+from todi_offline.errors import memory_errors
 from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
@@ -111,7 +112,8 @@ def run(
     manifest = describe(teacher, examples, config.cache, len(plan))
     with CacheWriter(config.out, manifest, tokenizer_json(teacher.tokenizer)) as writer:
         missing = [plan[shard] for shard in writer.missing_shards()]
-        seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
+        with memory_errors("what is committed is safe; lower batch_tokens, and run the same command again"):
+            seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
         if not writer.sealed:
             writer.seal()
     return _summarise(config.out, examples, missing, seconds)
