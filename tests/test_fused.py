@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import todi_offline.losses.fused
 from todi_offline.errors import TargetsError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.targets import sparsify
@@ -207,6 +208,21 @@ def test_autocast_gives_the_dtype_of_the_products_and_the_parameters_that_of_the
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
+def test_float16_holds_the_gradients_although_it_could_not_hold_those_of_the_mean(as_tensor):
+    hidden, weight, _, labels, targets = case(num_targets=8, width=16, vocab=300, dtype=torch.float32)
+    many = torch.tensor(10**7) if as_tensor else 10**7
+    expected, _ = fused(hidden, weight, None, labels, targets, num_targets=many)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = fused(hidden.half(), weight, None, labels, targets, num_targets=many)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    scale = 10.0**6  # as a scaler of gradients has it
+    found = torch.autograd.grad(scale * loss, (hidden, weight))
+    for gradient, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient / scale, right, rtol=0, atol=2e-2 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
 def test_the_gradients_of_micro_batches_add_up_to_those_of_one_batch(as_tensor):
     hidden, weight, bias, labels, targets = case()
     given = (hidden, weight, bias)
@@ -267,6 +283,20 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.num_elements = max(self.num_elements, tensor.numel())
         return result
+
+
+@pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 2), ({"softcap": 3.0}, 2)])
+def test_what_is_as_large_as_a_chunk_is_counted_into_its_bytes(options, num_copies, monkeypatch):
+    monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 8 * VOCAB * 4)
+    rows, split = [], todi_offline.losses.fused._split
+
+    def watched(logits, targets):
+        rows.append(len(logits))
+        return split(logits, targets)
+
+    monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
+    fused(*case(num_targets=8, dtype=torch.float32), **options)
+    assert rows == [8 // num_copies] * num_copies
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -28,8 +28,8 @@ from todi_offline.losses.objective import sums_to_log
 from todi_offline.targets import SparseTargets
 
 CPU_CHUNK_BYTES = 64 * 2**20
-"""Logits of a chunk on a CPU. Of 24 to 64 MiB tried with a head of [49152, 576] the largest was the fastest: fewer rows
-make the matrix products slower, and that costs more than logits that stay in the cache save."""
+"""Logits of a chunk on a CPU, and all else of their size. Of 24 to 64 MiB tried with a head of [49152, 576] the largest
+was the fastest: fewer rows make the matrix products slower, which costs more than logits in the cache save."""
 
 DEVICE_CHUNK_BYTES = 512 * 2**20
 """Elsewhere. A chunk reads the head twice and its gradient once, so there should be about as many rows as a device
@@ -62,17 +62,18 @@ def fused_linear_distill(
     Raises:
         TargetsError: as `sparse_divergence`.
     """
-    num_targets = max(len(labels), 1) if num_targets is None else num_targets
-    terms = _Terms(config or DistillationConfig(), num_targets, scale, softcap)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    num_targets = max(len(labels), 1) if num_targets is None else num_targets
+    later = num_targets if dtype == torch.float16 else 1  # which has no numbers as small as the gradients of a mean
+    terms = _Terms(config or DistillationConfig(), num_targets / later, scale, softcap)
     gradients = _Gradients(*(_zeros_where_needed(tensor) for tensor in (hidden, weight, bias)))
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head = _Head(weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype))
         loss, sums = _accumulate(hidden.to(dtype), head, labels, targets, terms, chunk_targets, gradients)
     if torch.is_grad_enabled():
         loss = _WithGradients.apply(loss, gradients, hidden, weight, bias)  # type: ignore[no-untyped-call]
-    return loss, sums
+    return loss / later, sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class _Terms:
     """What the loss is, whatever the rows."""
 
     config: DistillationConfig
-    num_targets: Tensor | int
+    num_targets: Tensor | float
     scale: float
     softcap: float | None
 
@@ -144,7 +145,7 @@ def _accumulate(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return loss and sums, and add to the gradients, a chunk of rows at a time."""
     vocab, dtype = len(head.weight), _wide(hidden.dtype)
-    step = _chunk_targets(hidden.device, vocab, dtype) if chunk_targets is None else chunk_targets
+    step = chunk_targets or _chunk_targets(hidden.device, vocab, dtype, terms)
     buffer = hidden.new_empty(min(step, len(hidden)), vocab)
     loss = hidden.new_zeros((), dtype=dtype)
     sums: dict[str, Tensor] = {}
@@ -160,9 +161,10 @@ def _accumulate(
     return loss / terms.num_targets, sums
 
 
-def _chunk_targets(device: torch.device, vocab: int, dtype: torch.dtype) -> int:
+def _chunk_targets(device: torch.device, vocab: int, dtype: torch.dtype, terms: _Terms) -> int:
     num_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
-    return max(num_bytes // (vocab * dtype.itemsize), 1)
+    num_copies = 1 + (terms.config.temperature != 1) + (terms.softcap is not None)  # see _overwrite_with_gradient
+    return max(num_bytes // (vocab * dtype.itemsize * num_copies), 1)
 
 
 def _project(hidden: Tensor, head: _Head, out: Tensor) -> Float[Tensor, "target vocab"]:
