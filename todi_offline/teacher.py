@@ -148,12 +148,18 @@ def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSet
 def tail_uniforms(example: Example, settings: CacheSettings) -> npt.NDArray[np.float64]:
     """Return the uniform numbers [target, sample] that decide the tail samples of an example.
 
-    They depend on its content and the seed alone: not on the batch, the shard or the worker.
+    They depend on its content and the seed alone: not on the batch, the shard or the worker. Stratified: each of S
+    equal parts of [0, 1) holds one of a row's S numbers, in random order. So every number by itself, and any choice of
+    columns, is uniform: a mean over the samples, or over the first few of them, has the expectation that it has with
+    independent draws, and at most its variance, however the tail's ids are ordered.
     """
     key = content_key(example.token_ids, example.target_mask) + settings.tail_seed.to_bytes(8, "little")
     digest = hashlib.blake2b(key, digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-    return generator.random((int(example.target_mask.sum()), settings.tail_samples))
+    shape = (int(example.target_mask.sum()), settings.tail_samples)
+    strata = generator.permuted(np.broadcast_to(np.arange(settings.tail_samples), shape), axis=1)
+    uniforms = (strata + generator.random(shape)) / max(settings.tail_samples, 1)
+    return np.minimum(uniforms, np.nextafter(1.0, 0.0))  # the last stratum's may round to 1
 
 
 def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
