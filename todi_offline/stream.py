@@ -1,21 +1,28 @@
 """A cache in, packed batches of tokens and targets out, in an order that can be resumed."""
 
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.reader import Cache, CachedSequence
+from todi_offline.cache.remote import RemoteStore
 from todi_offline.targets import SparseTargets
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+WINDOW_SHARDS = 8
 
 
 class CacheDataset(Dataset[CachedSequence]):
@@ -57,9 +64,68 @@ class ShuffledOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield the numbers of the sequences."""
+        return iter(self._generator().permutation(self.num_sequences).tolist())
+
+    def _generator(self) -> np.random.Generator:
         key = np.array([self.seed % 2**64, self.epoch], np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key))
-        return iter(generator.permutation(self.num_sequences).tolist())
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+class WindowShuffledOrder(ShuffledOrder):
+    """An order that needs few shards at a time: the shards are shuffled, and `window` of them at a time as one.
+
+    It follows from seed, epoch, and the shard of every sequence alone, with the same state. What it lacks of a full
+    shuffle: two sequences of one shard never lie further apart than a window holds, and two of different windows are
+    never mixed. Which shards share a window is drawn anew every epoch. A cache of no more shards than the window is
+    shuffled as a whole.
+
+    `prepare` is called with the shards of the window that begins and of the next one, in a thread, so that they are
+    at hand when their sequences are read. What it raises is dropped: whoever reads the sequence meets it again.
+    """
+
+    def __init__(
+        self,
+        shards: npt.NDArray[np.integer[Any]],
+        seed: int,
+        window: int = WINDOW_SHARDS,
+        prepare: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Begin with epoch 0."""
+        super().__init__(len(shards), seed)
+        self._shards = shards
+        self._window = window
+        self._prepare = prepare
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of the sequences."""
+        generator = self._generator()
+        order = generator.permutation(np.unique(self._shards))
+        background = ThreadPoolExecutor(1)
+        waiting: list[Future[None]] = []
+        try:
+            for start in range(0, len(order), self._window):
+                for future in waiting:  # those of a window that was skipped
+                    future.cancel()
+                ahead = order[start : start + 2 * self._window].tolist()
+                waiting = [background.submit(self._prepare, shard) for shard in ahead]
+                members = np.flatnonzero(np.isin(self._shards, order[start : start + self._window]))
+                yield from generator.permutation(members).tolist()
+        finally:
+            background.shutdown(wait=False, cancel_futures=True)
+
+
+def training_order(cache: Cache, seed: int) -> ShuffledOrder:
+    """Return the order in which to train: a full shuffle of a local cache, one by windows of a remote one."""
+    if not isinstance(cache.store, RemoteStore):
+        return ShuffledOrder(len(cache), seed)
+    num_shards = len(np.unique(cache.shards))
+    num_staged = min(num_shards, 3 * WINDOW_SHARDS)  # the last batches of the window before are still being read
+    needed_gb = sum(cache.bytes_by_array.values()) / num_shards * num_staged / 1e9
+    staging = cache.store.staging
+    if needed_gb > staging.limit_gb:
+        what = f"{num_staged} shards of {cache.root} take {needed_gb:.3g} GB, {staging.folder} may hold"
+        logger.warning("%s %g: some are fetched again and again; allow it more (staging_gb)", what, staging.limit_gb)
+    return WindowShuffledOrder(cache.shards, seed, prepare=cache.prepare)
 
 
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
-from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch
+from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch, training_order
 from todi_offline.student import packs_apart
 from todi_offline.targets import SparseTargets
 
@@ -193,7 +193,7 @@ class ToDiTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> ShuffledOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._order = ShuffledOrder(len(dataset), seed)
+        self._order = training_order(dataset.cache, seed)
         return self._order
 
     def _require_targets(self, cache: Cache) -> None:

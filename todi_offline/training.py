@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.staging import DEFAULT_LIMIT_GB, Staging
+from todi_offline.cache.store import open_store
 from todi_offline.config import flat_fields, load_config, to_dict
 from todi_offline.errors import ConfigError
 from todi_offline.losses import DistillationConfig
@@ -41,10 +43,14 @@ class TrainConfig:
 
     out: Path
     """The folder of the run: checkpoints and the trained student."""
-    cache: Path
-    """The cache to train from."""
-    eval_cache: Path | None = None
+    cache: str
+    """The cache to train from: a folder or URL."""
+    eval_cache: str | None = None
     """A cache of held-out data, evaluated before and after, and as [trainer] says."""
+    staging: Path | None = None
+    """The folder for copies of a remote cache's shards, by default ~/.cache/todi_offline/staging."""
+    staging_gb: float = DEFAULT_LIMIT_GB
+    """How much these may take, in GB; three windows of shards should fit."""
     allow_unsealed: bool = False
     """Whether the committed part of an unfinished cache may be used."""
     resume: bool = False
@@ -90,9 +96,9 @@ def train(
         TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.
     """
     named: dict[str, Any] = {"out": out, "student": student if isinstance(student, str) else "(given)"}
-    named |= {"cache": cache.root if isinstance(cache, Cache) else cache}
+    named |= {"cache": cache.root if isinstance(cache, Cache) else str(cache)}
     if eval_cache is not None:
-        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else eval_cache
+        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else str(eval_cache)
     return run(
         load_train_config(config, {**settings, **named}),
         None if isinstance(student, str) else (student, tokenizer),
@@ -169,9 +175,10 @@ def run(
     """Load what is not given, evaluate, train, evaluate, save."""
     checkpoint = _last_checkpoint(config.out) if config.resume else None
     model, tokenizer = student or load_student(config.student)
-    cache = cache or open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    staging = Staging(config.staging, config.staging_gb)
+    cache = cache or open_cache(open_store(config.cache, staging), allow_unsealed=config.allow_unsealed)
     if eval_cache is None and config.eval_cache is not None:
-        eval_cache = open_cache(config.eval_cache, allow_unsealed=config.allow_unsealed)
+        eval_cache = open_cache(open_store(config.eval_cache, staging), allow_unsealed=config.allow_unsealed)
     trainer = ToDiTrainer(
         model=add_lora(model, config.lora),
         args=training_arguments(config),

@@ -174,6 +174,20 @@ class Cache:
         """Targets of every sequence."""
         return self._numbers["num_targets"]
 
+    @property
+    def shards(self) -> npt.NDArray[np.uint32]:
+        """The shard of every sequence."""
+        return self._numbers["shard"]
+
+    def prepare(self, shard: int) -> None:
+        """Fetch what an object store holds of a shard, so that reading it soon need not wait.
+
+        Raises:
+            CacheIncompleteError, CacheError: it cannot be fetched.
+        """
+        for spec in self.manifest.arrays.values():
+            self.store.prepare(spec.object_key(shard))
+
     @cached_property
     def bytes_by_array(self) -> Mapping[str, int]:
         """Bytes on disk by array, and of the sequence tables."""

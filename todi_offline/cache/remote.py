@@ -108,7 +108,7 @@ class RemoteStore:
         return self.staging.copy(*self._copied(key))
 
     def prepare(self, key: str) -> None:
-        """Copy an object to the staging folder, for a later `local`."""
+        """Copy an object to the staging folder, as the last to leave it; see `Store`."""
         self.staging.prepare(*self._copied(key))
 
     def discard_copy(self, key: str) -> bool:

@@ -68,6 +68,9 @@ class Store(Protocol):
             CacheIncompleteError, CacheError: as `read`; of a folder, whoever opens the file finds out.
         """
 
+    def prepare(self, key: str) -> None:
+        """Have a local copy of an object made for a later `local`, where one is needed; the same errors."""
+
     def discard_copy(self, key: str) -> bool:
         """Forget the local copy of an object that turned out to be damaged; False where there is none."""
 
@@ -182,6 +185,9 @@ class LocalStore:
     def local(self, key: str) -> Path:
         """Return the object's own file; see `Store`."""
         return self.root / key
+
+    def prepare(self, key: str) -> None:
+        """Do nothing: the file is there; see `Store`."""
 
     def discard_copy(self, key: str) -> bool:  # noqa: ARG002 -- the protocol's
         """Return False: there are no copies; see `Store`."""
