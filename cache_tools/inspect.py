@@ -41,7 +41,7 @@ def summarise(cache: Cache) -> dict[str, Any]:
     """Return what `inspect` shows, as JSON knows it."""
     manifest, num_targets = cache.manifest, int(cache.num_targets.sum())
     num_bytes = cache.bytes_by_array
-    nll = np.average(cache.sequences["teacher_nll"].to_numpy(), weights=cache.num_targets)
+    nll = np.average(cache.columns["teacher_nll"], weights=cache.num_targets)
     return {
         "sequences": len(cache),
         "tokens": int(cache.num_tokens.sum()),

@@ -196,7 +196,7 @@ def _capture_shards(
 def _summarise(out: str, examples: Examples, captured: list[ShardPlan], seconds: float) -> CaptureSummary:
     cache = open_cache(out)
     num_targets = int(cache.num_targets.sum())
-    mass = np.average(cache.sequences["topk_mass"].to_numpy(), weights=cache.num_targets)
+    mass = np.average(cache.columns["topk_mass"], weights=cache.num_targets)
     return CaptureSummary(
         num_sequences=len(cache),
         num_tokens=int(cache.num_tokens.sum()),

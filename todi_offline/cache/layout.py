@@ -25,6 +25,7 @@ MAX_COLUMNS = 2**19  # more than any vocabulary; a chunk of more would be larger
 MAX_SHARD_TOKENS = 2**26  # a shard is written from memory
 
 MANIFEST_KEY = "todi_offline"  # the attribute of the Zarr group that holds the manifest
+APPEND_KEY = "append.json"  # the zarr.json that a cache is to have, while a capture appends to it
 TOKENIZER_KEY = "tokenizer.json"  # for tools that show text; training never re-tokenises
 
 SEQUENCE_SCHEMA = pa.schema(

@@ -23,6 +23,7 @@ from todi_offline.cache.commit import (
     read_seal,
 )
 from todi_offline.cache.encoding import TargetRows, decode_rows
+from todi_offline.cache.fingerprint import Keys, as_keys
 from todi_offline.cache.layout import MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.shard import ShardFile
@@ -30,10 +31,12 @@ from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, first_line
 
 _TABLE_BATCH = 256
-T = TypeVar("T")
-
 _READERS = 16  # threads; each waits for a store
-_NUMBERS = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
+_PLACE = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
+_TEXT = ("id", "source")
+_KEY = "content_key"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,18 @@ def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "C
     store = open_store(place)
     manifest = read_manifest(store)
     if allow_unsealed and store.size(SEAL_KEY) is None:
-        shards = committed_shards(store)
+        shards = [shard for shard in committed_shards(store) if shard < manifest.num_shards]
     else:
         seal = read_seal(store)
+        if seal.num_shards != manifest.num_shards:
+            raise CacheIncompleteError(
+                f"{store} has {manifest.num_shards} shards by its zarr.json and {seal.num_shards} by its seal: a "
+                "capture that appends to it is just being finished, or was stopped then; open it again, or run that "
+                "capture again"
+            )
         _map(partial(read_object, store), seal.objects.keys(), seal.objects.values())
         shards = list(range(seal.num_shards))
-    records = _map(partial(read_shard_record, store, manifest), shards)
-    tables = _map(partial(read_table, store), records)
-    return Cache(store, manifest, records, pa.concat_tables(tables) if tables else None)
+    return Cache(store, manifest, _map(partial(read_shard_record, store, manifest), shards))
 
 
 def _map(read: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
@@ -77,33 +84,31 @@ def _map(read: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
         return list(pool.map(read, *arguments))
 
 
-def read_manifest(store: Store) -> Manifest:
-    """Read what a cache says of itself."""
-    if store.size("zarr.json") is None:
-        raise CacheFormatError(f"{store} is no cache: it has no zarr.json; name the folder that `todi capture` wrote")
+def read_manifest(store: Store, key: str = "zarr.json") -> Manifest:
+    """Read what a cache says of itself, or what `append.json` says that it will."""
+    if store.size(key) is None:
+        raise CacheFormatError(f"{store} is no cache: it has no {key}; name the folder that `todi capture` wrote")
     try:
-        values = json.loads(read_object(store, "zarr.json"))["attributes"][MANIFEST_KEY]
+        values = json.loads(read_object(store, key))["attributes"][MANIFEST_KEY]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CacheFormatError(f"{store}/zarr.json holds no todi_offline manifest") from error
+        raise CacheFormatError(f"{store}/{key} holds no todi_offline manifest") from error
     return Manifest.from_json(values, str(store))
 
 
 class Cache:
     """A sequence of `CachedSequence`. Safe to fork and to share between threads: it holds no open file."""
 
-    def __init__(
-        self, store: Store, manifest: Manifest, records: Sequence[CommitRecord], sequences: pa.Table | None
-    ) -> None:
+    def __init__(self, store: Store, manifest: Manifest, records: Sequence[CommitRecord]) -> None:
         """Use `open_cache`."""
-        if sequences is None or not len(sequences):
+        if not sum(record.num_sequences for record in records):
             raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again to go on")
-        require_places(str(store), sequences, manifest)
         self.store = store
         self.manifest = manifest
-        self.sequences = sequences
-        """The sequence table: id, source, content key, place, teacher NLL and top-k mass of every sequence."""
+        parts = _map(partial(_read_columns, store, manifest), records)
+        self.columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+        """The sequence table but for its text, [sequence] each: a large cache has 52 bytes a sequence in memory."""
+        self._records = records
         self._objects = {key: found for record in records for key, found in record.objects.items()}
-        self._numbers: dict[str, npt.NDArray[Any]] = {name: sequences[name].to_numpy() for name in _NUMBERS}
 
     @property
     def root(self) -> str:
@@ -112,7 +117,7 @@ class Cache:
 
     def __len__(self) -> int:
         """Return the number of sequences."""
-        return len(self.sequences)
+        return len(self.columns["shard"])
 
     def __iter__(self) -> Iterator[CachedSequence]:
         """Yield the sequences in the order of the capture."""
@@ -125,9 +130,7 @@ class Cache:
             CacheCorruptError, CacheIncompleteError: naming sequence, file and chunk.
         """
         index = range(len(self))[index]
-        shard, token_start, num_tokens, target_start, num_targets = (
-            int(self._numbers[name][index]) for name in _NUMBERS
-        )
+        shard, token_start, num_tokens, target_start, num_targets = (int(self.columns[name][index]) for name in _PLACE)
         first = shard * self.manifest.settings.shard_tokens
         spans = {
             "token": (token_start - first, token_start - first + num_tokens),
@@ -138,7 +141,7 @@ class Cache:
                 name: self._read_rows(name, shard, *spans[spec.axis]) for name, spec in self.manifest.arrays.items()
             }
         except CacheError as error:
-            raise type(error)(f"sequence {self.sequences['id'][index].as_py()!r} (number {index}): {error}") from error
+            raise type(error)(f"{self._name(index)}: {error}") from error
         return self._decode(index, arrays)
 
     def _read_rows(self, name: str, shard: int, start: int, stop: int) -> npt.NDArray[Any]:
@@ -152,6 +155,16 @@ class Cache:
             return open_shard(self.store, self.manifest, self._objects, name, shard).read_rows(start, stop)
         except CacheError as error:
             raise type(error)(f"fetched twice from {self.store}: {error}") from error
+
+    def _name(self, index: int) -> str:
+        """Return how messages call a sequence; reads its id from the table of its shard."""
+        ends = np.cumsum([record.num_sequences for record in self._records])
+        number = int(np.searchsorted(ends, index, side="right"))
+        try:
+            table = read_table(self.store, self._records[number])
+        except CacheError:
+            return f"sequence {index}"
+        return f"sequence {table['id'][index - int(ends[number])].as_py()!r} (number {index})"
 
     def _decode(self, index: int, arrays: dict[str, npt.NDArray[Any]]) -> CachedSequence:
         settings = self.manifest.settings
@@ -167,12 +180,22 @@ class Cache:
     @property
     def num_tokens(self) -> npt.NDArray[np.int32]:
         """Tokens of every sequence."""
-        return self._numbers["num_tokens"]
+        return self.columns["num_tokens"]
 
     @property
     def num_targets(self) -> npt.NDArray[np.int32]:
         """Targets of every sequence."""
-        return self._numbers["num_targets"]
+        return self.columns["num_targets"]
+
+    @property
+    def content_keys(self) -> Keys:
+        """Content keys of every sequence."""
+        return self.columns[_KEY]
+
+    @cached_property
+    def sequences(self) -> pa.Table:
+        """The sequence table, with its text; it is read when it is first asked for."""
+        return pa.concat_tables(_map(partial(read_table, self.store), self._records))
 
     @property
     def shards(self) -> npt.NDArray[np.uint32]:
@@ -195,6 +218,19 @@ class Cache:
         for key, found in self._objects.items():
             sums[key.split("/")[0]] += found.num_bytes
         return sums
+
+
+def _read_columns(store: Store, manifest: Manifest, record: CommitRecord) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of a shard's sequence table that are no text."""
+    table = read_table(store, record)
+    require_places(str(store), table, manifest)
+    numbers = {name: np.array(table[name].to_numpy()) for name in table.column_names if name not in (*_TEXT, _KEY)}
+    return {_KEY: keys_of(table), **numbers}
+
+
+def keys_of(table: pa.Table) -> Keys:
+    """Return the content keys of a sequence table."""
+    return as_keys(table[_KEY].to_pylist())
 
 
 def read_shard_record(store: Store, manifest: Manifest, shard: int) -> CommitRecord:

@@ -7,6 +7,7 @@ with CacheWriter(root, manifest) as writer:      # creates the cache, or goes on
 """
 
 import contextlib
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from todi_offline.cache.appending import described, is_finished, require_begun_alike
 from todi_offline.cache.commit import (
     SEAL_KEY,
     CommitRecord,
@@ -29,13 +31,13 @@ from todi_offline.cache.commit import (
     committed_shards,
     read_object,
     read_record,
-    read_seal,
     to_bytes,
     write_object,
 )
 from todi_offline.cache.encoding import TargetRows, encode_rows
 from todi_offline.cache.fingerprint import content_key, differences, hash_bytes
 from todi_offline.cache.layout import (
+    APPEND_KEY,
     MANIFEST_KEY,
     SEQUENCE_SCHEMA,
     TOKENIZER_KEY,
@@ -126,10 +128,14 @@ class CacheWriter:
         """
         missing = self.missing_shards()
         if missing:
-            raise CacheIncompleteError(f"{self.store} cannot be sealed: shards {missing} are not committed")
+            whose = "; ".join(self._parts_of(missing))
+            raise CacheIncompleteError(
+                f"{self.store} cannot be sealed: shards {missing} are not committed; capture {whose} (again)"
+            )
         records = [read_record(self.store, record_key(shard)) for shard in range(self.manifest.num_shards)]
         for record in records:
             _require_objects(self.store, record)
+        self._renew_metadata()
         keys = [*metadata_keys(self.store, self.manifest), *map(record_key, range(self.manifest.num_shards))]
         seal = Seal(
             num_shards=self.manifest.num_shards,
@@ -139,36 +145,80 @@ class CacheWriter:
             objects={key: ObjectSum.of(read_object(self.store, key)) for key in keys},
         )
         write_object(self.store, SEAL_KEY, to_bytes(seal))
+        self._end_append()
         return seal
 
     @property
     def sealed(self) -> bool:
         """Whether the cache is finished."""
-        return self.store.size(SEAL_KEY) is not None and read_seal(self.store).num_shards == self.manifest.num_shards
+        return is_finished(self.store, self.manifest)
 
     def _create_or_check(self) -> None:
-        manifest = self.manifest.to_json()
         begun = self.store.size("zarr.json") is not None
         if begun:
-            found = read_manifest(self.store).to_json()
-            lines = differences(found, json.loads(json.dumps(manifest)), ("in the cache", "now"))
-            if lines:
-                raise CacheMismatchError(
-                    f"{self.store} was begun otherwise: {'; '.join(lines)}; "
-                    "go on with the command that began it, or choose another folder"
-                )
-        for key, data in self._metadata(manifest):
+            found = read_manifest(self.store)
+            if found.parts == self.manifest.parts[:-1] and is_finished(self.store, found):
+                self._begin_append(found)
+                return
+            require_begun_alike(self.store, found, self.manifest)
+            if self.sealed:
+                self._end_append()
+        for key, data in self._metadata():
             if not (begun and self.store.size(key) is not None):  # what was lost is written again
                 write_object(self.store, key, data)
 
-    def _metadata(self, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    def _begin_append(self, found: Manifest) -> None:
+        """Write down what the cache is to be, or go on where that stands; `found` is what it is."""
+        require_begun_alike(self.store, dataclasses.replace(found, parts=self.manifest.parts), self.manifest)
+        begun = _append_of(self.store)
+        strays = [record_key(shard) for shard in committed_shards(self.store) if shard >= found.num_shards]
+        if begun is None or begun == found:
+            if strays:
+                raise CacheMismatchError(
+                    f"{self.store} has {', '.join(strays)}, of which its manifest does not know; `todi-cache verify` "
+                    "says more; delete them first"
+                )
+            write_object(self.store, APPEND_KEY, self._group())
+        elif begun != self.manifest:
+            lines = differences(begun.to_json(), self.manifest.to_json(), ("begun", "now"))
+            raise CacheMismatchError(
+                f"another capture has begun to append to {self.store}: {'; '.join(lines)}; run that one again first, "
+                f"or give it up: delete {', '.join([APPEND_KEY, *strays])}"
+            )
+
+    def _renew_metadata(self) -> None:
+        """Write the metadata that an append changes, the manifest first: so a reader in between can tell."""
+        for key, data in reversed(list(self._metadata())):
+            if key != TOKENIZER_KEY and self.store.read(key) != data:
+                write_object(self.store, key, data)
+
+    def _end_append(self) -> None:
+        """Remove what said that an append was under way, unless it is another one's."""
+        if _append_of(self.store) == self.manifest:
+            self.store.delete(APPEND_KEY)
+
+    def _parts_of(self, shards: list[int]) -> list[str]:
+        """Return for people the data of the parts that these shards are of."""
+        ends = np.cumsum([part.num_shards for part in self.manifest.parts])
+        numbers = np.unique(np.searchsorted(ends, shards, side="right")).tolist()
+        return [described(self.manifest.parts[number]) for number in numbers]
+
+    def _metadata(self) -> Iterator[tuple[str, bytes]]:
         """Yield the objects that describe the cache as a whole; the last of them makes the folder one."""
         if self._tokenizer_json is not None:
             yield TOKENIZER_KEY, self._tokenizer_json.encode()
         for spec in self.manifest.arrays.values():
             yield f"{spec.name}/zarr.json", array_metadata(spec, self.manifest.settings.codec, self.manifest.num_shards)
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {MANIFEST_KEY: manifest}}
-        yield "zarr.json", (json.dumps(group, indent=1) + "\n").encode()
+        yield "zarr.json", self._group()
+
+    def _group(self) -> bytes:
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {MANIFEST_KEY: self.manifest.to_json()}}
+        return (json.dumps(group, indent=1) + "\n").encode()
+
+
+def _append_of(store: Store) -> Manifest | None:
+    """Return what an append that was begun wants the cache to be."""
+    return None if store.size(APPEND_KEY) is None else read_manifest(store, APPEND_KEY)
 
 
 def metadata_keys(store: Store, manifest: Manifest) -> list[str]:
