@@ -200,7 +200,7 @@ class Cache:
     @property
     def shards(self) -> npt.NDArray[np.uint32]:
         """The shard of every sequence."""
-        return self._numbers["shard"]
+        return self.columns["shard"]
 
     def prepare(self, shard: int) -> None:
         """Fetch what an object store holds of a shard, so that reading it soon need not wait.
