@@ -99,6 +99,7 @@ def capture_from(path: Path | None, settings: dict[str, Any], progress: Progress
     return run(load_config(CaptureConfig, path, settings), progress=progress)
 
 
+@memory_errors("what is committed is safe; lower batch_tokens, and run the same command again")
 def run(
     config: CaptureConfig,
     teacher: Teacher | None = None,
@@ -112,8 +113,7 @@ def run(
     manifest = describe(teacher, examples, config.cache, len(plan))
     with CacheWriter(config.out, manifest, tokenizer_json(teacher.tokenizer)) as writer:
         missing = [plan[shard] for shard in writer.missing_shards()]
-        with memory_errors("what is committed is safe; lower batch_tokens, and run the same command again"):
-            seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
+        seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
         if not writer.sealed:
             writer.seal()
     return _summarise(config.out, examples, missing, seconds)
