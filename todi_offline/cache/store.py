@@ -288,9 +288,12 @@ class CacheLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the lock's file and let go of it."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        """Remove the lock's file and let go of it; a file that cannot be removed locks nothing."""
+        try:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        finally:
+            os.close(self._descriptor)
 
 
 @contextlib.contextmanager
