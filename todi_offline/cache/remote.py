@@ -154,11 +154,11 @@ class RemoteStore:
             yield files, root + key
         except FileNotFoundError as error:
             if "bucket does not exist" in str(error):
-                raise CacheError(f"cannot {doing} {where}: {first_line(error)}; make it, or mend the URL") from error
+                raise CacheError(f"cannot {doing} {where}: {_reason(error)}; make it, or mend the URL") from error
             raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
         except Exception as error:  # they have no common class
             raise CacheError(
-                f"cannot {doing} {where}: {first_line(error)}; what is committed is safe; "
+                f"cannot {doing} {where}: {_reason(error)}; "
                 "mend the URL, its credentials or the network, and run it again"
             ) from error
 
@@ -198,6 +198,10 @@ class RemoteStore:
             raise CacheIncompleteError(
                 f"{found:,} bytes of {self}/{key} arrived, and it has {size:,}; run it again, or look at the network"
             )
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 class RemoteLock:

@@ -1,0 +1,134 @@
+"""An S3 server on the loopback, and a proxy before it that breaks what it is told to."""
+
+import contextlib
+import http.client
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+import pytest
+
+Fault = Literal["refuse", "fail", "lose", "cut", "shorten", "stall"]
+
+_OWN = ("content-length", "connection", "transfer-encoding", "date", "server")
+_INTERNAL_ERROR = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """Yield the endpoint of moto's server, which runs in a thread."""
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+@dataclass
+class _Rule:
+    fault: Fault
+    method: str
+    path: str
+    times: int
+
+
+class Proxy:
+    """Forwards to a server; `requests` holds the (method, path) of all that came."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.target = endpoint.removeprefix("http://")
+        self.requests: list[tuple[str, str]] = []
+        self.released = threading.Event()
+        self._rules: list[_Rule] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    def __enter__(self) -> "Proxy":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def break_next(self, fault: Fault, method: str, path: str, times: int = 1) -> None:
+        """Have the next requests of a method whose path ends so
+
+        refuse: answered with 403, fail: with 500; lose: carried out, then answered with 500; cut: their connection
+        closed in the middle of the body; shorten: answered with half of the body, as if that were all; stall: never
+        answered.
+        """
+        self._rules.append(_Rule(fault, method, path, times))
+
+    def mend(self) -> None:
+        self._rules.clear()
+        self.requests.clear()
+
+    def fault_of(self, method: str, path: str) -> Fault | None:
+        self.requests.append((method, path))
+        for rule in self._rules:
+            if rule.times and rule.method == method and path.endswith(rule.path):
+                rule.times -= 1
+                return rule.fault
+        return None
+
+
+def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+        def _forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            fault = proxy.fault_of(self.command, self.path.partition("?")[0])
+            if fault == "stall":
+                proxy.released.wait()
+                self.close_connection = True
+            elif fault in ("refuse", "fail"):
+                self._answer(403 if fault == "refuse" else 500, {}, _INTERNAL_ERROR)
+            else:
+                status, headers, data = self._ask(body)
+                if fault == "lose":
+                    status, data = 500, _INTERNAL_ERROR
+                self._answer(status, headers, data, fault)
+
+        def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            connection = http.client.HTTPConnection(proxy.target)
+            try:
+                connection.request(self.command, self.path, body, dict(self.headers))
+                response = connection.getresponse()
+                return response.status, dict(response.getheaders()), response.read()
+            finally:
+                connection.close()
+
+        def _answer(self, status: int, headers: dict[str, str], data: bytes, fault: Fault | None = None) -> None:
+            sent = data[: len(data) // 2] if fault in ("cut", "shorten") else data
+            length = len(data if fault == "cut" else sent)
+            if self.command == "HEAD":
+                length = int(headers.get("Content-Length", 0))
+            self.send_response(status)
+            for name, value in headers.items():
+                if name.lower() not in _OWN and not (fault and name.startswith("x-amz-checksum")):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(sent)
+            self.close_connection = fault == "cut"
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
+
+    return Handler
