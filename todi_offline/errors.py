@@ -102,6 +102,16 @@ def one_line_errors() -> Iterator[None]:
 
     So are the signals that ask a process to end: what is open is closed, and no lock or temporary file stays behind.
     """
+    with _signals_that_exit():
+        try:
+            yield
+        except TodiError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+@contextlib.contextmanager
+def _signals_that_exit() -> Iterator[None]:
     ours = os.getpid()
 
     def end(number: int, _: Any) -> None:
@@ -109,14 +119,14 @@ def one_line_errors() -> Iterator[None]:
             os._exit(128 + number)
         sys.exit(f"Error: ended by {signal.Signals(number).name}; what is committed is safe, the same command goes on")
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+    free = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in free:
+        signal.signal(number, end)
     try:
         yield
-    except TodiError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
+    finally:
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def first_line(error: BaseException) -> str:
