@@ -108,7 +108,7 @@ class CacheWriter:
             data = encode_shard(spec, values, self.manifest.settings.codec)
             objects[key] = write_object(self.store, key, data, chunk_sums(spec, data))
         table = sequence_table(shard, sequences, self.manifest.settings.shard_tokens)
-        objects[sequences_key(shard)] = write_object(self.store, sequences_key(shard), _parquet(table))
+        objects[sequences_key(shard)] = write_object(self.store, sequences_key(shard), table_bytes(table))
         record = CommitRecord(
             shard=shard,
             num_sequences=len(sequences),
@@ -281,7 +281,8 @@ def _shard_arrays(sequences: list[SequenceRows], encoding: str) -> dict[str, npt
     }
 
 
-def _parquet(table: pa.Table) -> bytes:
+def table_bytes(table: pa.Table) -> bytes:
+    """Return a sequence table as its object."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="none")  # small beside the arrays, and no bomb to who reads it
     data: bytes = sink.getvalue().to_pybytes()
