@@ -1,0 +1,226 @@
+"""What a process asks of a disk, seen from between the two: to count it, to refuse it, to die in it, to lose power.
+
+    with Watch(folder, before) as watch: ...    # `before` sees every operation below the folder, and may raise or kill
+    after_power_loss(watch.log, model, rng)     # what could be on the disk, had the power failed then
+
+The disk that is modelled promises what POSIX does and no more: a file's bytes are safe once it was synced, the names in
+a folder once the folder was; a rename is all or nothing; what is not synced may be there or not, in any combination.
+"""
+
+import builtins
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+
+Kind = Literal["mkdir", "rmdir", "create", "write", "sync", "rename", "unlink", "link"]
+Model = Literal["unsynced is lost", "names are kept", "anything"]
+MODELS: tuple[Model, ...] = ("unsynced is lost", "names are kept", "anything")
+ROOT = "."
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something asked of the disk; paths are relative to the folder that is watched."""
+
+    kind: Kind
+    path: str
+    source: str = ""
+    """What is renamed or linked to `path`; empty where it lies elsewhere."""
+    data: bytes = b""
+    """The bytes that are written, or those of the file that is synced, renamed or linked."""
+
+
+class Watch(contextlib.AbstractContextManager["Watch"]):
+    """Sees every operation below a folder before it happens, and keeps those that did."""
+
+    def __init__(self, root: Path, before: Callable[[Operation], None] = lambda _: None) -> None:
+        self.log: list[Operation] = []
+        self._root = root.resolve()
+        self._before = before
+        self._paths: dict[int, str] = {}
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> "Watch":
+        names = ("open", "mkdir", "rmdir", "unlink", "remove", "replace", "rename", "link", "fsync", "write", "pwrite")
+        real: dict[str, Any] = {name: getattr(os, name) for name in names}
+
+        def watch(name: str, kind: Kind) -> None:
+            def patched(*args: Any, **options: Any) -> Any:
+                path, source = (args[1], args[0]) if kind in ("rename", "link") else (args[0], None)
+                data = bytes(args[1]) if kind == "write" else b""
+                return self._do(lambda: real[name](*args, **options), kind, path, source, data)
+
+            self._patch(os, name, patched)
+
+        kinds: dict[str, Kind] = {"remove": "unlink", "replace": "rename", "pwrite": "write", "fsync": "sync"}
+        for name in names[1:]:
+            watch(name, kinds.get(name, name))  # type: ignore[arg-type]
+        self._patch(os, "open", self._opening(real["open"]))
+        opening = self._opening(io.open)
+        self._patch(io, "open", opening)
+        self._patch(builtins, "open", opening)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def _patch(self, module: Any, name: str, value: Any) -> None:
+        self._patches.enter_context(mock.patch.object(module, name, value))
+
+    def _opening(self, real: Any) -> Any:
+        """Return `os.open` or `open`, watched: a file that is made is an operation, and so is all that it writes."""
+
+        def patched(path: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
+            writes = bool(mode & (os.O_CREAT | os.O_TRUNC)) if isinstance(mode, int) else set(mode) & set("wxa+")
+            if isinstance(path, int):
+                return real(path, mode, *args, **options)
+            opened = self._do(lambda: real(path, mode, *args, **options), "create" if writes else None, path)
+            descriptor = opened if isinstance(opened, int) else opened.fileno()
+            self._paths[descriptor] = os.fsdecode(path)
+            if isinstance(opened, int) or not writes or self._key(path) is None:
+                return opened
+            return _File(opened, lambda data: self._do(lambda: opened.write(data), "write", path, data=bytes(data)))
+
+        return patched
+
+    def _do(
+        self, operation: Callable[[], Any], kind: Kind | None, path: Any, source: Any = None, data: bytes = b""
+    ) -> Any:
+        key = self._key(path)
+        if key is None or kind is None:
+            return operation()
+        origin = Path(source) if source is not None else self._root / key
+        if kind in ("sync", "rename", "link") and origin.is_file():
+            data = origin.read_bytes()
+        asked = Operation(kind, key, (source is not None and self._key(source)) or "", data)
+        self._before(asked)
+        result = operation()
+        self.log.append(asked)
+        return result
+
+    def _key(self, path: Any) -> str | None:
+        if isinstance(path, int):
+            path = self._paths.get(path, "/")
+        place = Path(os.path.abspath(os.fsdecode(path)))  # noqa: PTH100 -- follows no link
+        return place.relative_to(self._root).as_posix() if place.is_relative_to(self._root) else None
+
+
+class _File(contextlib.AbstractContextManager["_File"]):
+    """A file whose writing is watched."""
+
+    def __init__(self, file: Any, write: Callable[[Any], Any]) -> None:
+        self._file = file
+        self.write = write
+
+    def __exit__(self, *details: Any) -> None:
+        self._file.__exit__(*details)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def after_power_loss(log: Sequence[Operation], model: Model, rng: np.random.Generator) -> dict[str, bytes]:
+    """Return the files that a disk may hold, had the power failed after these operations."""
+    disk = _Disk()
+    for operation in log:
+        disk.do(operation)
+    return dict(disk.survivors(model, rng))
+
+
+def put_files(root: Path, files: dict[str, bytes]) -> None:
+    """Make a folder hold these files."""
+    root.mkdir(parents=True, exist_ok=True)
+    for key, data in files.items():
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_bytes(data)
+
+
+_FOLDER = -1
+_Entries = dict[str, int | None]
+"""What a path names: the number of a file, a folder, or nothing."""
+
+
+class _Disk:
+    """What is safe, and what was asked for since and may or may not come to be."""
+
+    def __init__(self) -> None:
+        self._safe: _Entries = {}
+        self._pending: list[tuple[str, _Entries]] = []
+        self._written: dict[int, bytes] = {}
+        self._synced: dict[int, bytes] = {}
+        self._number = 0
+
+    def do(self, asked: Operation) -> None:
+        if asked.kind == "create":
+            if self._names().get(asked.path) is None:
+                self._number += 1
+                self._change(asked.path, {asked.path: self._number})
+        elif asked.kind == "mkdir":
+            self._change(asked.path, {asked.path: _FOLDER})
+        elif asked.kind in ("unlink", "rmdir"):
+            self._change(asked.path, {asked.path: None})
+        elif asked.kind == "write":
+            number = self._file(asked.path)
+            self._written[number] = self._written.get(number, b"") + asked.data
+        elif asked.kind in ("rename", "link"):
+            self._move(asked)
+        else:
+            self._sync(asked)
+
+    def _move(self, asked: Operation) -> None:
+        if asked.source:
+            number = self._file(asked.source)
+        else:
+            number = self._number = self._number + 1
+        self._written[number] = asked.data
+        gone: _Entries = {asked.source: None} if asked.kind == "rename" else {}
+        self._change(asked.path, gone | {asked.path: number})
+
+    def _sync(self, asked: Operation) -> None:
+        if asked.path != ROOT and self._names().get(asked.path) != _FOLDER:
+            self._synced[self._file(asked.path)] = asked.data
+            return
+        for parent, change in self._pending:
+            if parent == asked.path:
+                self._safe |= change
+        self._pending = [(parent, change) for parent, change in self._pending if parent != asked.path]
+
+    def _change(self, path: str, change: _Entries) -> None:
+        self._pending.append((PurePosixPath(path).parent.as_posix(), change))
+
+    def _file(self, path: str) -> int:
+        number = self._names()[path]
+        assert number is not None, f"{path} was deleted"
+        assert number != _FOLDER, f"{path} is a folder"
+        return number
+
+    def _names(self) -> _Entries:
+        names = dict(self._safe)
+        for _, change in self._pending:
+            names |= change
+        return names
+
+    def survivors(self, model: Model, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+        names = dict(self._safe)
+        for _, change in self._pending:
+            if model == "names are kept" or (model == "anything" and rng.random() < 0.5):
+                names |= change
+        for path, number in names.items():
+            folders = [parent.as_posix() for parent in PurePosixPath(path).parents][:-1]
+            if number not in (None, _FOLDER) and all(names.get(folder) == _FOLDER for folder in folders):
+                assert number is not None
+                yield path, self._bytes(number, model, rng)
+
+    def _bytes(self, number: int, model: Model, rng: np.random.Generator) -> bytes:
+        if number in self._synced:
+            return self._synced[number]
+        written = self._written.get(number, b"")
+        torn = [b"", written[: len(written) // 2], bytes(len(written)), written]
+        return torn[int(rng.integers(4))] if model == "anything" else b""
