@@ -1,0 +1,117 @@
+"""What does a capture cost beyond the teacher's own forward pass?
+
+Compared are, in one process and in turns, over the same examples in the same batches:
+
+    bare            the teacher with its head at the supervised positions, a chunk of logits at a time, all dropped
+    capture         `capture()`: the same, the targets taken from the logits, encoded, written, committed and sealed
+
+The teacher has the shape of SmolLM2-135M and random weights, and reads Python's own documentation through a tokenizer
+made on the spot; `--set teacher=FOLDER` takes a real one. The fingerprint of the teacher is computed once a capture,
+however long that is, so it is also shown alone.
+
+Not claimed: anything of a GPU, where the teacher is faster and the same encoding must keep up with it.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from todi_offline.capturing import capture
+from todi_offline.data import DataConfig, Examples, load_examples
+from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.teacher import Teacher, TeacherConfig, as_teacher, length_batches, load_teacher, teacher_fingerprint
+
+VOCAB, BATCH_TOKENS, CHUNK_ROWS = 49_152, 4096, 256
+BAR = 0.95
+"""The capture's rate over the bare pass's, at least."""
+
+
+def run(quick: bool, teacher: str | None = None) -> dict[str, object]:
+    repetitions, limit = (1, 4) if quick else (3, 48)
+    loaded = _made_up_teacher(2 if quick else 30) if teacher is None else load_teacher(TeacherConfig(teacher=teacher))
+    examples = load_examples(DataConfig(limit=limit), loaded.tokenizer)
+    num_tokens = int(examples.num_tokens.sum())
+    seconds: dict[str, list[float]] = {"bare": [], "capture": [], "fingerprint": []}
+    for _ in range(repetitions):
+        seconds["bare"].append(_seconds(partial(_bare, loaded, examples)))
+        with tempfile.TemporaryDirectory() as folder:
+            seconds["capture"].append(_seconds(partial(capture, loaded, examples, Path(folder) / "cache")))
+        seconds["fingerprint"].append(_seconds(partial(teacher_fingerprint, loaded)))
+    rows = zip(*seconds.values(), strict=True)
+    whole, shards = zip(*((bare / took, bare / (took - once)) for bare, took, once in rows), strict=True)
+    for name, values in seconds.items():
+        print(f"{name:12}{statistics.median(values):8.2f} s{num_tokens / statistics.median(values):10,.0f} tokens/s")
+    ratio = statistics.median(shards)
+    print(f"\ncapture over bare: {statistics.median(whole):.3f} of its rate; without the fingerprint {ratio:.3f}")
+    print(f"at least {BAR}: {'met' if ratio >= BAR else 'MISSED'}; padding {_padding(examples):.1%} of the batches")
+    return {
+        "teacher": teacher and Path(teacher).name,
+        "tokens": num_tokens,
+        "targets": int(sum(example.target_mask.sum() for example in examples)),
+        "threads": torch.get_num_threads(),
+        "seconds": {name: [round(value, 3) for value in values] for name, values in seconds.items()},
+        "rate over bare": {"whole": round(statistics.median(whole), 3), "without the fingerprint": round(ratio, 3)},
+        "padding": round(_padding(examples), 4),
+    }
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _batches(examples: Examples) -> list[list[int]]:
+    return length_batches(examples.num_tokens.tolist(), BATCH_TOKENS)
+
+
+def _padding(examples: Examples) -> float:
+    """Return the share of padding in all batches."""
+    lengths = examples.num_tokens
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in _batches(examples))
+    return 1 - int(lengths.sum()) / padded
+
+
+@torch.no_grad()
+def _bare(teacher: Teacher, examples: Examples) -> None:
+    assert teacher.head is not None, "these teachers have a plain head"
+    for batch in _batches(examples):
+        members = [examples[index] for index in batch]
+        length = max(len(example.token_ids) for example in members)
+        input_ids = np.zeros((len(members), length), np.int64)
+        for row, example in enumerate(members):
+            input_ids[row, : len(example.token_ids)] = example.token_ids
+        columns = [row * length + np.flatnonzero(example.target_mask) for row, example in enumerate(members)]
+        positions = torch.from_numpy(np.concatenate(columns))
+        hidden = teacher.head.hidden_states(positions, input_ids=torch.from_numpy(input_ids))
+        for chunk in torch.split(hidden, CHUNK_ROWS):
+            teacher.head.logits(chunk)
+
+
+def _made_up_teacher(layers: int) -> Teacher:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=8_000, special_tokens=["<unk>", "<eos>"], show_progress=False)
+    texts = (pair.response for pair in stdlib_pairs()[:400])
+    tokenizer.train_from_iterator(texts, trainer)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    made = as_teacher(LlamaForCausalLM(config), fast)
+    return Teacher(made.model, made.tokenizer, VOCAB, made.head)
