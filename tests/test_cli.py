@@ -91,6 +91,21 @@ def test_train_prints_a_table_of_before_and_after(workspace: Path) -> None:
     assert json.loads((workspace / "run" / "todi_config.json").read_text())["trainer"]["max_steps"] == 3
 
 
+def test_evaluate_prints_the_distance_by_group_and_the_rouge(workspace: Path, tmp_path: Path) -> None:
+    args = ("evaluate", "--student", workspace / "student", "--cache", workspace / "heldout", "--data", "stdlib")
+    options = ("--limit", "3", "--seed", "1", "--seed", "2", "--max-new-tokens", "4", "--device", "cpu")
+    output = run(*args, *options, "--out", tmp_path).stdout
+    assert re.search(r"forward KL, lower bound +\d+\.\d{4} +\d+\.\d{4}", output)
+    assert re.search(r"by position +targets +fwd KL +estimate +rev KL +CE +top-1 +calib\.", output)
+    assert re.search(r"^0 +3 .*\n1 to 3 +9 .*\n4 to 15 +36 ", output, re.M)
+    assert re.search(r"^3 and more +\d+ +\d+\.\d{3}", output, re.M)
+    assert re.search(r"ROUGE-L +\d+\.\d\d\n", output)
+    assert max(map(len, output.splitlines())) <= 80
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = json.loads(run(*args, *options, "--json").stdout)
+    assert found == {name: metrics[name] for name in ("distance", "generation")}
+
+
 def test_a_toml_file_is_read_and_the_command_line_wins(workspace: Path, teacher: Path, tmp_path: Path) -> None:
     file = tmp_path / "capture.toml"
     file.write_text(f'[teacher]\nteacher = "{teacher}"\n[data]\nlimit = 3\nmax_length = 96\nmax_prompt_length = 40\n')
@@ -109,6 +124,7 @@ def test_errors_are_one_line_with_exit_code_1(
     assert "no_such" in fails(monkeypatch, capsys, *train, "--cache", cache, "--set", "no_such=1")
     assert "expected NAME=VALUE" in fails(monkeypatch, capsys, *train, "--cache", cache, "--set", "oops")
     assert "teacher is required" in fails(monkeypatch, capsys, "capture", "--out", tmp_path / "c")
+    assert "nothing to evaluate on" in fails(monkeypatch, capsys, "evaluate", "--student", student)
     missing = fails(monkeypatch, capsys, "capture", "--teacher", tmp_path / "none.gguf", "--out", tmp_path / "c")
     assert "there is no file" in missing
 

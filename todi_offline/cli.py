@@ -1,4 +1,4 @@
-"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`.
+"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`, `evaluate`.
 
 A command's options are the fields of its config, with the field's own documentation as their help.
 """
@@ -28,6 +28,7 @@ from todi_offline.errors import ConfigError, one_line_errors
 # Options that are named otherwise than their fields: a repeated one is singular, and two of the Trainer's are short.
 _OPTION_NAMES = {
     "temperatures": "temperature",
+    "seeds": "seed",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch-size",
 }
@@ -64,6 +65,7 @@ def cli() -> None:
     todi capture --teacher T --data D --out CACHE       stage 1: run the teacher once
     todi student --from T --layers 8 --out S            cut a student from it
     todi train --student S --cache CACHE --out RUN      stage 2: train, without the teacher
+    todi evaluate --student S --cache HELDOUT           its distance to the teacher, without the teacher
     todi-cache inspect CACHE                            look into a cache
     """
 
@@ -176,6 +178,28 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
         _print_table("Held-out, nats", compared, ("", "before", "after"))
 
 
+@cli.command(cls=ConfigCommand, config="todi_offline.evaluation:EvaluateConfig")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
+    """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
+
+    Example: todi evaluate --student run/ --cache heldout/ --data dolly-dev.jsonl --out scores/
+    """
+    from todi_offline.evaluation import evaluate_from
+
+    _no_bars_in_logs()
+    with _progress("texts", quiet=as_json) as progress:
+        summary = evaluate_from(config, _given(settings), progress)
+    if as_json:
+        _print_json(summary)
+        return
+    if summary.distance:
+        _print_distance(summary.distance)
+    if summary.generation:
+        _print_generation(summary.generation)
+
+
 def main() -> None:
     """Run `todi`; an error of ours is one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -282,13 +306,87 @@ def _cache_rows(summary: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _print_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+_DISTANCES = {
+    "forward_kl": "forward KL, lower bound",
+    "forward_kl_full": "forward KL, estimate",
+    "reverse_kl": "reverse KL, lower bound",
+    "cross_entropy": "cross-entropy",
+    "teacher_cross_entropy": "cross-entropy of the teacher",
+    "perplexity": "perplexity",
+    "top1_agreement": "top-1 is the teacher's",
+    "top1_accuracy": "top-1 is the label",
+    "confidence": "confidence",
+    "calibration_error": "calibration error",
+    "calibration_error_to_teacher": "calibration error to the teacher",
+}
+_DISTANCES_OF_GROUPS = {
+    "forward_kl": "fwd KL",
+    "forward_kl_full": "estimate",
+    "reverse_kl": "rev KL",
+    "cross_entropy": "CE",
+    "top1_agreement": "top-1",
+    "calibration_error": "calib.",
+}
+
+
+def _print_distance(distance: Any) -> None:
+    overall = distance.overall
+    rows: list[tuple[str, ...]] = [("targets", f"{overall.num_targets:,}", "")]
+    for name, label in _DISTANCES.items():
+        if found := overall.measures.get(name):
+            error = found.standard_error
+            rows.append((label, f"{found.mean:.4f}", "" if error is None else f"{error:.4f}"))
+    title = f"Distance to the teacher, k = {distance.k}, T = {distance.temperature:g}, nats"
+    _print_table(title, rows, (f"{distance.num_sequences:,} sequences", "mean", "standard error"))
+    _print_groups("by position", distance.by_position, is_whole=True)
+    _print_groups("by entropy", distance.by_teacher_entropy, is_whole=False)
+
+
+def _print_groups(title: str, groups: Sequence[Any], *, is_whole: bool) -> None:
+    shown = {name: label for name, label in _DISTANCES_OF_GROUPS.items() if name in groups[0].measures}
+    rows = [
+        (
+            _range(group.low or 0, group.high, is_whole),
+            f"{group.num_targets:,}",
+            *(f"{group.measures[name].mean:.3f}" for name in shown),
+        )
+        for group in groups
+    ]
+    _print_table("", rows, (title, "targets", *shown.values()), min_width=7)
+
+
+def _range(low: float, high: float | None, is_whole: bool) -> str:
+    """Name the numbers from `low` to below `high`."""
+    if high is None:
+        return f"{low:g} and more"
+    if is_whole:
+        return f"{low:g}" if high - low == 1 else f"{low:g} to {high - 1:g}"
+    return f"{low:g} to {high:g}"
+
+
+def _print_generation(generation: Any) -> None:
+    deviation = generation.rouge_l_deviation
+    rows: list[tuple[str, ...]] = [
+        ("ROUGE-L", f"{generation.rouge_l:.2f}"),
+        *([] if deviation is None else [("deviation over seeds", f"{deviation:.2f}")]),
+        *((f"  {run}", f"{score:.2f}") for run, score in generation.rouge_l_by_run.items()),
+        ("tokens of a response", f"{generation.mean_new_tokens:.1f}"),
+        ("responses ended", f"{generation.share_ended:.1%}"),
+        ("prompts cut", f"{generation.num_prompts_cut:,}"),
+        ("rows dropped", f"{generation.num_dropped:,}"),
+    ]
+    _print_table(f"Responses to {generation.num_prompts:,} prompts", rows)
+
+
+def _print_table(
+    title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = (), min_width: int = 14
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_header=bool(header), box=None, pad_edge=False)
     for column in range(len(rows[0])):
-        table.add_column(header[column] if header else "", justify="right" if column else "left", min_width=14)
+        table.add_column(header[column] if header else "", justify="right" if column else "left", min_width=min_width)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -1,0 +1,209 @@
+"""A student, and a held-out cache or instructions or both, in; its measures out."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.config import load_config, to_dict
+from todi_offline.data import DataConfig
+from todi_offline.errors import ConfigError, ModelError
+from todi_offline.evaluation.distance import Distance, evaluate_cache
+from todi_offline.evaluation.generation import (
+    SEEDS,
+    Generation,
+    Prompts,
+    evaluate_generation,
+    load_prompts,
+    rouge_l_scorer,
+)
+from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
+
+Progress = Callable[[int, int], None]
+
+METRICS_NAME = "metrics.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """All that decides an evaluation."""
+
+    student: str
+    """A folder, hub id or GGUF file; a folder of LoRA adapters too."""
+    cache: str | None = None
+    """A held-out cache, to measure the distance to its teacher."""
+    data: str | None = None
+    """Instructions with references, to measure ROUGE-L: whatever `todi capture` takes that has responses."""
+    split: str | None = None
+    """The split of the data. By default `train`, or the only one that there is."""
+    limit: int | None = None
+    """Only the first sequences of the cache and rows of the data, this many."""
+    out: Path | None = None
+    """A folder for `metrics.json` and `predictions-SEED.jsonl`; by default nothing is kept."""
+    batch_size: int = 8
+    """Sequences of a batch."""
+    device: str = "auto"
+    """Where the student runs: auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """Of its weights; `auto` is the checkpoint's."""
+    attention: str | None = None
+    """Passed to transformers as `attn_implementation`."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    allow_unsealed: bool = False
+    """Whether the committed part of an unfinished cache may be used."""
+    temperature: float = 1.0
+    """Of both models in the divergences; one of those that the cache was captured at."""
+    k: int | None = None
+    """Entries of the teacher kept in the lower bounds; the cache's by default."""
+    greedy: bool = False
+    """Whether to take the most probable token each time, once, in place of sampling with each seed."""
+    seeds: tuple[int, ...] = SEEDS
+    """One run of sampling for each."""
+    max_new_tokens: int = 256
+    """Tokens at which a response is stopped."""
+    max_prompt_length: int = 256
+    """Tokens at which a prompt is cut; it loses its beginning."""
+    no_repeat_ngram_size: int = 0
+    """Forbid n-grams of this size to occur twice, prompt included. The paper's code has 6; 0 forbids none."""
+
+    def __post_init__(self) -> None:
+        """Refuse what leaves nothing to do, and numbers out of range.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        if self.cache is None and self.data is None:
+            raise ConfigError("nothing to evaluate on; name a held-out cache (--cache), a data set (--data) or both")
+        for name in ("batch_size", "max_new_tokens", "max_prompt_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit is {self.limit}; expected 1 or more, or none for all")
+        if self.no_repeat_ngram_size < 0:
+            raise ConfigError(f"no_repeat_ngram_size is {self.no_repeat_ngram_size}; expected 0 or more")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds are {self.seeds}; expected one or more, each once")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateSummary:
+    """What an evaluation found; None is what was not asked for."""
+
+    distance: Distance | None
+    generation: Generation | None
+
+
+def evaluate(
+    student: str | Model,
+    *,
+    cache: "str | Path | Cache | None" = None,
+    data: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    config: Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> EvaluateSummary:
+    """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
+
+    `settings` are the fields of `EvaluateConfig`; they win over the TOML file `config`. A student that is already
+    loaded needs its `tokenizer`, and stays where it is.
+
+    Raises:
+        TodiError: a setting, the student, the cache or the data cannot be used, or they do not fit.
+    """
+    named: dict[str, Any] = {"student": student if isinstance(student, str) else "(given)"}
+    if cache is not None:
+        named["cache"] = "(given)" if isinstance(cache, Cache) else str(cache)
+    if data is not None:
+        named["data"] = data
+    return run(
+        load_config(EvaluateConfig, config, {**settings, **named}),
+        None if isinstance(student, str) else (student, tokenizer),
+        cache if isinstance(cache, Cache) else None,
+        progress,
+    )
+
+
+def evaluate_from(path: Path | None, settings: dict[str, Any], progress: Progress | None = None) -> EvaluateSummary:
+    """Evaluate what a TOML file and settings say, the latter winning."""
+    return run(load_config(EvaluateConfig, path, settings), progress=progress)
+
+
+def run(
+    config: EvaluateConfig,
+    student: tuple[Model, Tokenizer | None] | None = None,
+    cache: Cache | None = None,
+    progress: Progress | None = None,
+) -> EvaluateSummary:
+    """Load what is not given, measure, and keep what was found where `out` says."""
+    if cache is None and config.cache is not None:
+        cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    model, tokenizer = student or _load(config)
+    if tokenizer is None:
+        raise ModelError("a student that is already loaded needs its tokenizer: pass tokenizer=...")
+    questions = _questions(config, tokenizer)  # what is wrong with the data shows before the cache is read
+    summary = EvaluateSummary(
+        distance=None if cache is None else _distance(config, model, tokenizer, cache, progress),
+        generation=None if questions is None else _generation(config, model, tokenizer, questions, progress),
+    )
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        metrics = {"config": to_dict(config), **dataclasses.asdict(summary)}
+        (config.out / METRICS_NAME).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _load(config: EvaluateConfig) -> tuple[Model, Tokenizer]:
+    tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        config.student,
+        dtype=config.dtype,
+        device=config.device,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def _questions(config: EvaluateConfig, tokenizer: Tokenizer) -> Prompts | None:
+    if config.data is None:
+        return None
+    rouge_l_scorer()  # that it is missing shows here too
+    lengths = {"max_prompt_length": config.max_prompt_length, "max_length": config.max_prompt_length + 1}
+    return load_prompts(DataConfig(data=config.data, split=config.split, limit=config.limit, **lengths), tokenizer)
+
+
+def _distance(
+    config: EvaluateConfig, model: Model, tokenizer: Tokenizer, cache: Cache, progress: Progress | None
+) -> Distance:
+    return evaluate_cache(
+        model,
+        tokenizer,
+        cache,
+        temperature=config.temperature,
+        k=config.k,
+        batch_size=config.batch_size,
+        limit=config.limit,
+        progress=progress,
+    )
+
+
+def _generation(
+    config: EvaluateConfig, model: Model, tokenizer: Tokenizer, questions: Prompts, progress: Progress | None
+) -> Generation:
+    return evaluate_generation(
+        model,
+        tokenizer,
+        questions,
+        seeds=config.seeds,
+        greedy=config.greedy,
+        max_new_tokens=config.max_new_tokens,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        batch_size=config.batch_size,
+        out=config.out,
+        progress=progress,
+    )

@@ -1,0 +1,313 @@
+"""A student and instructions with references in, its responses and their ROUGE-L out.
+
+The protocol of ToDi's experiments and those before them (MiniLLM, DistiLLM, DSKD): the student samples at temperature
+1 from its whole distribution, up to 256 new tokens after a prompt of at most 256, once for each of five seeds; ROUGE-L
+is rouge-score's F-measure with stemming, times 100, the best over the references, its mean over instructions, and then
+mean and deviation over seeds.
+
+Three things differ there, in the code of DSKD, which ToDi's is built on. It forbids repeated 6-grams when it tests
+(`no_repeat_ngram_size`); here that is left to be asked for. It cuts a long prompt at its end, where the response would
+begin; here it loses its beginning, as in training. And ids that the tokenizer does not know, of a padded embedding,
+cannot be drawn here.
+"""
+
+import contextlib
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from todi_offline.data import DataConfig
+from todi_offline.data.encoder import make_encoder
+from todi_offline.data.forms import Dropped, Form, columns_of, recognise_form
+from todi_offline.data.sources import Row, open_source
+from todi_offline.errors import ConfigError, DataError
+from todi_offline.models import Model, Tokenizer, evaluation_mode, output_head, real_vocab_size
+
+Progress = Callable[[int, int], None]
+
+SEEDS = (10, 20, 30, 40, 50)
+
+_STAND_IN = "-"
+"""In place of an answer where a row is encoded for its prompt, which does not depend on the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a student is asked, and what it may answer."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    end_id: int
+    """The token that ends a response to it in training: EOS, or the chat template's end of a turn."""
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a data set."""
+
+    prompts: tuple[Prompt, ...]
+    num_cut: int = 0
+    num_dropped: int = 0
+    """Rows that give none: no assistant answers at their end, or what cannot be cut of them is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How a student's responses fare against references."""
+
+    num_prompts: int
+    num_prompts_cut: int
+    num_dropped: int
+    rouge_l: float
+    """Times 100; the mean over runs."""
+    rouge_l_deviation: float | None
+    """Sample standard deviation over runs; None for a single one."""
+    rouge_l_by_run: dict[str, float]
+    """By seed, or `greedy`."""
+    mean_new_tokens: float
+    share_ended: float
+    """Of responses that the student ended itself, within `max_new_tokens`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
+    """Read a data set as prompts and references.
+
+    Of `config` the name, the split, the limit and `max_prompt_length` are used. The forms are those of
+    `todi_offline.data` that have a response; of `messages` it is the last one, and `output`, `response` and
+    `completion` may be lists of references.
+
+    Raises:
+        DataError, ModelError: as `todi_offline.data.load_examples`.
+    """
+    source, encoder = open_source(config), make_encoder(tokenizer, config)
+    form: Form | None = None
+    prompts: list[Prompt] = []
+    num_cut = num_dropped = 0
+    for number, row in enumerate(itertools.islice(source.rows, config.limit)):
+        try:
+            question, references = _without_answer(columns_of(row, "it"))
+            form = form or recognise_form(question, encoder, source.name)
+            tokens = form.encode(encoder, question)
+        except Dropped:
+            num_dropped += 1
+            continue
+        except DataError as error:
+            raise DataError(f"{source.name}, row {number} (counted from 0): {error}") from error
+        num_cut += tokens.prompt_cut
+        ids = tuple(tokens.ids[: tokens.supervised.index(True)])
+        prompts.append(Prompt(str(row.get("id", number)), ids, tokens.ids[-1], references))
+    if not prompts:
+        raise DataError(
+            f"{source.name} gives no prompt: of its rows, {num_dropped} end without an assistant's answer or are over "
+            f"max_prompt_length, {config.max_prompt_length}, with all cut off that can be"
+        )
+    return Prompts(tuple(prompts), num_cut, num_dropped)
+
+
+def evaluate_generation(
+    model: Model,
+    tokenizer: Tokenizer,
+    questions: Prompts,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    greedy: bool = False,
+    max_new_tokens: int = 256,
+    no_repeat_ngram_size: int = 0,
+    batch_size: int = 8,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> Generation:
+    """Let a student answer, once for each seed, or once with `greedy`, and compare with the references.
+
+    Of the model's own generation settings the tokens that end a text are used, and no other. A seed gives the same
+    responses again where batch size, device and libraries are the same. `out` receives `predictions-SEED.jsonl`, or
+    `predictions-greedy.jsonl`, when each is done.
+
+    Raises:
+        ConfigError: rouge-score is not installed.
+    """
+    score, prompts = rouge_l_scorer(), questions.prompts
+    settings = _generation_settings(model, tokenizer, prompts)
+    settings.update(max_new_tokens=max_new_tokens, no_repeat_ngram_size=no_repeat_ngram_size)
+    if not greedy:
+        settings.update(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+    runs = {"greedy": 0} if greedy else {str(seed): seed for seed in seeds}
+    everything: list[_Response] = []
+    rouge: dict[str, float] = {}
+
+    def report(num_done: int) -> None:
+        if progress:
+            progress(len(everything) + num_done, len(runs) * len(prompts))
+
+    for run, seed in runs.items():
+        responses = _respond(model, tokenizer, prompts, settings, batch_size, seed, report)
+        scores = [
+            max(score(response.text, reference) for reference in prompt.references)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        if out:
+            _write(out / f"predictions-{run}.jsonl", tokenizer, prompts, responses, scores)
+        everything += responses
+        rouge[run] = statistics.fmean(scores)
+    return Generation(
+        num_prompts=len(prompts),
+        num_prompts_cut=questions.num_cut,
+        num_dropped=questions.num_dropped,
+        rouge_l=statistics.fmean(rouge.values()),
+        rouge_l_deviation=statistics.stdev(rouge.values()) if len(rouge) > 1 else None,
+        rouge_l_by_run=rouge,
+        mean_new_tokens=statistics.fmean(response.num_tokens for response in everything),
+        share_ended=statistics.fmean(response.ended for response in everything),
+    )
+
+
+def rouge_l_scorer() -> Callable[[str, str], float]:
+    """Return ROUGE-L of a response and a reference: rouge-score's F-measure with stemming, times 100.
+
+    Raises:
+        ConfigError: rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ConfigError("ROUGE-L needs rouge-score: pip install 'todi-offline[evaluate]'") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return lambda response, reference: 100.0 * scorer.score(reference, response)["rougeL"].fmeasure
+
+
+def _without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
+    """Return a row with a stand-in for its answer, and the references."""
+    if "messages" in row:
+        *before, last = _list_of(row, "messages")
+        if not isinstance(last, Mapping):
+            raise DataError(f"its last message is {last!r:.60}; expected an object with role and content")
+        row = {name: value for name, value in row.items() if name != "messages"}
+        row |= {"prompt": before, "completion": [last]}
+    names = ["completion"] if "prompt" in row and "completion" in row else ["output", "response"]
+    column = next((name for name in names if name in row), None)
+    if column is None:
+        found = ", ".join(map(str, row))
+        raise DataError(f"it has the columns {found}; expected messages, completion, output or response")
+    answer = row[column]
+    if isinstance(answer, list) and answer and isinstance(answer[0], Mapping):
+        stand_in: Any = [*answer[:-1], {**answer[-1], "content": _STAND_IN}]
+        texts = [answer[-1].get("content")]
+    else:
+        stand_in = _STAND_IN
+        texts = _list_of(row, column) if isinstance(answer, list) else [answer]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"column {column!r} holds {texts!r:.60}; expected a text, or a list of texts")
+    return {**row, column: stand_in}, tuple(texts)
+
+
+def _list_of(row: Row, column: str) -> list[Any]:
+    values = row[column]
+    if not isinstance(values, list) or not values:
+        raise DataError(f"column {column!r} holds {values!r:.60}; expected a list that is not empty")
+    return values
+
+
+def _generation_settings(model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Any:
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(prompt.end_id for prompt in prompts)}
+    ends |= set(own if isinstance(own, list) else [] if own is None else [own])
+    known, head = real_vocab_size(tokenizer, model), output_head(model)
+    return GenerationConfig(
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        suppress_tokens=list(range(known, len(cast(Tensor, head.weight)))) or None,
+    )
+
+
+def _respond(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    settings: Any,
+    batch_size: int,
+    seed: int,
+    report: Callable[[int], None],
+) -> list[_Response]:
+    """Return the response to each prompt. The longest go first, so that little is padded."""
+    device = model.get_input_embeddings().weight.device
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].token_ids))
+    found: dict[int, _Response] = {}
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        evaluation_mode(model),
+        _only(model, settings),
+    ):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            inputs = _left_padded([prompts[number].token_ids for number in numbers], settings.pad_token_id)
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            generated = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+            for number, ids in zip(numbers, generated.tolist(), strict=True):
+                found[number] = _response(tokenizer, ids, settings.eos_token_id)
+            report(len(found))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    longest = max(map(len, sequences))
+    gaps = [longest - len(sequence) for sequence in sequences]
+    return {
+        "input_ids": torch.tensor([[pad] * gap + list(ids) for gap, ids in zip(gaps, sequences, strict=True)]),
+        "attention_mask": torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps]),
+    }
+
+
+@contextlib.contextmanager
+def _only(model: Model, settings: Any) -> Iterator[None]:
+    """Within, the model has these generation settings alone: `generate` fills in what is unset from its own."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _response(tokenizer: Tokenizer, ids: list[int], ends: Sequence[int]) -> _Response:
+    length = next((number for number, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+    ended = length < len(ids)
+    return _Response(text, length + ended, ended)
+
+
+def _write(
+    file: Path,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    responses: Sequence[_Response],
+    scores: Sequence[float],
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as lines:
+        for prompt, response, score in zip(prompts, responses, scores, strict=True):
+            row = {
+                "id": prompt.id,
+                "prompt": tokenizer.decode(prompt.token_ids),
+                "prediction": response.text,
+                "references": prompt.references,
+                "rouge_l": score,
+            }
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
