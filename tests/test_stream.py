@@ -15,7 +15,7 @@ from torch import Tensor
 from todi_offline.cache.reader import Cache, CachedSequence
 from todi_offline.losses import distillation_loss
 from todi_offline.models import head_at
-from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, pack_rows, prefetch
+from todi_offline.stream import EMPTY, CacheDataset, Collator, ShuffledOrder, batch_targets, pack_rows, prefetch
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -130,9 +130,28 @@ def test_a_batch_is_the_targets_of_the_cache(cache: Cache) -> None:
     assert found.tail_temperature == cache.manifest.settings.tail_temperature
 
 
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+def test_empty_sequences_add_nothing_to_a_batch(collator: Collator, cache: Cache) -> None:
+    dataset = CacheDataset(cache)
+    without, filled = (collator([dataset[number] for number in order]) for order in ([2, 5], [EMPTY, 2, EMPTY, 5]))
+    assert filled["num_tokens"] == without["num_tokens"]
+    assert sorted(filled["labels"].tolist()) == sorted(without["labels"].tolist())
+    logits, expected = (target_logits(llama(seed=5), batch) for batch in (filled, without))
+    losses = [loss_of(*case, cache, 1) for case in ((logits, filled), (expected, without))]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+def test_a_batch_of_empty_sequences_can_be_run(collator: Collator, cache: Cache) -> None:
+    batch = collator([CacheDataset(cache)[EMPTY]] * 2)
+    assert batch["input_ids"].shape[1] == 1
+    assert batch["num_tokens"].tolist() == [0]
+    assert loss_of(target_logits(llama(seed=5), batch), batch, cache, 1).item() == 0
+
+
 def test_a_cache_is_a_data_set(cache: Cache) -> None:
     dataset = CacheDataset(cache)
-    assert len(dataset) == len(cache) == 21
+    assert len(dataset) == len(cache) == len(list(dataset)) == 21
     np.testing.assert_array_equal(dataset[20].token_ids, cache[20].token_ids)
 
 

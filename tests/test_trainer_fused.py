@@ -9,19 +9,15 @@ import jaxtyping
 import pytest
 import torch
 from tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama
-from tiny_runs import Noting, assert_same_weights, trainer_of
+from tiny_runs import CHECKPOINTING, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import todi_offline.trainer
 from todi_offline.cache.reader import Cache
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import output_head
 from todi_offline.student import LoraSettings, add_lora
-
-CHECKPOINTING = "activation_checkpointing"  # its name of old: gradient_checkpointing
-if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
 
 
 class Gradients(TrainerCallback):

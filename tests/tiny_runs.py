@@ -12,6 +12,10 @@ from todi_offline.cache.reader import Cache
 from todi_offline.losses import DistillationConfig
 from todi_offline.trainer import ToDiTrainer
 
+CHECKPOINTING = "activation_checkpointing"  # its name of old: gradient_checkpointing
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
+
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 
 

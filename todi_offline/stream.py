@@ -1,10 +1,12 @@
 """A cache in, packed batches of tokens and targets out, in an order that can be resumed."""
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,9 +26,12 @@ T = TypeVar("T")
 
 WINDOW_SHARDS = 8
 
+EMPTY = -1
+"""Number of a sequence without tokens and targets, for a place in a batch that no other is left for."""
+
 
 class CacheDataset(Dataset[CachedSequence]):
-    """A cache as torch's data loaders take it."""
+    """A cache as torch's data loaders take it: its sequences by their numbers, and an empty one, `EMPTY`."""
 
     def __init__(self, cache: Cache) -> None:
         """Wrap an open cache."""
@@ -38,7 +43,12 @@ class CacheDataset(Dataset[CachedSequence]):
 
     def __getitem__(self, index: int) -> CachedSequence:
         """Read a sequence."""
-        return self.cache[index]
+        return self._empty if index == EMPTY else self.cache[index]
+
+    @cached_property
+    def _empty(self) -> CachedSequence:
+        first = self.cache[0]
+        return CachedSequence(first.token_ids[:0], first.target_mask[:0], first.targets[:0])
 
 
 class ShuffledOrder(Sampler[int]):
@@ -128,6 +138,26 @@ def training_order(cache: Cache, seed: int) -> ShuffledOrder:
     return WindowShuffledOrder(cache.shards, seed, prepare=cache.prepare)
 
 
+class FilledOrder(Sampler[int]):
+    """An order of sequences, filled up with `EMPTY` to a multiple of what all ranks take at once.
+
+    Else some ranks would begin anew to be even with the others, and sequences would count twice.
+    """
+
+    def __init__(self, order: ShuffledOrder | range, multiple: int) -> None:
+        """Fill up an order."""
+        self.order = order
+        self.multiple = multiple
+
+    def __len__(self) -> int:
+        """Return the number of sequences, empty ones included."""
+        return -(-len(self.order) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of the sequences."""
+        return itertools.chain(self.order, itertools.repeat(EMPTY, len(self) - len(self.order)))
+
+
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Lay sequences of these lengths into as few rows as first-fit-decreasing does; return the members of each."""
     rows: list[list[int]] = []
@@ -163,7 +193,7 @@ class Collator:
         `labels` [target], the tokens that follow them; the targets by the names of `SparseTargets`; `num_tokens` [1].
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
-        longest = sum(lengths) if self.one_row else max(lengths)
+        longest = max(sum(lengths) if self.one_row else max(lengths), 1)  # models do not read rows of nothing
         rows = pack_rows(lengths, longest) if self.pack else [[index] for index in range(len(lengths))]
         input_ids = np.zeros((len(rows), longest), np.int64)
         position_ids = np.zeros((len(rows), longest), np.int64)

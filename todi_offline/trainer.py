@@ -16,7 +16,15 @@ from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
-from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets, prefetch, training_order
+from todi_offline.stream import (
+    CacheDataset,
+    Collator,
+    FilledOrder,
+    ShuffledOrder,
+    batch_targets,
+    prefetch,
+    training_order,
+)
 from todi_offline.student import packs_apart
 from todi_offline.targets import SparseTargets
 
@@ -90,7 +98,12 @@ class ToDiTrainer(Trainer):
         self._source: Iterator[Any] | None = None
         self._batches: Iterator[dict[str, Tensor]] = iter(())
         self._meters = {True: _Meter(), False: _Meter()}
-        self.num_tokens_trained = 0
+        self._num_tokens: Tensor | int = 0
+
+    @property
+    def num_tokens_trained(self) -> int:
+        """Tokens that were trained on since this trainer began, on all ranks."""
+        return int(self._num_tokens)
 
     def compute_loss(
         self,
@@ -160,18 +173,19 @@ class ToDiTrainer(Trainer):
         started = perf_counter()
         batches = list(itertools.islice(self._batches, num_batches))
         self._meters[True].wait_seconds += perf_counter() - started
-        self.num_tokens_trained += sum(int(batch["num_tokens"]) for batch in batches)
-        num_targets = torch.tensor(sum(batch["labels"].numel() for batch in batches), device=device)
-        return batches, self.accelerator.gather(num_targets).sum()
+        counts = [[sum(batch["labels"].numel() for batch in batches), sum(int(b["num_tokens"]) for b in batches)]]
+        num_targets, num_tokens = self.accelerator.gather(torch.tensor(counts, device=device)).sum(0)
+        self._num_tokens += num_tokens
+        return batches, num_targets
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        """Return the loss of a batch; what else is measured is kept for `evaluation_loop`."""
+    ) -> tuple[None, None, None]:
+        """Keep what is measured of a batch for `evaluation_loop`; a mean of means of batches is nothing to return."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            self.compute_loss(model, inputs)
+        return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate, and report means over targets rather than over batches."""
@@ -190,11 +204,15 @@ class ToDiTrainer(Trainer):
             self._meters[True] = _Meter()
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ShuffledOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> FilledOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._order = training_order(dataset.cache, seed)
-        return self._order
+        drops = self.args.dataloader_drop_last  # what does not fill a batch
+        return FilledOrder(self._order, 1 if drops else self._train_batch_size * self.args.world_size)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> FilledOrder:
+        return FilledOrder(range(len(eval_dataset)), self.args.eval_batch_size * self.args.world_size)
 
     def _require_targets(self, cache: Cache) -> None:
         """Refuse a cache that does not hold what the objective asks for."""

@@ -1,0 +1,198 @@
+"""Two processes against one: the same steps, the same gradients, no sequence lost or seen twice."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import cohere, llama
+from tiny_runs import CHECKPOINTING, Noting, trainer_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import BatchSampler
+
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.stream import EMPTY, CacheDataset, FilledOrder, ShuffledOrder
+from todi_offline.student import LoraSettings, add_lora
+
+NUM_PROCESSES = 2
+
+
+def adapted() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return add_lora(llama(seed=1), LoraSettings(lora_r=4))
+
+
+def tied() -> Any:
+    return llama(seed=1, tie_word_embeddings=True)
+
+
+# 21 sequences in steps of 8: the last step of an epoch has 5, which are no whole number of anything here.
+ONE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+COMMON: dict[str, Any] = {"num_train_epochs": 2, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+COMMON |= {"per_device_eval_batch_size": 2}
+RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "plain": (lambda: llama(seed=1), {}),
+    "tied": (tied, {"ddp_find_unused_parameters": False}),
+    "scaled, tied": (lambda: cohere(seed=1), {}),
+    "checkpointed": (tied, {CHECKPOINTING: True}),
+    "adapted": (adapted, {}),
+    "readable": (tied, {}),
+}
+SHARDED = ("sharded", "sharded, its head by itself", "sharded, tied", "sharded, bfloat16")
+
+
+def outcome(out: Path, name: str, cache: Cache, heldout: Cache, parts: dict[str, int]) -> dict[str, Any]:
+    build, settings = RUNS[name]
+    trainer = trainer_of(out, cache, build(), eval_dataset=heldout, **COMMON, **parts, **settings)
+    if name == "readable":
+        trainer.head = None
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 6
+    return {
+        "num_targets": [len(batch["labels"]) for batch in trainer.batches],
+        "logged": [{name: entry[name] for name in ("loss", "grad_norm", "kd", "cross_entropy")} for entry in logged],
+        "weights": {
+            key: value.clone() for key, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+        },
+        "num_tokens": trainer.num_tokens_trained,
+        "evaluated": {
+            key: value for key, value in trainer.evaluate().items() if "second" not in key and "time" not in key
+        },
+    }
+
+
+def gradients(trainer: Noting, model: nn.Module, batches: list[dict[str, Tensor]], num_targets: int) -> dict[str, Any]:
+    """The losses and summed gradients of some micro-batches of a step, as the Trainer calls for them."""
+    losses = []
+    for batch in batches:
+        loss = trainer.compute_loss(model.train(), batch, num_items_in_batch=num_targets)
+        loss.backward()
+        losses.append(loss.item())
+    found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        evaluated = [trainer.compute_loss(model.eval(), batch).item() for batch in batches]
+    return {"losses": losses, "evaluated": evaluated, "gradients": found}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def micro_batches(trainer: Noting) -> list[dict[str, Tensor]]:
+    """Four of unlike sizes, the last of them empty."""
+    dataset = CacheDataset(trainer.train_dataset.cache)
+    groups = ([0, 1, 2], [3], [4, 5], [EMPTY])
+    return [trainer.data_collator([dataset[number] for number in group]) for group in groups]
+
+
+def sharded(name: str, out: Path, cache: Cache) -> dict[str, Any]:
+    """A model sharded by hand: accelerate, which the Trainer leaves that to, offers FSDP on accelerators only."""
+    model: Any = tied() if name.endswith("tied") else llama(seed=1)
+    trainer = trainer_of(out, cache, model)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if name.endswith("bfloat16") else None)
+    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (NUM_PROCESSES,)), "mp_policy": policy}
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    if name.endswith("itself"):
+        fully_shard(model.lm_head, **options)
+    fully_shard(model, **options)
+    batches = micro_batches(trainer)
+    num_targets = sum(len(batch["labels"]) for batch in batches)
+    return gradients(trainer, model, batches[torch.distributed.get_rank() :: NUM_PROCESSES], num_targets)
+
+
+def work(rank: int, port: int, out: Path, cache_path: str, heldout_path: str) -> None:
+    """What each of the processes does: all runs, one after the other, for it takes long to come up."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(NUM_PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    cache, heldout = open_cache(cache_path), open_cache(heldout_path)
+    found = {name: outcome(out / name, name, cache, heldout, TWO) for name in RUNS}
+    found |= {name: sharded(name, out / name, cache) for name in SHARDED}
+    settings = COMMON | TWO | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(out / "resumed", cache, **settings).train()
+    torch.save(found, out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(cache: Cache, heldout: Cache, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What both processes found, and the folder in which they worked."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, out, str(cache.root), str(heldout.root)), nprocs=NUM_PROCESSES)
+    return [torch.load(out / f"{rank}.pt") for rank in range(NUM_PROCESSES)], out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(name: str, two: Any, cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    (first, second), expected = (found[name] for found in two[0]), outcome(tmp_path, name, cache, heldout, ONE)
+    for rank in (first, second):
+        assert rank["num_tokens"] == expected["num_tokens"] == 2 * int(cache.num_tokens.sum())
+        for mine, theirs in zip(rank["logged"], expected["logged"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4)
+        assert rank["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-5)
+        for key, value in expected["weights"].items():
+            torch.testing.assert_close(rank["weights"][key], value, rtol=0, atol=1e-5)
+    for rank, empty in ((first, []), (second, [5, 11])):  # the last micro-batch of an epoch, where five are left of 21
+        assert [step for step, num_targets in enumerate(rank["num_targets"]) if not num_targets] == empty
+    assert sum(first["num_targets"] + second["num_targets"]) == 2 * int(cache.num_targets.sum())
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_model_has_the_gradients_of_a_whole_one(name: str, two: Any, cache: Cache, tmp_path: Path) -> None:
+    model = tied() if name.endswith("tied") else llama(seed=1)
+    trainer = trainer_of(tmp_path, cache, model)
+    batches = micro_batches(trainer)
+    num_targets = sum(len(batch["labels"]) for batch in batches)
+    expected = gradients(trainer, model, batches, num_targets)
+    precision = 5e-2 if name.endswith("bfloat16") else 1e-5
+    for rank, found in enumerate(found[name] for found in two[0]):
+        losses = [loss / NUM_PROCESSES for loss in found["losses"]]
+        assert losses == pytest.approx(expected["losses"][rank::NUM_PROCESSES], rel=precision)
+        assert found["evaluated"] == pytest.approx(expected["evaluated"][rank::NUM_PROCESSES], rel=precision)
+        for key, gradient in expected["gradients"].items():
+            assert gradient.any()
+            assert (found["gradients"][key] - gradient).abs().max() <= precision * gradient.abs().max(), key
+
+
+def test_a_run_of_two_processes_goes_on_in_one(two: Any, cache: Cache, tmp_path: Path) -> None:
+    whole_run = trainer_of(tmp_path, cache, **COMMON, **ONE)
+    whole_run.train()
+    resumed = trainer_of(two[1] / "resumed", cache, **COMMON, **ONE)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses == pytest.approx(whole_run.losses[8:], rel=1e-4)
+    for key, value in whole_run.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[key], value, rtol=0, atol=1e-5)
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
+def test_ranks_share_the_order_of_a_single_one_and_each_sequence_is_some_ranks_once(
+    num_sequences: int, num_ranks: int, batch_size: int, epoch: int
+) -> None:
+    order = ShuffledOrder(num_sequences, seed=7)
+    order.set_epoch(epoch)
+    together = num_ranks * batch_size
+    filled = FilledOrder(order, together)
+    assert len(list(filled)) == len(filled)
+    shards = [
+        list(BatchSamplerShard(BatchSampler(filled, batch_size, drop_last=False), num_ranks, rank, even_batches=True))
+        for rank in range(num_ranks)
+    ]
+    assert {len(shard) for shard in shards} == {-(-num_sequences // together)}
+    found = [number for step in zip(*shards, strict=True) for batch in step for number in batch]
+    assert found[:num_sequences] == list(order)
+    assert set(found[num_sequences:]) <= {EMPTY}
