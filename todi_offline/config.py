@@ -26,10 +26,24 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Mapping[str, 
     Raises:
         ConfigError: the file cannot be read; a key is unknown; a value is missing or has the wrong type or range.
     """
-    tables = _read_toml(path) if path else {}
+    tables = read_toml(path) if path else {}
     for key, value in (overrides or {}).items():
         _place(cls, tables, key, value)
     return _build(cls, tables, where=str(path) if path else "the settings")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a TOML file says, tables as they are.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -44,15 +58,6 @@ def flat_fields(cls: type) -> Iterator[tuple[str, type]]:
             yield from flat_fields(typing.cast(type, kind))
         else:
             yield name, cls
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def _field_types(cls: type) -> dict[str, Any]:

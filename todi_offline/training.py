@@ -13,10 +13,11 @@ import torch
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.cache.store import open_store
-from todi_offline.config import flat_fields, load_config, to_dict
+from todi_offline.config import flat_fields, load_config, read_toml, to_dict
 from todi_offline.errors import ConfigError
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
+from todi_offline.recipes import recipe_settings
 from todi_offline.student import LoraSettings, add_lora
 from todi_offline.trainer import ToDiTrainer
 
@@ -55,6 +56,9 @@ class TrainConfig:
     """Whether the committed part of an unfinished cache may be used."""
     resume: bool = False
     """Whether to go on from the last checkpoint in `out`."""
+    recipe: str | None = None
+    """Settings of an experiment, for all that is not set here: `paper` (the ToDi paper's GPT-2) or `paper-lora` (its
+    TinyLlama)."""
     student: StudentConfig
     lora: LoraSettings = field(default_factory=LoraSettings)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -114,11 +118,22 @@ def train_from(path: Path | None, settings: dict[str, Any]) -> TrainSummary:
 
 
 def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfig:
-    """Return the config of a run; what is no field of it goes to [trainer]."""
+    """Return the config of a run: defaults < recipe < file < settings; what is no field of it goes to [trainer]."""
+    given = {**_flat_file(path), **settings}
+    if given.get("recipe") is not None:
+        settings = {**recipe_settings(given["recipe"], given), **settings}
     ours = {name for name, _ in flat_fields(TrainConfig)}
     arguments = {name: value for name, value in settings.items() if name not in ours}
     chosen = load_config(TrainConfig, path, {name: value for name, value in settings.items() if name in ours})
     return dataclasses.replace(chosen, trainer={**chosen.trainer, **arguments})
+
+
+def _flat_file(path: Path | None) -> dict[str, Any]:
+    """Return the settings of a TOML file, those of its tables among them."""
+    flat: dict[str, Any] = {}
+    for name, value in (read_toml(path) if path else {}).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def load_student(config: StudentConfig) -> tuple[Model, Tokenizer]:

@@ -1,0 +1,93 @@
+"""The name of a recipe and the settings that are given in, the settings that it adds out.
+
+`paper` and `paper-lora` are the two experiments of the ToDi paper (arXiv 2505.16297) whose scripts its authors
+published, github.com/jungseongryong/ToDi at commit 37e9bec: a GPT-2 of 120M parameters, trained whole
+(scripts/gpt2/vanilla_kd_gpt2_base.sh), and a TinyLlama of 1.1B with LoRA (scripts/tinyllama/vanilla_kd_tinyllama.sh),
+with `KD_OBJ` set to ToDi. From the scripts are
+
+    temperature 2, kd_weight .5; 20 or 10 epochs; peak learning rate 5e-4 or 1e-3, no warm-up, cosine decay; weight
+    decay .01; gradients clipped at norm 1; batches of 4 sequences a device, twice accumulated, on 4 devices, so 32 a
+    step; bf16; seed 10; LoRA of rank 256, alpha 8, dropout .1
+
+and from the Python beside them beta = 1 and no factor T^2 (code/criterions/various_divergence.py) and the decay to
+1e-7 (code/arguments.py). AdamW with torch's own betas and epsilon, and torch's CosineAnnealingLR, stand in
+code/utils.py of github.com/songmzhang/DSKD, on which that code says it is based. These are the scripts' numbers; they
+were not compared with those printed in the paper.
+
+Capture has its part in it: --temperature 1 --temperature 2 --max-length 512 --max-prompt-length 256, on Dolly with its
+ready-made prompts, by a teacher that was fine-tuned on the same data. What is not the same: the scripts' targets are
+dense; they keep the epoch with the best ROUGE-L on held-out data (here every epoch is kept, and `todi evaluate --data`
+tells which it is); their weights are in bf16 beside a copy in float32, here in float32 under autocast; they leave out
+the last, incomplete step of an epoch.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from todi_offline.errors import ConfigError
+
+SEQUENCES_PER_STEP = 32
+
+_PAPER: dict[str, Any] = {
+    "loss": "todi",
+    "beta": 1.0,
+    "temperature": 2.0,
+    "kd_weight": 0.5,
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr": 1e-7},
+    "warmup_steps": 0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "bf16": True,
+    "seed": 10,
+    "save_strategy": "epoch",
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "paper-lora": _PAPER
+    | {
+        "num_train_epochs": 10,
+        "learning_rate": 1e-3,
+        "lora_r": 256,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+    },
+}
+
+
+def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe adds to the settings that are given, which win over it.
+
+    Batches are accumulated to as many sequences a step as the recipe has, however many processes there are.
+
+    Raises:
+        ConfigError: the recipe is unknown, or the processes cannot make up its step.
+    """
+    if name not in tuple(RECIPES):
+        raise ConfigError(f"recipe is {name!r}; expected one of {', '.join(RECIPES)}")
+    settings = {key: value for key, value in RECIPES[name].items() if key not in given}
+    if "lr_scheduler_type" in given:
+        settings.pop("lr_scheduler_kwargs", None)  # they are those of the recipe's own schedule
+    if "gradient_accumulation_steps" not in given:
+        settings["gradient_accumulation_steps"] = _accumulation(name, {**settings, **given})
+    return settings
+
+
+def _accumulation(name: str, settings: Mapping[str, Any]) -> int:
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
+    batch: int = settings["per_device_train_batch_size"]
+    steps, rest = divmod(SEQUENCES_PER_STEP, max(num_processes * batch, 1))
+    if rest or not steps:
+        raise ConfigError(
+            f"recipe {name} takes {SEQUENCES_PER_STEP} sequences a step, which {num_processes} processes with batches "
+            f"of {batch} cannot make up; set per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    return steps
