@@ -1,29 +1,22 @@
 """Writing a cache: what is refused, what survives, and what bytes come out."""
 
-import errno
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from fake_cache import manifest, sequence, settings, write_cache
 
-from todi_offline.cache import store
 from todi_offline.cache.commit import CommitRecord, ObjectSum, read_record, to_bytes
 from todi_offline.cache.layout import record_key
 from todi_offline.cache.plan import plan_shards
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.store import CacheLock, LocalStore
+from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import (
     CacheError,
     CacheFormatError,
     CacheIncompleteError,
-    CacheLockedError,
     CacheMismatchError,
     ConfigError,
     DataError,
@@ -120,62 +113,6 @@ def test_a_shard_whose_object_is_gone_cannot_be_sealed(tmp_path: Path) -> None:
         pytest.raises(CacheIncompleteError, match=r"topk_ids/c/1/0 has no bytes, expected \d+"),
     ):
         writer.seal()
-
-
-@pytest.mark.parametrize("call", range(0, 20, 3))
-def test_a_full_disk_leaves_no_temporary_file_and_what_is_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    chosen, root = settings(), tmp_path / "cache"
-    with CacheWriter(root, manifest(chosen, 2, 24)) as writer:
-        writer.write_shard(0, [sequence(number, chosen) for number in range(12)])
-    committed = contents(root)
-    calls = iter(range(100))
-    real = os.fsync
-
-    def full(descriptor: int) -> None:
-        if next(calls) == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr(store.os, "fsync", full)
-    with (
-        CacheWriter(root, manifest(chosen, 2, 24)) as writer,
-        pytest.raises(CacheError, match="No space left on device"),
-    ):
-        writer.write_shard(1, [sequence(number, chosen) for number in range(12, 24)])
-    monkeypatch.undo()
-    after = contents(root)
-    assert not [name for name in after if name.endswith(".tmp")]
-    assert {name: after[name] for name in committed} == committed
-    assert len(open_cache(root, allow_unsealed=True)) in (12, 24)
-    assert contents(write_cache(root)) == contents(write_cache(tmp_path / "undisturbed"))
-
-
-def test_a_second_writer_is_told_who_holds_the_cache_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
-    code = (
-        "import sys, time, pathlib; from todi_offline.cache.store import CacheLock\n"
-        "with CacheLock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(CacheLockedError, match=f"is being written by process {other.pid} on "), CacheLock(tmp_path):
-            pass
-    finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-        other.stdout.close()
-    assert (tmp_path / ".lock").exists()
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            with CacheLock(tmp_path):
-                break
-        except CacheLockedError:
-            assert time.monotonic() < deadline
-    assert not (tmp_path / ".lock").exists()
 
 
 def test_records_are_believed_in_nothing(tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -335,45 +332,3 @@ def test_a_setting_that_does_not_exist_is_refused(teacher: Teacher, examples: Ex
     with pytest.raises(ConfigError, match=r"'temprature' is no setting of the settings"):
         capture(teacher, examples, tmp_path / "cache", temprature=2.0)
     assert not (tmp_path / "cache").exists()
-
-
-KILLED = """
-import json, os, signal, sys, threading
-import datasets, torch, transformers.models.llama.modeling_llama, zarr  # once, not in every child
-from todi_offline.capturing import capture
-torch.set_num_threads(1)  # a pool of threads does not survive a fork
-teacher, data, settings, folders = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-for folder, (share, seconds) in folders.items():
-    child = os.fork()
-    if not child:
-        killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-        def progress(done, total):
-            if done >= share * total and not killer.is_alive():
-                killer.start()
-        capture(teacher, data, folder, progress=progress, **settings)
-        signal.pause()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-INSTANTS = [(0.0, 0.0), (0.5, 0.0), (0.9, 0.01)]
-"""When to kill: at this share of the tokens, and so many seconds later."""
-MANY_INSTANTS = [(share / 10, delay / 100) for share in range(10) for delay in range(6)]
-
-
-@pytest.mark.parametrize("instants", [INSTANTS, pytest.param(MANY_INSTANTS, marks=pytest.mark.slow)])
-def test_a_killed_capture_run_again_gives_the_same_bytes(
-    folder: Path, chats: Path, tmp_path: Path, instants: list[tuple[float, float]]
-) -> None:
-    settings = SMALL | {"max_length": 128, "max_prompt_length": 64, "device": "cpu", "batch_tokens": 256}
-    folders = {str(tmp_path / f"killed {number}"): instant for number, instant in enumerate(instants)}
-    args = [str(folder), str(chats), json.dumps(settings), json.dumps(folders)]
-    output = subprocess.run([sys.executable, "-c", KILLED, *args], capture_output=True, text=True, check=True).stdout
-    assert output.split() == [str(-signal.SIGKILL)] * len(folders)
-    capture(str(folder), str(chats), tmp_path / "whole", **settings)
-    whole, committed = files_of(tmp_path / "whole"), []
-    for killed in folders:
-        committed.append(len([name for name in files_of(Path(killed)) if name.startswith("commits/")]))
-        capture(str(folder), str(chats), killed, **settings)
-        assert files_of(Path(killed)) == whole
-    assert any(0 < number < 4 for number in committed), committed
