@@ -163,7 +163,11 @@ def _shards_problems(
 
 
 def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord, shard: int) -> Iterator[Problem]:
-    damaged = {key: what for key, sums in record.objects.items() if (what := _difference(store, key, sums))}
+    damaged = {
+        key: what
+        for key, sums in record.objects.items()
+        if (what := _difference(store, key, sums) or _exchange(store, manifest, record, key))
+    }
     try:
         table = None if sequences_key(shard) in damaged else read_table(store, record)
         for key, what in damaged.items():
@@ -176,6 +180,18 @@ def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord, shar
         yield Problem(f"shard {shard}", str(error), _again(shard))
 
 
+def _exchange(store: Store, manifest: Manifest, record: CommitRecord, key: str) -> str | None:
+    """Return how the chunks of a whole object differ from those that were written."""
+    name = key.partition("/")[0]
+    if name not in manifest.arrays:
+        return None
+    try:
+        found = open_shard(store, manifest, record.objects, name, record.shard).read_sums()
+    except CacheError as error:
+        return str(error)
+    return None if found == record.objects[key].chunks else "its chunks are whole, but others than were written here"
+
+
 def _damaged_chunks(store: Store, manifest: Manifest, record: CommitRecord, key: str, table: pa.Table | None) -> str:
     """Return which chunks of a damaged object are, and whose; nothing where that cannot be told."""
     spec = manifest.arrays.get(key.partition("/")[0])
@@ -183,7 +199,7 @@ def _damaged_chunks(store: Store, manifest: Manifest, record: CommitRecord, key:
         return ""
     file, chunks = open_shard(store, manifest, record.objects, spec.name, record.shard), []
     try:
-        file.check_index()
+        file.read_sums()
     except CacheError:
         return "; its chunk index is lost"
     for chunk in range(spec.chunks_per_shard):
