@@ -236,12 +236,11 @@ def test_todi_at_beta_minus_one_has_no_value_but_a_gradient():
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("divergence", [name for name in SMOOTH if name != "alpha_beta"])
-def test_the_weight_of_the_sampled_tail_is_the_curvature_near_the_teacher(divergence, beta):
+def test_the_weight_of_the_sampled_tail_is_the_value_over_forward_kl_near_the_teacher(divergence, beta):
     teacher = random_logits(1, 6, 7, scale=0.5)
-    student = (teacher + 1e-5 * random_logits(1, 6, 8)).requires_grad_()
-    near = gradient(dense_divergence(student, teacher, divergence, beta=beta), student)
-    forward = gradient(dense_divergence(student, teacher, "forward_kl"), student)
-    curvature = (near / forward).mean().item()
+    student = teacher + 1e-4 * random_logits(1, 6, 8)
+    near = dense_divergence(student, teacher, divergence, beta=beta).item()
+    forward = dense_divergence(student, teacher, "forward_kl").item()
 
     targets = sparsify(teacher, 2, num_tail_samples=1, generator=torch.Generator().manual_seed(0))
     far = random_logits(1, 6, 9)
@@ -249,7 +248,7 @@ def test_the_weight_of_the_sampled_tail_is_the_curvature_near_the_teacher(diverg
     with_tail, with_one = (
         sparse_divergence(far, targets, divergence, beta=beta, tail_weight=weight) for weight in (None, 1.0)
     )
-    assert ((with_tail - bucket) / (with_one - bucket)).item() == pytest.approx(curvature, rel=1e-3)
+    assert ((with_tail - bucket) / (with_one - bucket)).item() == pytest.approx(near / forward, rel=1e-3)
 
 
 # The sampled tail

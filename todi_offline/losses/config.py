@@ -28,7 +28,7 @@ class DistillationConfig:
     tail: Tail = "auto"
     """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
     tail_weight: float | None = None
-    """Weight of the sampled tail's term; by default what matches the divergence's own curvature."""
+    """Weight of the sampled tail's term; by default the divergence's value over forward KL's near the teacher."""
     kd_weight: float = 0.5
     """0 is plain fine-tuning, 1 distillation alone."""
 

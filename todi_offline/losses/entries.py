@@ -62,11 +62,12 @@ def sparse_divergence(
       every id kept, every divergence is dense.
     - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), which is
       what the bucket leaves out of forward KL. A sample j weighs p(j) over the probability that it was drawn
-      with, so neither value nor gradient has a bias, at any temperature; their variance is that of one
-      weighted log-ratio, and of its gradient, over the number of samples. At q = p only the value's is zero.
-      Entries that a smaller k drops belong to the tail, and are summed exactly. tail_weight is by default
-      the divergence's curvature near q = p over forward KL's: 1 + beta / 2 for ToDi, and 1 for a function
-      that is not in `DIVERGENCES`.
+      with, so neither value nor gradient has a bias, at any temperature; their variance is at most, for the
+      samples of a cache are stratified, that of one weighted log-ratio, and of its gradient, over the number
+      of samples. At q = p only the value's is zero. Entries that a smaller k drops belong to the tail, and
+      are summed exactly. tail_weight is by default the divergence's value near q = p over forward KL's:
+      1 + beta for ToDi, and 1 for a function that is not in `DIVERGENCES`. For ToDi the sum has a bias: the
+      tail is given forward KL's direction, not ToDi's own, which no few samples estimate well.
     - "none": the kept ids alone, by their true probabilities.
     - "auto": "sampled" where samples are stored, else "bucket".
 
