@@ -48,7 +48,7 @@ class Proxy:
         self.requests: list[tuple[str, str]] = []
         self.released = threading.Event()
         self._rules: list[_Rule] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
 
@@ -84,51 +84,49 @@ class Proxy:
         return None
 
 
-def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
 
-        def _forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            fault = proxy.fault_of(self.command, self.path.partition("?")[0])
-            if fault == "stall":
-                proxy.released.wait()
-                self.close_connection = True
-            elif fault in ("refuse", "fail"):
-                self._answer(403 if fault == "refuse" else 500, {}, _INTERNAL_ERROR)
-            else:
-                status, headers, data = self._ask(body)
-                if fault == "lose":
-                    status, data = 500, _INTERNAL_ERROR
-                self._answer(status, headers, data, fault)
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.proxy.fault_of(self.command, self.path.partition("?")[0])
+        if fault == "stall":
+            self.proxy.released.wait()
+            self.close_connection = True
+        elif fault in ("refuse", "fail"):
+            self._answer(403 if fault == "refuse" else 500, {}, _INTERNAL_ERROR)
+        else:
+            status, headers, data = self._ask(body)
+            if fault == "lose":
+                status, data = 500, _INTERNAL_ERROR
+            self._answer(status, headers, data, fault)
 
-        def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            connection = http.client.HTTPConnection(proxy.target)
-            try:
-                connection.request(self.command, self.path, body, dict(self.headers))
-                response = connection.getresponse()
-                return response.status, dict(response.getheaders()), response.read()
-            finally:
-                connection.close()
+    def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(self.proxy.target)
+        try:
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            connection.close()
 
-        def _answer(self, status: int, headers: dict[str, str], data: bytes, fault: Fault | None = None) -> None:
-            sent = data[: len(data) // 2] if fault in ("cut", "shorten") else data
-            length = len(data if fault == "cut" else sent)
-            if self.command == "HEAD":
-                length = int(headers.get("Content-Length", 0))
-            self.send_response(status)
-            for name, value in headers.items():
-                if name.lower() not in _OWN and not (fault and name.startswith("x-amz-checksum")):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(sent)
-            self.close_connection = fault == "cut"
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, fault: Fault | None = None) -> None:
+        sent = data[: len(data) // 2] if fault in ("cut", "shorten") else data
+        length = len(data if fault == "cut" else sent)
+        if self.command == "HEAD":
+            length = int(headers.get("Content-Length", 0))
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in _OWN and not (fault and name.startswith("x-amz-checksum")):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(sent)
+        self.close_connection = fault == "cut"
 
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
-
-    return Handler
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815

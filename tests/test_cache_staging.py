@@ -125,14 +125,16 @@ def test_two_who_want_the_same_fetch_it_once(tmp_path: Path) -> None:
         assert release.wait(60)
         path.write_bytes(b"x" * SIZE)
 
-    threads = [threading.Thread(target=Staging(tmp_path).prepare, args=("x", SIZE, slowly)) for _ in range(2)]
+    both = [Staging(tmp_path) for _ in range(2)]
+    threads = [threading.Thread(target=staging.copy, args=("x", SIZE, slowly)) for staging in both]
     threads[0].start()
     assert arrived.wait(60)
     threads[1].start()
     assert not second.wait(0.2)
     release.set()
     for thread in threads:
-        thread.join()
+        thread.join(60)  # while both hold it
+        assert not thread.is_alive()
     assert (len(made), names(tmp_path)) == (1, ["x.40.staged"])
 
 
@@ -143,7 +145,7 @@ def test_who_is_killed_while_fetching_leaves_nothing_that_counts(tmp_path: Path)
     )
     for name in ("a", "b"):
         run(kill, tmp_path, name)
-    assert names(tmp_path) == ["a.40.staged.part", "b.40.staged.part"]
+    assert names(tmp_path) == ["a.40.fetching", "a.40.part", "b.40.fetching", "b.40.part"]
     copies = Staging(tmp_path, LIMIT_GB)
     assert copies.copy(*Source()("a")).read_bytes() == b"a" * SIZE
     copies.copy(*Source()("c"))

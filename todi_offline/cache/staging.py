@@ -1,8 +1,8 @@
 """Objects of a store in, local copies of them out: each whole or not there, all of them within a limit.
 
 Any number of processes share one folder. A copy that a process was handed lately is locked (`flock`) by it, and stays;
-of the others, the least recently used go when room is needed. Who is killed while fetching leaves a part, which holds
-no lock and goes the same way.
+of the others, the least recently used go when room is needed. Who fetches locks a file beside the part that is to
+become the copy; who is killed while fetching leaves both, unlocked, and they go the same way.
 """
 
 import contextlib
@@ -20,7 +20,10 @@ from todi_offline.errors import CacheError
 
 DEFAULT_LIMIT_GB = 20.0
 HELD = 32  # copies that a process keeps from removal: four shards of eight arrays
-_NAME = re.compile(r".+\.(\d+)\.staged(?:\.part)?")
+_COPY = ".staged"
+_LOCK = ".fetching"
+_PART = ".part"
+_NAME = re.compile(r".+\.(\d+)(?:\.staged|\.fetching)")
 
 Fetch = Callable[[Path], None]
 """Writes a whole object into a local file."""
@@ -73,7 +76,7 @@ class Staging:
         path.unlink(missing_ok=True)
 
     def _path(self, name: str, num_bytes: int) -> Path:
-        return self.folder / f"{name}.{num_bytes}.staged"
+        return self.folder / f"{name}.{num_bytes}{_COPY}"
 
     def _keep(self, name: str, descriptor: int) -> None:
         if self._held.setdefault(name, descriptor) != descriptor:
@@ -99,10 +102,10 @@ class Staging:
         return descriptor
 
     def _fetch(self, path: Path, num_bytes: int, fetch: Fetch) -> None:
-        """Fetch a copy under another name and rename it, unless another process does."""
+        """Fetch a copy under another name and rename it, unless another process has done so meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with locked_file(part) as current:
+        lock, part = path.with_suffix(_LOCK), path.with_suffix(_PART)
+        with locked_file(lock) as current:
             if not current:
                 return
             try:
@@ -113,10 +116,11 @@ class Staging:
                     part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
-        """Remove what was not used for longest; a part counts as what it is to become."""
-        found = []  # with the part that is about to be written
+        """Remove what was not used for longest; what is being fetched counts, too."""
+        found = []
         for path in self.folder.iterdir():
             if match := _NAME.fullmatch(path.name):
                 with contextlib.suppress(FileNotFoundError):
@@ -167,7 +171,7 @@ def locked_file(path: Path) -> Iterator[bool]:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a copy or a part that nobody holds."""
+    """Remove a copy that nobody holds, or what is left of a fetch."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -176,6 +180,7 @@ def _remove(path: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         current = _is_at(descriptor, path)
         if current:
+            path.with_suffix(_PART).unlink(missing_ok=True)
             path.unlink()
     except BlockingIOError:
         return False
