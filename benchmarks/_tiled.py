@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.commit import CommitRecord, to_bytes, write_object
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.fingerprint import content_key, tokenizer_fingerprint
-from todi_offline.cache.layout import CacheSettings, record_key, sequences_key
+from todi_offline.cache.layout import CacheSettings
 from todi_offline.cache.manifest import Manifest, Part
 from todi_offline.cache.narrow import narrow
-from todi_offline.cache.reader import CachedSequence, open_cache
-from todi_offline.cache.writer import CacheWriter, SequenceRows, sequence_table, table_bytes
+from todi_offline.cache.reader import CachedSequence, open_cache, read_table
+from todi_offline.cache.writer import CacheWriter, SequenceRows
 
 VOCAB = 49_152
 _NUM_MADE_UP = 24
@@ -41,23 +40,11 @@ def tiled_cache(out: Path, num_targets: int, cache: str | None, **settings: Any)
     part = dataclasses.replace(manifest.parts[0], num_sequences=num_shards * len(shard), num_shards=num_shards)
     with CacheWriter(out, dataclasses.replace(manifest, parts=(part,))) as writer:
         first = writer.write_shard(0, shard)
+        table = read_table(writer.store, first)
         for number in range(1, num_shards):
-            _repeat(writer, first, number, shard)
+            writer.link_shard(number, writer.store, first, table)
         writer.seal()
     return "made up" if cache is None else f"the {len(rows)} sequences of a cache"
-
-
-def _repeat(writer: CacheWriter, first: CommitRecord, number: int, sequences: list[SequenceRows]) -> None:
-    """Commit a shard that is the first one over again, without encoding it anew: the objects are copies of its."""
-    store, manifest = writer.store, writer.manifest
-    objects = {}
-    for spec in manifest.arrays.values():
-        key = spec.object_key(number)
-        store.write(key, store.read(spec.object_key(0)))
-        objects[key] = first.objects[spec.object_key(0)]
-    data = table_bytes(sequence_table(number, sequences, manifest.settings.shard_tokens))
-    objects[sequences_key(number)] = write_object(store, sequences_key(number), data)
-    store.create(record_key(number), to_bytes(dataclasses.replace(first, shard=number, objects=objects)))
 
 
 def plain_tokenizer(vocab_size: int) -> Any:

@@ -1,16 +1,16 @@
 """Does a cache of a hundred million targets open, read and train as one of a million does?
 
-The caches are one shard's sequences again and again (real ones with `--set cache=CACHE`), every shard in files of its
-own. Each size is looked at in a process of its own:
+The caches are one shard's sequences again and again (real ones with `--set cache=CACHE`); the shards are hard links to
+the same files, so that what is read comes from the page cache at every size. Each size is looked at in a process of its own:
 
     open            seconds until the cache is open
     memory          resident bytes that the open cache and 2,000 random reads of it add
     read            targets a second of random sequences
     step            training steps a second of a small student, in full shuffle; data wait is the trainer's own figure
 
-Ratios are over the smallest size, medians over repetitions in turns. The page cache is as warm as writing left it.
+Ratios are over the smallest size, medians over repetitions in turns.
 
-Not claimed: anything of caches that do not fit the page cache, or of students that are worth training.
+Not claimed: anything of disks, or of students that are worth training.
 """
 
 import json

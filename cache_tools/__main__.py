@@ -1,4 +1,4 @@
-"""Command lines in, calls of the tools out: `todi-cache inspect`, `verify`. A command is imported when it is used."""
+"""Command lines in, calls of the tools out: `todi-cache inspect`, `verify` and others. A command is imported when it is used."""
 
 from importlib import import_module
 
@@ -10,6 +10,9 @@ from todi_offline.errors import one_line_errors
 _COMMANDS = {
     "inspect": "Show what a cache holds, and what it costs.",
     "verify": "Check every checksum and every invariant of a cache.",
+    "diff": "Compare two caches: what they say, and what they hold.",
+    "subset": "Write some sequences of a cache, with less of each, or stored otherwise.",
+    "merge": "Write one cache of the sequences of several.",
 }
 
 
@@ -36,7 +39,7 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy)
 @click.version_option(__version__)
 def cli() -> None:
-    """Look into caches of teacher targets, and check them.
+    """Look into caches of teacher targets, check and mend them, and make new ones of them.
 
     Example: todi-cache inspect cache/
     """

@@ -107,13 +107,26 @@ class CacheWriter:
             key = spec.object_key(shard)
             data = encode_shard(spec, values, self.manifest.settings.codec)
             objects[key] = write_object(self.store, key, data, chunk_sums(spec, data))
-        table = sequence_table(shard, sequences, self.manifest.settings.shard_tokens)
+        return self._commit(shard, sequence_table(shard, sequences, self.manifest.settings.shard_tokens), objects)
+
+    def link_shard(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
+        """Take a committed shard over from a cache with the same settings, without moving its bytes where possible.
+
+        `record` and `table` are its commit record and sequence table there.
+        """
+        objects = {}
+        for spec in self.manifest.arrays.values():
+            self.store.copy_from(source, spec.object_key(record.shard), spec.object_key(shard))
+            objects[spec.object_key(shard)] = record.objects[spec.object_key(record.shard)]
+        return self._commit(shard, moved_table(table, shard, self.manifest.settings.shard_tokens), objects)
+
+    def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = write_object(self.store, sequences_key(shard), table_bytes(table))
         record = CommitRecord(
             shard=shard,
-            num_sequences=len(sequences),
-            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
-            num_targets=sum(len(sequence.targets) for sequence in sequences),
+            num_sequences=len(table),
+            num_tokens=int(table["num_tokens"].to_numpy().sum()),
+            num_targets=int(table["num_targets"].to_numpy().sum()),
             content=hash_bytes(table["content_key"].to_pylist()),
             objects=objects,
         )
@@ -269,6 +282,19 @@ def sequence_table(shard: int, sequences: list[SequenceRows], shard_tokens: int)
         "topk_mass": [np.exp(sequence.targets.logprobs).sum(axis=1).mean(dtype=np.float64) for sequence in sequences],
     }
     return pa.table({name: pa.array(column).cast(SEQUENCE_SCHEMA.field(name).type) for name, column in columns.items()})
+
+
+def moved_table(table: pa.Table, shard: int, shard_tokens: int) -> pa.Table:
+    """Return the sequence table of a shard as it is where its objects are those of shard number `shard`."""
+    shift = (shard - table["shard"].to_numpy().astype(np.int64)) * shard_tokens
+    columns = {
+        "shard": np.full(len(table), shard, np.uint32),
+        "token_start": table["token_start"].to_numpy() + shift,
+        "target_start": table["target_start"].to_numpy() + shift,
+    }
+    for name, values in columns.items():
+        table = table.set_column(SEQUENCE_SCHEMA.get_field_index(name), SEQUENCE_SCHEMA.field(name), pa.array(values))
+    return table
 
 
 def _shard_arrays(sequences: list[SequenceRows], encoding: str) -> dict[str, npt.NDArray[Any]]:

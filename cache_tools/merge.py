@@ -1,0 +1,28 @@
+"""`todi-cache merge`: caches in, one cache of all their sequences out."""
+
+import dataclasses
+import json
+
+import click
+
+from todi_offline.cache.merge import merge_caches
+
+
+@click.command()
+@click.argument("caches", nargs=-1, required=True)
+@click.option("--out", required=True, help="Where the merged cache is written: a folder or URL.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(caches: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Write one cache of all sequences of some; of those with the same content, the first.
+
+    They must be of the same teacher and settings. Whole shards are hard-linked where the file system can.
+
+    Example: todi-cache merge a/ b/ --out both/
+    """
+    summary = merge_caches(caches, out)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(summary), indent=1))
+        return
+    click.echo(f"{out} holds {summary.num_sequences:,} sequences, {summary.num_targets:,} targets")
+    click.echo(f"shards: {summary.num_shards_linked} linked, {summary.num_shards_rewritten} written anew")
+    click.echo(f"left out: {summary.num_duplicates:,} sequences whose content was there already")
