@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,52 +24,6 @@ def problems(root: Path) -> list[Problem]:
 def test_a_whole_cache_has_no_problem(tmp_path: Path, codec: str, encoding: str) -> None:
     assert problems(write_cache(tmp_path / "cache", codec=codec, encoding=encoding)) == []
     assert problems(write_cache(tmp_path / "plain", codec=codec, encoding=encoding, tail_samples=0)) == []
-
-
-def damage(root: Path, kind: str, rng: np.random.Generator) -> str:
-    """Damage one file of a cache at random; return its name."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    path, other = (files[number] for number in rng.choice(len(files), 2, replace=False))
-    data = bytearray(path.read_bytes())
-    if kind == "flip":
-        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(data)
-    elif kind == "truncate":
-        path.write_bytes(data[: rng.integers(len(data))])
-    elif kind == "append":
-        path.write_bytes(data + rng.bytes(rng.integers(1, 50)))
-    elif kind == "delete":
-        path.unlink()
-    elif kind == "swap":
-        if data == other.read_bytes():
-            return damage(root, kind, rng)
-        path.write_bytes(other.read_bytes())
-        other.write_bytes(data)
-    else:
-        (path.parent / "stray.bin").write_bytes(rng.bytes(10))
-    return path.relative_to(root).as_posix()
-
-
-def damages(root: Path, copy: Path, count: int) -> Counter[str]:
-    found: Counter[str] = Counter()
-    kinds = ("flip", "truncate", "append", "delete", "swap", "stray")
-    for number in range(count):
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(root, copy)
-        kind = kinds[number % len(kinds)]
-        name = damage(copy, kind, np.random.default_rng(number))
-        assert problems(copy), f"{kind} of {name} (damage {number}) is not found"
-        found[kind] += 1
-    return found
-
-
-def test_random_damage_is_found(tmp_path: Path) -> None:
-    damages(write_cache(tmp_path / "cache", num_shards=2, per_shard=4), tmp_path / "copy", 60)
-
-
-@pytest.mark.slow
-def test_a_thousand_random_damages_are_found(tmp_path: Path) -> None:
-    print(damages(write_cache(tmp_path / "cache", num_shards=3, per_shard=4), tmp_path / "copy", 1000))
 
 
 def test_a_problem_says_where_what_and_how_to_mend_it_and_that_mends_it(tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""Damage is found by verify, and never reaches a training batch: what is read is what was written, or an error."""
+
+import dataclasses
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_cache import manifest, sequence, settings, write_cache
+from torch import Tensor
+
+from todi_offline.cache.commit import ObjectSum
+from todi_offline.cache.layout import CODECS, ENCODINGS
+from todi_offline.cache.reader import open_cache
+from todi_offline.cache.verify import verify_cache
+from todi_offline.cache.writer import CacheWriter
+from todi_offline.errors import CacheCorruptError, TodiError
+from todi_offline.stream import CacheDataset, Collator
+
+Files = dict[str, bytes]
+Damage = Callable[[Path, np.random.Generator, Path], str]
+
+
+def files_of(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def drawn(root: Path, rng: np.random.Generator) -> Path:
+    files = files_of(root)
+    return files[int(rng.integers(len(files)))]
+
+
+def flip(root: Path, rng: np.random.Generator, _: Path) -> str:
+    path = drawn(root, rng)
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    return path.name
+
+
+def truncate(root: Path, rng: np.random.Generator, _: Path) -> str:
+    path = drawn(root, rng)
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.integers(len(data))])
+    return path.name
+
+
+def overwrite(root: Path, rng: np.random.Generator, _: Path) -> str:
+    """A block that was lost: zeros of a random length anywhere in a file."""
+    path = drawn(root, rng)
+    data = bytearray(path.read_bytes())
+    start, length = int(rng.integers(len(data))), int(rng.integers(1, 512))
+    data[start : start + length] = bytes(len(data[start : start + length]))
+    if data == path.read_bytes():
+        return overwrite(root, rng, _)
+    path.write_bytes(data)
+    return path.name
+
+
+def append(root: Path, rng: np.random.Generator, _: Path) -> str:
+    path = drawn(root, rng)
+    path.write_bytes(path.read_bytes() + rng.bytes(int(rng.integers(1, 50))))
+    return path.name
+
+
+def delete(root: Path, rng: np.random.Generator, _: Path) -> str:
+    path = drawn(root, rng)
+    path.unlink()
+    return path.name
+
+
+def swap(root: Path, rng: np.random.Generator, other: Path) -> str:
+    first, second = drawn(root, rng), drawn(root, rng)
+    mine, yours = first.read_bytes(), second.read_bytes()
+    if mine == yours:
+        return swap(root, rng, other)
+    first.write_bytes(yours)
+    second.write_bytes(mine)
+    return f"{first.name} and {second.name}"
+
+
+def replace(root: Path, rng: np.random.Generator, other: Path) -> str:
+    """The file of the same name of another cache, as a copy that was cut off leaves it."""
+    path = drawn(root, rng)
+    theirs = (other / path.relative_to(root)).read_bytes()
+    if theirs == path.read_bytes():
+        return replace(root, rng, other)
+    path.write_bytes(theirs)
+    return path.name
+
+
+def stray(root: Path, rng: np.random.Generator, _: Path) -> str:
+    path = drawn(root, rng).with_name("stray.bin")
+    path.write_bytes(rng.bytes(10))
+    return path.name
+
+
+KINDS: tuple[Damage, ...] = (flip, truncate, overwrite, append, delete, swap, replace, stray)
+
+
+def batches(root: Path) -> list[dict[str, Tensor]]:
+    """Read all of a cache as training does."""
+    dataset, collate = CacheDataset(open_cache(root)), Collator()
+    return [
+        collate([dataset[index] for index in range(start, min(start + 3, len(dataset)))])
+        for start in range(0, len(dataset), 3)
+    ]
+
+
+def same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> bool:
+    return len(found) == len(expected) and all(
+        mine.keys() == yours.keys() and all(torch.equal(mine[name], yours[name]) for name in mine)
+        for mine, yours in zip(found, expected, strict=True)
+    )
+
+
+def in_training(root: Path, expected: list[dict[str, Tensor]]) -> str:
+    """Return what damage does there; whatever is read must be what was written."""
+    try:
+        found = batches(root)
+    except TodiError as error:
+        message = str(error)
+        assert str(root) in message
+        assert "\n" not in message
+        return "refused in training"
+    assert same(found, expected)
+    return "harmless to training"
+
+
+@pytest.mark.parametrize("count", [160, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_damage_is_found_and_reaches_no_batch(tmp_path: Path, count: int) -> None:
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    combinations = [(codec, encoding) for codec in CODECS for encoding in ENCODINGS]
+    for (codec, encoding), share in zip(combinations, np.array_split(np.arange(count), len(combinations)), strict=True):
+        root, other = tmp_path / f"{codec} {encoding}", tmp_path / f"other {codec} {encoding}"
+        kept = {"num_shards": 3, "codec": codec, "encoding": encoding}
+        write_cache(root, per_shard=4, **kept)
+        write_cache(other, per_shard=5, **kept)
+        expected, copy = batches(root), tmp_path / "copy"
+        for number, kind in zip(share.tolist(), cycle(KINDS)):
+            shutil.copytree(root, copy)
+            what = f"{kind.__name__} of {kind(copy, np.random.default_rng(number), other)}, damage {number}"
+            assert verify_cache(copy), what
+            table[kind.__name__]["found by verify"] += 1
+            table[kind.__name__][in_training(copy, expected)] += 1
+            shutil.rmtree(copy)
+    print(f"\n{count} damages")
+    for name, counted in table.items():
+        print(f"  {name:10}", ", ".join(f"{counted[key]} {key}" for key in sorted(counted)))
+
+
+def test_shards_of_the_same_layout_are_told_from_each_other(tmp_path: Path) -> None:
+    """Chunks that no codec can shrink lie alike in every shard, and then the CRC-32C of the objects is the same."""
+    chosen, vocab_size = settings(codec="fast"), 2**31
+    with CacheWriter(tmp_path, manifest(chosen, 2, 2, vocab_size)) as writer:
+        for shard in range(2):
+            rows, rng = sequence(shard, chosen), np.random.default_rng(shard)
+            tokens = rng.integers(0, vocab_size, 4096).astype(np.uint32)
+            mask = np.arange(4096) < len(rows.targets)
+            writer.write_shard(shard, [dataclasses.replace(rows, token_ids=tokens, target_mask=mask)])
+        writer.seal()
+    first, second = tmp_path / "token_ids/c/0", tmp_path / "token_ids/c/1"
+    mine, yours = first.read_bytes(), second.read_bytes()
+    assert mine != yours
+    assert ObjectSum.of(mine) == ObjectSum.of(yours)
+    first.write_bytes(yours)
+    second.write_bytes(mine)
+    with pytest.raises(CacheCorruptError, match=r"chunk 0 .*token_ids/c/0 is damaged: it is whole, but another than"):
+        open_cache(tmp_path)[0]
+    assert [problem.where for problem in verify_cache(tmp_path)] == ["token_ids/c/0", "token_ids/c/1"]
