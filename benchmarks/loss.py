@@ -21,20 +21,16 @@ Not claimed: anything of a GPU, of more threads than the results name, of bfloat
 training step; the targets are random.
 """
 
-import gc
 import itertools
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks._peak import peak_bytes
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss, fused_linear_distill
 from todi_offline.targets import SparseTargets, sparsify
 
@@ -55,7 +51,7 @@ def run(quick: bool) -> dict[str, object]:
     num_targets, repetitions = (128, 3) if quick else (1024, 7)
     steps = _steps(num_targets)
     measured = _times(steps, repetitions)
-    measured["peak_bytes"] = {name: [_peak_bytes(step)] for name, step in steps.items()}
+    measured["peak_bytes"] = {name: [peak_bytes(step)] for name, step in steps.items()}
     _print_ratios(measured)
     if not quick:  # the bars are for the full size
         _print_bars(measured)
@@ -122,20 +118,6 @@ def _times(steps: dict[str, Step], repetitions: int) -> dict[str, dict[str, list
         "wall_seconds": {name: values[1:] for name, values in wall.items()},
         "cpu_seconds": {name: values[1:] for name, values in processor.items()},
     }
-
-
-def _peak_bytes(step: Step) -> float:
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes: list[tuple[float, int, int]] = sorted(
-        (e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"
-    )
-    return max(itertools.accumulate(num_bytes for *_, num_bytes in changes))
 
 
 def _each(
