@@ -96,7 +96,7 @@ def test_evaluate_prints_the_distance_by_group_and_the_rouge(workspace: Path, tm
     options = ("--limit", "3", "--seed", "1", "--seed", "2", "--max-new-tokens", "4", "--device", "cpu")
     output = run(*args, *options, "--out", tmp_path).stdout
     assert re.search(r"forward KL, lower bound +\d+\.\d{4} +\d+\.\d{4}", output)
-    assert re.search(r"by position +targets +fwd KL +estimate +rev KL +CE +top-1 +calib\.", output)
+    assert re.search(r"position +targets +fwd KL +estimate +rev KL +CE +top-1 +calib\.", output)
     assert re.search(r"^0 +3 .*\n1 to 3 +9 .*\n4 to 15 +36 ", output, re.M)
     assert re.search(r"^3 and more +\d+ +\d+\.\d{3}", output, re.M)
     assert re.search(r"ROUGE-L +\d+\.\d\d\n", output)

@@ -8,6 +8,7 @@ import reference
 import torch
 from tiny import tiny_tokenizer
 from tiny_models import granite, llama
+from tiny_runs import trainer_of
 
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
@@ -15,6 +16,7 @@ from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ModelError, TargetsError
 from todi_offline.evaluation import Distance, Group, distance, evaluate_cache
 from todi_offline.evaluation.distance import position_in_response
+from todi_offline.losses import DistillationConfig
 from todi_offline.targets import SparseTargets
 from todi_offline.teacher import Teacher
 
@@ -207,6 +209,15 @@ def test_without_samples_there_is_no_full_estimate(student, teacher, heldout_exa
     measures = measured(student, open_cache(tmp_path)).overall.measures
     assert "forward_kl_full" not in measures
     assert measures["forward_kl"].mean > 0
+
+
+def test_the_trainer_logs_the_same_bounds(heldout: Cache, tmp_path):
+    for temperature, k in SETTINGS:
+        distillation = DistillationConfig(temperature=temperature, k=k)
+        logged = trainer_of(tmp_path, None, distillation=distillation, eval_dataset=heldout).evaluate()
+        measures = measured(llama(seed=1), heldout, temperature=temperature, k=k).overall.measures
+        for name in ("forward_kl", "reverse_kl", "cross_entropy"):
+            assert measures[name].mean == pytest.approx(logged[f"eval_{name}"], rel=1e-4), name
 
 
 def values(found: Distance):

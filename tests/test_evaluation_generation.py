@@ -243,6 +243,8 @@ def test_a_limit_takes_the_first_rows(tmp_path):
         ({"messages": "hello"}, "row 0 .*'messages' holds 'hello'; expected a list that is not empty"),
         ({"messages": ["hello"]}, "row 0 .*its last message is 'hello'; expected an object with role and content"),
         ({"output": "b"}, "columns"),
+        ({"prompt": "", "completion": "a"}, "row 0 .*its prompt is empty"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "row 0 .*it has tools"),
     ],
 )
 def test_a_row_that_asks_nothing_is_named(row, message, tmp_path):

@@ -335,11 +335,11 @@ def _print_distance(distance: Any) -> None:
     for name, label in _DISTANCES.items():
         if found := overall.measures.get(name):
             error = found.standard_error
-            rows.append((label, f"{found.mean:.4f}", "" if error is None else f"{error:.4f}"))
+            rows.append((label, f"{found.mean:z.4f}", "" if error is None else f"{error:.4f}"))
     title = f"Distance to the teacher, k = {distance.k}, T = {distance.temperature:g}, nats"
     _print_table(title, rows, (f"{distance.num_sequences:,} sequences", "mean", "standard error"))
-    _print_groups("by position", distance.by_position, is_whole=True)
-    _print_groups("by entropy", distance.by_teacher_entropy, is_whole=False)
+    _print_groups("position", distance.by_position, is_whole=True)
+    _print_groups("teacher entropy", distance.by_teacher_entropy, is_whole=False)
 
 
 def _print_groups(title: str, groups: Sequence[Any], *, is_whole: bool) -> None:
@@ -348,7 +348,7 @@ def _print_groups(title: str, groups: Sequence[Any], *, is_whole: bool) -> None:
         (
             _range(group.low or 0, group.high, is_whole),
             f"{group.num_targets:,}",
-            *(f"{group.measures[name].mean:.3f}" for name in shown),
+            *(f"{group.measures[name].mean:z.3f}" for name in shown),
         )
         for group in groups
     ]

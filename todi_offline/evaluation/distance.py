@@ -7,7 +7,8 @@ is at temperature 1; everything in nats.
                              dense ones. `ToDiTrainer` logs the same.
     forward_kl_full          where tail samples are stored: an unbiased estimate of the dense KL(p || q), by the chain
                              rule; see `todi_offline.losses.sparse_divergence`. Its standard error includes the
-                             samples' chance.
+                             samples' chance, which at the temperature that they were drawn at is small beside that of
+                             the text, and at another may not be
     top1_agreement           share of targets whose most probable id is the teacher's
     top1_accuracy            share of targets whose most probable id is the label
     cross_entropy            of the labels; perplexity is its exponential; teacher_cross_entropy is the teacher's own

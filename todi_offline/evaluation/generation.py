@@ -1,14 +1,14 @@
 """A student and instructions with references in, its responses and their ROUGE-L out.
 
-The protocol of ToDi's experiments and those before them (MiniLLM, DistiLLM, DSKD): the student samples at temperature
-1 from its whole distribution, up to 256 new tokens after a prompt of at most 256, once for each of five seeds; ROUGE-L
-is rouge-score's F-measure with stemming, times 100, the best over the references, its mean over instructions, and then
-mean and deviation over seeds.
+The protocol of the ToDi paper's scripts and of those before them (MiniLLM, DistiLLM, DSKD): the student samples at
+temperature 1 from its whole distribution, up to 256 new tokens after a prompt of at most 256, once for each of five
+seeds; ROUGE-L is rouge-score's F-measure with stemming, times 100, the best over the references, its mean over
+instructions, and then mean and deviation over seeds.
 
-Three things differ there, in the code of DSKD, which ToDi's is built on. It forbids repeated 6-grams when it tests
-(`no_repeat_ngram_size`); here that is left to be asked for. It cuts a long prompt at its end, where the response would
-begin; here it loses its beginning, as in training. And ids that the tokenizer does not know, of a padded embedding,
-cannot be drawn here.
+The code of DSKD, which those scripts run, differs in three things. It forbids repeated 6-grams when it tests
+(`no_repeat_ngram_size`); here that is to be asked for. It cuts a long prompt at its end, where it asks for the
+response; here a prompt loses its beginning, as in training. It can draw ids of a padded embedding, which the tokenizer
+does not know; here it cannot.
 """
 
 import contextlib
@@ -103,6 +103,8 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
             question, references = _without_answer(columns_of(row, "it"))
             form = form or recognise_form(question, encoder, source.name)
             tokens = form.encode(encoder, question)
+            if tokens.supervised[0]:
+                raise DataError("its prompt is empty, so there is nothing to answer; take such rows out")
         except Dropped:
             num_dropped += 1
             continue
@@ -192,6 +194,8 @@ def rouge_l_scorer() -> Callable[[str, str], float]:
 
 def _without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
     """Return a row with a stand-in for its answer, and the references."""
+    if row.get("tools"):
+        raise DataError("it has tools, which are not supported; take such rows out")
     if "messages" in row:
         *before, last = _list_of(row, "messages")
         if not isinstance(last, Mapping):
