@@ -135,12 +135,14 @@ def _extra_objects(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Pro
 
 
 def _count_problems(store: Store, seal: Seal) -> Iterator[Problem]:
+    found, expected = [seal.num_sequences, seal.num_tokens, seal.num_targets], [0, 0, 0]
     try:
-        records = [read_record(store, record_key(shard)) for shard in range(seal.num_shards)]
+        for shard in range(seal.num_shards):
+            record = read_record(store, record_key(shard))
+            counts = (record.num_sequences, record.num_tokens, record.num_targets)
+            expected = [total + count for total, count in zip(expected, counts, strict=True)]
     except CacheError:
         return  # named where the shards are looked at
-    names = ("num_sequences", "num_tokens", "num_targets")
-    found, expected = ([sum(getattr(part, name) for part in parts) for name in names] for parts in ([seal], records))
     if found != expected:
         what = f"it has other numbers of sequences, tokens and targets, {found}, than the records, {expected}"
         yield Problem(SEAL_KEY, what, _RESEAL)
