@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,17 @@ def test_leftovers_of_a_killed_writer_are_named_but_its_lock_is_none(tmp_path: P
         ("topk_ids/c/0/0.tmp", "delete it"),
         ("topk_ids/c/2/0", "delete it"),
     ]
+
+
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
+    peaks = []
+    for num_shards in (2, 2, 8):  # the first fills what is cached
+        root = write_cache(tmp_path / f"{num_shards} {len(peaks)}", num_shards=num_shards, per_shard=4)
+        tracemalloc.start()
+        assert problems(root) == []
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.15 * peaks[1], peaks
 
 
 def test_progress_ends_at_the_end(tmp_path: Path) -> None:

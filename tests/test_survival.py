@@ -1,5 +1,6 @@
 """A capture survives what happens to processes, disks and power: it goes on, and ends with the same bytes."""
 
+import dataclasses
 import errno
 import functools
 import json
@@ -16,15 +17,16 @@ import fake_cache
 import numpy as np
 import pytest
 from conftest import Row
-from disk import MODELS, Model, Operation, Watch, after_power_loss, put_files
+from disk import MODELS, Operation, Watch, after_power_loss, put_files
 from fake_cache import write_cache
 from tiny_models import save_llama
 
-from todi_offline.cache.commit import ObjectSum, read_record
+from todi_offline.cache.commit import read_record
 from todi_offline.cache.layout import record_key
-from todi_offline.cache.reader import open_cache
+from todi_offline.cache.reader import open_cache, read_manifest
 from todi_offline.cache.store import CacheLock, LocalStore
-from todi_offline.errors import CacheError
+from todi_offline.cache.writer import CacheWriter
+from todi_offline.errors import CacheError, CacheIncompleteError
 
 Files = dict[str, bytes]
 
@@ -244,23 +246,31 @@ def assert_committed_is_whole(found: Files, whole: Files) -> None:
 @pytest.mark.parametrize("draws", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_power_may_fail_at_any_operation(tmp_path: Path, whole: Files, draws: int) -> None:
     log = operations(tmp_path / "watched")
-    states: dict[frozenset[tuple[str, bytes]], tuple[int, Model]] = {}
-    for at in range(len(log) + 1):
+    states = states_after_power_loss(log, 0, draws)
+    print(f"\n{len(log)} operations, {len(states)} states of the disk after a loss of power")
+    for number, state in enumerate(states):
+        assert_committed_is_whole(dict(state), whole)
+        root = tmp_path / f"lost {number}"
+        put_files(root, dict(state))
+        assert_opens_as_it_was(root)
+        assert files_of(write_cache(root, **WRITTEN)) == whole
+
+
+State = frozenset[tuple[str, bytes]]
+
+
+def states_after_power_loss(log: list[Operation], begun: int, draws: int = 1) -> list[State]:
+    """Return what the cache's folder may hold, had the power failed at any operation after the first `begun`."""
+    states: dict[State, None] = {}
+    for at in range(begun, len(log) + 1):
         for model in MODELS:
             for draw in range(draws if model == "anything" else 1):
                 found = after_power_loss(log[:at], model, np.random.default_rng([at, draw]))
-                found = {name.removeprefix("cache/"): data for name, data in found.items()}
-                assert_committed_is_whole(found, whole)
-                states.setdefault(frozenset(found.items()), (at, model))
-    print(f"\n{len(log)} operations, {len(states)} states of the disk after a loss of power")
-    for number, state in enumerate(states):
-        root = tmp_path / f"lost {number}"
-        put_files(root, dict(state))
-        assert_opens_as_it_was(root, whole)
-        assert files_of(write_cache(root, **WRITTEN)) == whole, states[state]
+                states[frozenset((name.removeprefix("cache/"), data) for name, data in found.items())] = None
+    return list(states)
 
 
-def assert_opens_as_it_was(root: Path, whole: Files) -> None:
+def assert_opens_as_it_was(root: Path) -> None:
     """What is committed can be read, and nothing else is taken for it."""
     committed = [name for name in files_of(root) if name.startswith("commits/") and name.endswith(".json")]
     try:
@@ -270,6 +280,42 @@ def assert_opens_as_it_was(root: Path, whole: Files) -> None:
     else:
         assert len(cache) == WRITTEN["per_shard"] * len(committed)
         assert sum(1 for _ in cache) == len(cache)
+
+
+def append_to(root: Path) -> Path:
+    """Write a cache, or what is missing of it, then append a shard."""
+    chosen = fake_cache.settings(k=2, tail_samples=0, codec="fast")
+    begun = fake_cache.manifest(chosen, 1, 2)
+    both = dataclasses.replace(begun, parts=(*begun.parts, dataclasses.replace(begun.parts[0], content="d")))
+    for manifest in (begun, both):
+        if (root / "zarr.json").exists() and read_manifest(LocalStore(root)) == both and manifest == begun:
+            continue
+        with CacheWriter(root, manifest) as writer:
+            for shard in writer.missing_shards():
+                rows = [fake_cache.sequence(number, chosen) for number in (2 * shard, 2 * shard + 1)]
+                writer.write_shard(shard, rows)
+            writer.seal()
+    return root
+
+
+def test_power_may_fail_at_any_operation_of_an_append(tmp_path: Path, quick_disk: None) -> None:
+    """The cache opens as it was or as it is to be, or says what was begun; the same again ends with the same bytes."""
+    whole, opened = files_of(append_to(tmp_path / "whole")), Counter[str]()
+    root = tmp_path / "watched"
+    root.mkdir()
+    with Watch(root) as watch:
+        append_to(root / "cache")
+    begun = next(n for n, asked in enumerate(watch.log) if asked.path == "cache/append.json.tmp")
+    for number, state in enumerate(states_after_power_loss(watch.log, begun)):
+        root = tmp_path / f"lost {number}"
+        put_files(root, dict(state))
+        try:
+            opened[f"{sum(1 for _ in open_cache(root))} sequences"] += 1
+        except CacheIncompleteError as error:
+            opened["being finished" if "a capture that appends to it" in str(error) else str(error)] += 1
+        assert files_of(append_to(root)) == whole
+    print(f"\nan append that lost power, as it was opened then: {dict(opened)}")
+    assert set(opened) == {"2 sequences", "being finished", "4 sequences"}
 
 
 class Killed(BaseException):
@@ -309,8 +355,5 @@ def test_what_is_repaired_is_safe_from_a_loss_of_power(tmp_path: Path, whole: Fi
         record = read_record(store, record_key(1))
         for key in ("sealed.json", record_key(1), *record.objects):
             store.delete(key)
-    for at in range(begun, len(watch.log) + 1):
-        for model in MODELS:
-            found = after_power_loss(watch.log[:at], model, np.random.default_rng(at))
-            assert_committed_is_whole({name.removeprefix("cache/"): data for name, data in found.items()}, whole)
-    assert all(ObjectSum.of(whole[key]).num_bytes for key in record.objects)
+    for state in states_after_power_loss(watch.log, begun):
+        assert_committed_is_whole(dict(state), whole)
