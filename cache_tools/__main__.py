@@ -1,4 +1,4 @@
-"""Command lines in, calls of the tools out: `todi-cache inspect`, `verify` and others. A command is imported when it is used."""
+"""Command lines in, calls of the tools out: `todi-cache COMMAND`. A command is imported when it is used."""
 
 from importlib import import_module
 
@@ -13,7 +13,10 @@ _COMMANDS = {
     "diff": "Compare two caches: what they say, and what they hold.",
     "subset": "Write some sequences of a cache, with less of each, or stored otherwise.",
     "merge": "Write one cache of the sequences of several.",
+    "export": "Write a cache as Parquet, for other trainers too.",
+    "import": "Make a cache of targets that come from elsewhere.",
 }
+_MODULES = {"import": "import_"}  # a keyword
 
 
 class _Lazy(click.Group):
@@ -27,7 +30,7 @@ class _Lazy(click.Group):
         """Import a command."""
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"cache_tools.{cmd_name}").command
+        command: click.Command = import_module(f"cache_tools.{_MODULES.get(cmd_name, cmd_name)}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from cache_tools.progress import progress_bar
 from todi_offline.cache.commit import read_seal
 from todi_offline.cache.store import open_store
 from todi_offline.cache.verify import verify_cache
@@ -19,12 +20,7 @@ def command(cache: str, as_json: bool) -> None:
 
     Example: todi-cache verify cache/
     """
-    with click.progressbar(length=1, label="shards", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
+    with progress_bar("shards") as progress:
         problems = verify_cache(cache, progress)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=1))

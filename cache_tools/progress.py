@@ -1,0 +1,19 @@
+"""Progress in, a bar on a terminal out; nothing elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is called with the number done and all; the bar is on stderr."""
+    with click.progressbar(length=1, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield progress

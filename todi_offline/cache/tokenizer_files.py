@@ -1,0 +1,65 @@
+"""A folder with a tokenizer's files in, as much of a tokenizer out as its fingerprint needs; transformers is not."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from todi_offline.errors import DataError, first_line
+
+_SPECIAL = ("bos", "eos", "pad", "unk")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What `fingerprint.tokenizer_fingerprint` asks of a tokenizer, by transformers' names."""
+
+    backend_tokenizer: Tokenizer
+    special_ids: dict[str, int | None]
+    chat_template: str | None
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return all ids, those of added tokens too."""
+        vocabulary: dict[str, int] = self.backend_tokenizer.get_vocab(with_added_tokens=True)
+        return vocabulary
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, str]:
+        """The added tokens by id."""
+        return {number: token.content for number, token in self.backend_tokenizer.get_added_tokens_decoder().items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return `bos_token_id` and its like."""
+        kind = name.removesuffix("_token_id")
+        if kind in _SPECIAL and name.endswith("_token_id"):
+            return self.special_ids[kind]
+        raise AttributeError(name)
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Read tokenizer.json, tokenizer_config.json and the chat template of a folder that `save_pretrained` wrote.
+
+    Raises:
+        DataError: one is missing or cannot be read.
+    """
+    try:
+        backend = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = folder / "chat_template.jinja"
+        chat_template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise DataError(
+            f"{folder} holds no tokenizer that can be read ({first_line(error)}); expected the tokenizer.json and "
+            "tokenizer_config.json that save_pretrained writes"
+        ) from error
+    tokens = {kind: _content(config.get(f"{kind}_token")) for kind in _SPECIAL}
+    special_ids = {kind: None if token is None else backend.token_to_id(token) for kind, token in tokens.items()}
+    return TokenizerFiles(backend, special_ids, chat_template)
+
+
+def _content(token: Any) -> str | None:
+    if isinstance(token, dict):
+        return str(token["content"])
+    return None if token is None else str(token)
