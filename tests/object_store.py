@@ -14,6 +14,7 @@ import pytest
 Fault = Literal["refuse", "fail", "lose", "cut", "shorten", "stall"]
 
 _OWN = ("content-length", "connection", "transfer-encoding", "date", "server")
+_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 _INTERNAL_ERROR = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
 
 
@@ -98,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.proxy.released.wait()
             self.close_connection = True
         elif fault in ("refuse", "fail"):
-            self._answer(403 if fault == "refuse" else 500, {}, _INTERNAL_ERROR)
+            self._answer(403 if fault == "refuse" else 500, {}, _DENIED if fault == "refuse" else _INTERNAL_ERROR)
         else:
             status, headers, data = self._ask(body)
             if fault == "lose":
