@@ -1,17 +1,15 @@
 """The name of a benchmark in, its table on the terminal and its numbers in benchmarks/results/NAME.json out."""
 
 import importlib
-import importlib.metadata
 import json
-import os
 import pkgutil
-import platform
 from pathlib import Path
 from typing import Any
 
 import click
 
 import benchmarks
+from benchmarks._environment import environment, listed
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
 RESULTS = Path(__file__).parent / "results"
@@ -28,35 +26,16 @@ def main(name: str | None, quick: bool, options: tuple[str, ...]) -> None:
             click.echo(f"{each:12} {_load(each).__doc__.splitlines()[0]}")
         return
     benchmark = _load(name)
-    click.echo(f"{benchmark.__doc__}\n{_listed(_environment())}\n")
+    click.echo(f"{benchmark.__doc__}\n{listed(environment())}\n")
     measured = benchmark.run(quick, **dict(option.split("=", 1) for option in options))
     if not quick:
         RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({"benchmark": name, **_environment(), **measured}, indent=1)
+        text = json.dumps({"benchmark": name, **environment(), **measured}, indent=1)
         (RESULTS / f"{name}.json").write_text(text + "\n")
 
 
 def _load(name: str) -> Any:
     return importlib.import_module(f"benchmarks.{name}")
-
-
-def _environment() -> dict[str, dict[str, str]]:
-    packages = ("torch", "numpy", "zarr", "numcodecs", "transformers")
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = models[0] if models else processor
-    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
-    return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "hardware": {"processor": processor, "cpus": str(os.cpu_count()), "system": platform.system()},
-        "before": {"load": load},
-    }
-
-
-def _listed(environment: dict[str, dict[str, str]]) -> str:
-    return "\n".join(f"{k}: " + ", ".join(f"{a} {b}" for a, b in v.items()) for k, v in environment.items())
 
 
 if __name__ == "__main__":

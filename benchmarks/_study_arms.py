@@ -1,0 +1,102 @@
+"""The name of a grid in, the arms of the study out: what a student is trained on, from which start, with which seed."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+LOSSES = ("todi", "forward_kl", "reverse_kl", "js", "skew_forward_kl", "adaptive_kl")
+WEIGHTS = (0.3, 0.5, 0.7)
+MATCHED = 0.6
+"""The weight w' at which forward KL pulls as ToDi does at w = 1/2 near q = p, beside cross-entropy:
+w' / (1 - w') = (1 + beta / 2) w / (1 - w), beta = 1."""
+NUM_DRAWS = 12
+"""Of random-sampling KD."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One training run; with its start and seed a row of the CSV."""
+
+    start: Literal["warm", "cold"] = "warm"
+    seed: int = 0
+    targets: Literal["none", "dense", "cached", "renormalised", "random"]
+    """None is plain fine-tuning; dense is the teacher itself, beside the student; renormalised makes a distribution of
+    the top k alone; random is ids drawn from the whole teacher distribution, each as likely as its share of draws."""
+    loss: str = "forward_kl"
+    k: int = 0
+    tail: Literal["", "none", "bucket", "sampled"] = ""
+    samples: int = 0
+    temperature: float = 1.0
+    kd_weight: float = 0.5
+    tail_weight: float = 0.0
+    """Of the sampled tail; 0 is the divergence's own."""
+
+    @property
+    def label(self) -> str:
+        """What a person calls it, start and seed apart."""
+        if self.targets == "none":
+            return "SFT"
+        of = {"dense": "dense", "renormalised": f"top {self.k} renormalised", "random": f"{self.samples} random draws"}
+        tail = {"none": " no tail", "bucket": " bucket", "sampled": f"+{self.samples}"}.get(self.tail, "")
+        parts = [self.loss, of.get(self.targets, f"K={self.k}{tail}")]
+        parts += [f"T={self.temperature:g}"] if self.temperature != 1 else []
+        parts += [f"w={self.kd_weight:g}"] if self.kd_weight != 0.5 else []
+        parts += [f"tail weight {self.tail_weight:g}"] if self.tail_weight else []
+        return " ".join(parts)
+
+
+def cached(k: int, samples: int = 0, loss: str = "todi", **settings: Any) -> Arm:
+    """Return an arm that learns from a cache: with samples if there are any, else with a bucket."""
+    tail: Any = "sampled" if samples else "bucket"
+    return Arm(**{"targets": "cached", "loss": loss, "k": k, "tail": tail, "samples": samples} | settings)
+
+
+SFT = Arm(targets="none", loss="", kd_weight=0.0)
+DENSE = Arm(targets="dense", loss="todi")
+DENSE_FORWARD_KL = [Arm(targets="dense"), Arm(targets="dense", kd_weight=MATCHED)]
+REFERENCES = [
+    Arm(targets="renormalised", k=8),
+    Arm(targets="random", samples=NUM_DRAWS),
+    Arm(targets="random", samples=NUM_DRAWS, kd_weight=MATCHED),
+]
+HEAVIER_TAIL = [cached(64, 8, tail_weight=2.5)]
+BARS = {(64, 8): 0.97, (16, 8): 0.92, (8, 4): 0.88}
+"""Share recovered that is asked of K kept ids and S samples, for a vocabulary of 4,096 or more."""
+
+
+def arms_of(grid: str, seeds: int) -> list[Arm]:
+    """Return the arms of a grid, the seeds outermost: what is measured first compares the most."""
+    starts: dict[str, list[Arm]] = {
+        "quick": [*_each(_quick(), "warm"), *_each([SFT, DENSE, cached(16, 8), cached(8)], "cold")],
+        "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *HEAVIER_TAIL, *DENSE_FORWARD_KL], "warm"),
+        "full": [*_each(_full(), "warm"), *_each(_full(), "cold")],
+    }
+    return [dataclasses.replace(arm, seed=seed) for seed in range(seeds) for arm in starts[grid]]
+
+
+def _each(arms: Iterable[Arm], start: Any) -> list[Arm]:
+    return [dataclasses.replace(arm, start=start) for arm in dict.fromkeys(arms)]
+
+
+def _quick() -> Iterator[Arm]:
+    yield from (SFT, DENSE, *DENSE_FORWARD_KL)
+    yield from (cached(64, 8), cached(16, 8), cached(8, 4), cached(8), cached(8, tail="none"))
+    yield from (REFERENCES[0], REFERENCES[2])
+
+
+def _full() -> Iterator[Arm]:
+    yield SFT
+    yield from (
+        Arm(targets="dense", loss=loss, temperature=temperature, kd_weight=weight)
+        for loss, temperature, weight in itertools.product(LOSSES[:2], (1.0, 2.0), (*WEIGHTS, MATCHED))
+    )
+    for k in (4, 8, 16, 32, 64):
+        for loss, temperature in itertools.product(LOSSES, (1.0, 2.0)):
+            yield cached(k, loss=loss, temperature=temperature, tail="none")
+            yield from (cached(k, samples, loss, temperature=temperature) for samples in (0, 4, 8))
+        yield Arm(targets="renormalised", k=k)
+    for loss, weight in itertools.product(LOSSES, (*WEIGHTS, MATCHED)):
+        yield cached(16, 8, loss, kd_weight=weight)
+    yield from REFERENCES

@@ -1,0 +1,129 @@
+"""The rows of the study in; its CSV, its table and its picture out."""
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._environment import environment, listed
+from benchmarks._study_arms import BARS, DENSE, SFT, Arm, cached
+
+Row = dict[str, Any]
+
+
+def write_report(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> str:
+    """Write path.csv, path.md and path.svg; return the table."""
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".csv").open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    means = summarise(rows)
+    table = "\n".join([_table(means), "", *_bars(means)])
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
+    text = f"# {path.name}\n\n```\n{listed(environment())}\nsettings: {chosen}\n```\n\n{table}\n"
+    path.with_suffix(".md").write_text(text)
+    _draw(means, path.with_suffix(".svg"))
+    return table
+
+
+def arm_of(row: Row) -> Arm:
+    """Return the arm that a row was measured with."""
+    fields = Arm.__dataclass_fields__
+    texts: Row = {name: row[name] for name in fields}
+    numbers = {name: int(texts[name]) for name in ("seed", "k", "samples")}
+    return Arm(**texts | numbers | {name: float(texts[name]) for name in ("temperature", "kd_weight", "tail_weight")})
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Return the means over seeds, and the share recovered of what dense ToDi gains over SFT, by seed and averaged.
+
+    Seeds of which either is missing count for the other measures alone.
+    """
+    forward_kl = {_key(row): float(row["forward_kl"]) for row in rows}
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["start"], arm_of(row).label].append(row)
+    means = []
+    for (start, label), members in groups.items():
+        mean: Row = {"start": start, "label": label, "arm": arm_of(members[0]), "seeds": len(members)}
+        for name in ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error"):
+            values = [float(row[name]) for row in members]
+            mean[name], mean[f"{name}_deviation"] = statistics.mean(values), statistics.pstdev(values)
+        shares = [share for row in members if (share := _share(row, forward_kl)) is not None]
+        mean["share"] = statistics.mean(shares) if shares else None
+        mean["share_deviation"] = statistics.pstdev(shares) if shares else None
+        means.append(mean)
+    return means
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["start"], str(row["seed"]), arm_of(row).label
+
+
+def _share(row: Row, forward_kl: dict[tuple[str, str, str], float]) -> float | None:
+    start, seed, _ = _key(row)
+    plain, dense = forward_kl.get((start, seed, SFT.label)), forward_kl.get((start, seed, DENSE.label))
+    if plain is None or dense is None:
+        return None
+    return (plain - float(row["forward_kl"])) / (plain - dense)
+
+
+def _table(means: Sequence[Row]) -> str:
+    header = "| start | trained on | bytes a target | forward KL | share recovered | cross-entropy | ECE | seeds |"
+    lines = [header, "|---|---|---|---|---|---|---|---|"]
+    for mean in sorted(means, key=lambda mean: (mean["start"] != "warm", mean["forward_kl"])):
+        share = "" if mean["share"] is None else f"{mean['share']:.1%} ± {mean['share_deviation']:.1%}"
+        size = f"{mean['bytes_per_target']:.1f}" if mean["bytes_per_target"] else "–"
+        lines.append(
+            f"| {mean['start']} | {mean['label']} | {size} | {mean['forward_kl']:.4f} ± "
+            f"{mean['forward_kl_deviation']:.4f} | {share} | {mean['cross_entropy']:.4f} | "
+            f"{mean['calibration_error']:.4f} | {mean['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def _bars(means: Sequence[Row]) -> list[str]:
+    """Say which of the project's bars these rows meet."""
+    found = {mean["label"]: mean["share"] for mean in means if mean["start"] == "warm" and mean["share"] is not None}
+    lines = []
+    for (k, samples), bar in BARS.items():
+        label = cached(k, samples).label
+        if label in found:
+            verdict = "met" if found[label] >= bar else "missed"
+            lines.append(
+                f"- {label}, warm: {found[label]:.1%} of what dense ToDi gains, {bar:.0%} asked for: {verdict}"
+            )
+    return lines
+
+
+def _draw(means: Sequence[Row], file: Path) -> None:
+    """Draw forward KL against bytes a target, a panel a start, dense ToDi and SFT as lines."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none"}
+    from matplotlib import pyplot
+
+    starts = sorted({mean["start"] for mean in means}, reverse=True)
+    figure, panels = pyplot.subplots(1, len(starts), figsize=(6.5 * len(starts), 4.5), squeeze=False)
+    for panel, start in zip(panels[0], starts, strict=True):
+        shown = [mean for mean in means if mean["start"] == start]
+        for mean in shown:
+            if mean["label"] in (SFT.label, DENSE.label):
+                panel.axhline(mean["forward_kl"], linestyle="--", linewidth=1, color="grey")
+                panel.annotate(
+                    mean["label"], (0.01, mean["forward_kl"]), xycoords=("axes fraction", "data"), fontsize=8
+                )
+            elif mean["bytes_per_target"]:
+                at = mean["bytes_per_target"], mean["forward_kl"]
+                style = {"cached": "o", "renormalised": "x", "random": "^"}[mean["arm"].targets]
+                panel.errorbar(*at, yerr=mean["forward_kl_deviation"], marker=style, markersize=5, capsize=2)
+                panel.annotate(mean["label"], at, xytext=(5, 3), textcoords="offset points", fontsize=7)
+        panel.set(title=f"{start} student", xlabel="bytes a target", ylabel="held-out forward KL to the teacher, nats")
+        panel.margins(x=0.2)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)

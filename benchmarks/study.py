@@ -1,0 +1,248 @@
+"""What does a sparse cache cost a student, in distance to its teacher, against bytes a target?
+
+One teacher, one text, one student: every arm starts from the same weights, reads the same batches in the same order
+for as many steps, and is trained on (1 - w) CE + w KD. Compared are
+
+    SFT                   w = 0
+    dense                 ToDi and forward KL with the teacher itself beside the student: what an online run has
+    K = k+s, k bucket,    what `capture` kept: k ids and s tail samples, the tail as a bucket, or no tail; read back
+    k no tail             through `open_cache` and `stream`, so that bytes a target are those on the disk
+    top k renormalised    forward KL to the top k made to sum to one
+    s random draws        random-sampling KD: ids drawn from the whole teacher distribution stand for it
+    w = 0.6               forward KL as strong, near q = p, as ToDi at 0.5: what ToDi gains beyond strength
+
+Measured on held-out text, at T = 1 over the whole vocabulary: forward KL from the teacher, cross-entropy, and the
+expected calibration error of the most likely token (15 bins). `share recovered` is (SFT - arm) / (SFT - dense ToDi) in
+forward KL, by seed, then averaged. Bytes a target are those of the arrays that the arm reads of the teacher's
+predictions; for random draws, of their ids in pcodec.
+
+    --quick               a teacher trained on the spot, one seed, some of the arms: 10 minutes on two idle cores
+    --set grid=bars       the same teacher, three seeds, the arms that the project set itself bars for: an hour there
+    (neither)             1,692 runs: for a GPU. Name a teacher with --set teacher=FOLDER, else SmolLM2-135M-Instruct
+                          is fetched, and text with --set data=FILE and heldout=FILE, else Python's documentation
+    --set vocab=512       another tokenizer for the teacher that is trained on the spot
+
+Rows are written as they are measured; the same command again goes on where it was stopped. results/ holds the CSV, the
+table and the picture of each grid. It needs matplotlib: pip install 'todi-offline[benchmarks]'.
+
+Not claimed: that what holds for a small teacher, one text and a few hundred steps holds for others; and forward KL, the
+measure, is nearer to what forward KL trains on than to ToDi.
+"""
+
+import csv
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pcodec.standalone
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks._study_arms import Arm, arms_of
+from benchmarks._study_report import write_report
+from benchmarks._study_world import ON_THE_SPOT, Settings, World, batches, make_world, optimise
+from todi_offline.cache.fingerprint import hash_json
+from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.capturing import capture
+from todi_offline.demo import fetch_teacher
+from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss
+from todi_offline.models import evaluation_mode, head_at
+from todi_offline.stream import Collator, batch_targets
+from todi_offline.targets import SparseTargets
+
+RESULTS = Path(__file__).parent / "results"
+NUM_BINS = 15
+MEASURES = ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error", "seconds")
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Tensor, Batch], Tensor]
+"""Student logits at the targets of a batch -> the mean loss over them."""
+
+
+def run(quick: bool, *, grid: str = "", seeds: str = "", work: str = "", **options: str) -> dict[str, object]:
+    grid = "quick" if quick else grid or "full"
+    settings = _settings(grid, options)
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline" / "study"
+    folder = Path(work or home) / hash_json(dataclasses.asdict(settings))[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = arms_of(grid, int(seeds or (1 if quick else 3)))
+    print(f"{len(arms)} runs; rows, models and caches are kept in {folder}", flush=True)
+    rows = _measured(arms, make_world(settings, folder), folder)
+    name = "-".join(["study", grid, *(f"{key}-{Path(value).stem}" for key, value in sorted(options.items()))])
+    print(write_report(rows, RESULTS / name, dataclasses.asdict(settings)))
+    return {"settings": dataclasses.asdict(settings), "rows": len(rows), "files": f"{name}.csv .md .svg"}
+
+
+def _settings(grid: str, options: dict[str, str]) -> Settings:
+    types = {name: type(value) for name, value in dataclasses.asdict(Settings()).items()}
+    chosen: dict[str, Any] = {name: types[name](value) for name, value in options.items()}
+    if grid == "full" and "teacher" not in chosen:
+        chosen["teacher"] = str(fetch_teacher())
+    if chosen.get("teacher", ON_THE_SPOT) != ON_THE_SPOT:
+        chosen = {"steps": 1_000, "warm_steps": 1_000, "learning_rate": 5e-4} | chosen
+    return Settings(**chosen)
+
+
+def _measured(arms: Sequence[Arm], world: World, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each arm, of this run or of an earlier one."""
+    file = folder / "rows.csv"
+    names = [field.name for field in dataclasses.fields(Arm)]
+    done: dict[tuple[str, ...], dict[str, Any]] = {}
+    if file.exists():
+        with file.open(newline="") as opened:
+            done = {tuple(row[name] for name in names): dict(row) for row in csv.DictReader(opened)}
+    else:
+        file.write_text(",".join((*names, *MEASURES)) + "\n")
+    for number, arm in enumerate(arms):
+        key = tuple(str(value) for value in dataclasses.asdict(arm).values())
+        if key not in done:
+            done[key] = dict(zip(names, key, strict=True)) | measure(arm, world, folder)
+            with file.open("a", newline="") as opened:
+                csv.writer(opened).writerow(done[key].values())
+            found = f"forward KL {done[key]['forward_kl']:.4f}, {done[key]['seconds']:.0f} s"
+            print(f"{number + 1}/{len(arms)} {arm.start} {arm.label}, seed {arm.seed}: {found}", flush=True)
+    return [done[tuple(str(value) for value in dataclasses.asdict(arm).values())] for arm in arms]
+
+
+def measure(arm: Arm, world: World, folder: Path) -> dict[str, float]:
+    """Train a student as the arm says, and measure it."""
+    sequences, num_bytes, loss = _prepared(arm, world, folder)
+    started = perf_counter()
+    student = world.student(arm.start).train()
+    torch.manual_seed(arm.seed)
+    losses = _losses(student, sequences, loss, world, arm.seed)
+    optimise(student, losses, world.settings.steps, world.settings.learning_rate)
+    found = _distance(student, world, folder)
+    return {"bytes_per_target": round(num_bytes, 2), **found, "seconds": round(perf_counter() - started, 1)}
+
+
+def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
+    """Return what an arm reads, its bytes a target, and the loss that it is trained on."""
+    if arm.targets == "random":
+        sequences, num_bytes = _random_draws(world, _captured(world, folder, "train"), arm.samples, arm.seed)
+        return sequences, num_bytes, functools.partial(_random_draws_loss, arm)
+    cache = _captured(world, folder, "train", arm.k or 8, arm.samples)
+    if arm.targets in ("none", "dense"):
+        return cache, 0.0, functools.partial(_dense_loss, arm, world)
+    used = {"topk_ids", "topk_logprobs"}
+    used |= {"tail_logsumexp"} if arm.tail in ("bucket", "sampled") else set()
+    used |= {"tail_ids", "tail_logprobs"} if arm.tail == "sampled" else set()
+    num_bytes = sum(cache.bytes_by_array[name] for name in used) / int(cache.num_targets.sum())
+    return cache, num_bytes, functools.partial(_cached_loss, arm, cache)
+
+
+def _losses(student: Any, sequences: Any, loss: Loss, world: World, seed: int) -> Iterator[Tensor]:
+    collate = Collator()
+    for indices in batches(len(sequences), world.settings.batch_sequences, seed):
+        batch = _on_device(collate([sequences[index] for index in indices]), student)
+        yield loss(_logits(student, batch, world.teacher.vocab_size), batch)
+
+
+def _logits(model: Any, batch: Batch, vocab: int) -> Tensor:
+    with head_at(model, batch["target_positions"]):
+        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    logits: Tensor = output.logits[0, :, :vocab]
+    return logits
+
+
+def _teacher_logits(world: World, batch: Batch) -> Tensor:
+    with evaluation_mode(world.teacher.model):
+        return _logits(world.teacher.model, batch, world.teacher.vocab_size)
+
+
+def _dense_loss(arm: Arm, world: World, logits: Tensor, batch: Batch) -> Tensor:
+    ce = cross_entropy(logits, batch["labels"])
+    if arm.targets == "none":
+        return ce
+    kd = dense_divergence(logits, _teacher_logits(world, batch), arm.loss, temperature=arm.temperature).mean()
+    return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
+
+
+def _cached_loss(arm: Arm, cache: Cache, logits: Tensor, batch: Batch) -> Tensor:
+    targets = batch_targets(batch, cache)
+    tail: Any = arm.tail
+    if arm.targets == "renormalised":
+        targets, tail = _renormalised(targets), "bucket"
+    config = DistillationConfig(
+        loss=arm.loss,
+        temperature=arm.temperature,
+        tail=tail,
+        tail_weight=arm.tail_weight or None,
+        kd_weight=arm.kd_weight,
+    )
+    return distillation_loss(logits, batch["labels"], targets, config)[0]
+
+
+def _renormalised(targets: SparseTargets) -> SparseTargets:
+    """Return targets whose kept ids have all of the mass."""
+    empty = torch.full_like(targets.tail_logsumexp, -torch.inf)
+    return dataclasses.replace(targets, logprobs=targets.logprobs.log_softmax(-1), tail_logsumexp=empty)
+
+
+def _random_draws(world: World, cache: Cache, num_draws: int, seed: int) -> tuple[list[CachedSequence], float]:
+    """Return the sequences of a cache with ids drawn from the teacher in place of its top k, and bytes a target."""
+    generator = torch.Generator().manual_seed(seed)
+    collate, drawn = Collator(), []
+    for sequence in cache:
+        logits = _teacher_logits(world, _on_device(collate([sequence]), world.teacher.model))
+        ids = torch.multinomial(logits.float().softmax(-1).cpu(), num_draws, replacement=True, generator=generator)
+        targets = dataclasses.replace(sequence.targets, ids=ids.sort(-1).values.numpy().astype(np.uint32))
+        drawn.append(dataclasses.replace(sequence, targets=targets))
+    ids16 = np.concatenate([sequence.targets.ids for sequence in drawn]).astype(np.uint16)
+    columns = [pcodec.standalone.simple_compress(column.copy(), pcodec.ChunkConfig()) for column in ids16.T]
+    return drawn, sum(len(column) for column in columns) / len(ids16)
+
+
+def _random_draws_loss(arm: Arm, logits: Tensor, batch: Batch) -> Tensor:
+    logprobs = logits.float().log_softmax(-1)
+    ce = -logprobs.gather(-1, batch["labels"][:, None]).mean()
+    kd = -logprobs.gather(-1, batch["ids"].long()).mean()
+    return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
+
+
+def _captured(world: World, folder: Path, split: str, k: int = 8, samples: int = 0) -> Cache:
+    """Return a cache of a split, captured once."""
+    out = folder / f"{split}-{k}+{samples}"
+    examples = world.train if split == "train" else world.heldout
+    capture(world.teacher, examples, out, k=k, tail_samples=samples, temperatures=(1.0, 2.0), shard_tokens=65_536)
+    return open_cache(out)
+
+
+@torch.no_grad()
+def _distance(student: Any, world: World, folder: Path) -> dict[str, float]:
+    """Compare a student with the teacher, over the whole vocabulary and on held-out text."""
+    cache, collate = _captured(world, folder, "heldout"), Collator()
+    distance, ce, confidence, right = [], [], [], []
+    for start in range(0, len(cache), 8):
+        batch = _on_device(collate([cache[index] for index in range(start, min(start + 8, len(cache)))]), student)
+        with evaluation_mode(student):
+            q = _logits(student, batch, world.teacher.vocab_size).float().log_softmax(-1)
+        p = _teacher_logits(world, batch).float().log_softmax(-1)
+        distance.append((p.exp() * (p - q)).sum(-1))
+        ce.append(-q.gather(-1, batch["labels"][:, None]).squeeze(-1))
+        best = q.max(-1)
+        confidence.append(best.values.exp())
+        right.append((best.indices == batch["labels"]).float())
+    return {
+        "forward_kl": round(torch.cat(distance).mean().item(), 5),
+        "cross_entropy": round(torch.cat(ce).mean().item(), 5),
+        "calibration_error": round(calibration_error(torch.cat(confidence), torch.cat(right)), 5),
+    }
+
+
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Return the mean over positions of |mean confidence - share right| of the bin that a position falls into."""
+    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    gaps = torch.zeros(NUM_BINS, device=confidence.device).index_add(0, bins, confidence - right)
+    return (gaps.abs().sum() / len(right)).item()
+
+
+def _on_device(batch: Batch, model: Any) -> Batch:
+    device = model.get_input_embeddings().weight.device
+    return {name: values.to(device) for name, values in batch.items()}
