@@ -151,7 +151,7 @@ def test_a_missing_shard_is_named_and_a_damaged_chunk_names_the_sequence(tmp_pat
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("token_start", -1), ("token_start", 2**62), ("num_tokens", 2**31 - 1), ("num_targets", -5), ("shard", 2**32 - 1)],
+    [("token_start", -1), ("token_start", 2**62), ("num_tokens", 2**31 - 1), ("num_targets", -5)],
 )
 def test_a_sequence_outside_its_shard_is_refused_before_it_is_read(tmp_path: Path, column: str, value: int) -> None:
     root = write_cache(tmp_path / "cache")

@@ -154,7 +154,7 @@ def test_tables_that_disagree_with_rows_or_records_are_found_behind_right_checks
 
     for number, (column, change, message) in enumerate(
         [
-            ("shard", put(0, 1), "lies outside its shard"),
+            ("shard", put(0, 1), "the sequence table of shard 0 of"),
             ("token_start", put(1, lambda start: start + 1), "overlap or leave gaps on the token axis"),
             ("target_start", put(1, lambda start: start - 1), "overlap or leave gaps on the target axis"),
             ("num_targets", put(11, lambda count: count - 1), "sequences, tokens and targets, the record"),

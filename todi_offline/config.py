@@ -119,7 +119,7 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
 def _coerce_plain(value: Any, kind: type, name: str) -> Any:
     if kind is Path and isinstance(value, str | Path):
         return Path(value).expanduser()
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308:
         return float(value)
     if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value

@@ -143,7 +143,7 @@ def _read_fields(store: Store, key: str, kind: type) -> dict[str, Any]:
     try:
         values = json.loads(read_object(store, key))
         if values.keys() != set(kind.__slots__):  # type: ignore[attr-defined]
-            raise ValueError(f"its fields are {', '.join(values)}")
+            raise ValueError(f"its fields are {list(values)!r:.200}")
         objects = {_inner_key(name): ObjectSum.from_json(entry) for name, entry in values.pop("objects").items()}
         counts = {name: value if name == "content" else _count(value) for name, value in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -153,11 +153,12 @@ def _read_fields(store: Store, key: str, kind: type) -> dict[str, Any]:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r:.50} is no count")
     return value
 
 
 def _inner_key(key: str) -> str:
-    if key.startswith("/") or ".." in PurePosixPath(key).parts or "\\" in key or "\0" in key:
+    outside = key.startswith("/") or ".." in PurePosixPath(key).parts or "\\" in key
+    if outside or not key.isprintable():
         raise ValueError(f"{key!r} leaves the cache's folder")
     return key

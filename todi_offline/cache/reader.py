@@ -169,6 +169,11 @@ class Cache:
     def _decode(self, index: int, arrays: dict[str, npt.NDArray[Any]]) -> CachedSequence:
         settings = self.manifest.settings
         token_ids, mask = arrays.pop("token_ids"), arrays.pop("target_mask").astype(np.bool_)
+        if mask[-1:].any():
+            raise CacheCorruptError(
+                f"sequence {index} of {self.root} supervises its last position, which no token follows; "
+                "run `todi-cache verify`"
+            )
         if mask.sum() != len(arrays["topk_ids"]):
             raise CacheCorruptError(
                 f"sequence {index} of {self.root} has {mask.sum()} supervised positions and "
@@ -223,7 +228,7 @@ class Cache:
 def _read_columns(store: Store, manifest: Manifest, record: CommitRecord) -> dict[str, npt.NDArray[Any]]:
     """Return the columns of a shard's sequence table that are no text."""
     table = read_table(store, record)
-    require_places(str(store), table, manifest)
+    require_places(str(store), table, manifest, record.shard)
     numbers = {name: np.array(table[name].to_numpy()) for name in table.column_names if name not in (*_TEXT, _KEY)}
     return {_KEY: keys_of(table), **numbers}
 
@@ -296,12 +301,13 @@ def _parse_table(data: bytes, record: CommitRecord, where: str) -> pa.Table:
     return pa.Table.from_batches(batches, SEQUENCE_SCHEMA).combine_chunks()
 
 
-def require_places(place: str, table: pa.Table, manifest: Manifest) -> None:
-    """Refuse a table with a hole, or with a sequence outside the rows of its shard."""
+def require_places(place: str, table: pa.Table, manifest: Manifest, shard: int) -> None:
+    """Refuse a table with a hole, or with a sequence outside the rows of the shard that it is of."""
     if any(column.null_count for column in table.columns):
         raise CacheFormatError(f"a sequence table of {place} has empty cells; run `todi-cache verify`")
     num_rows = manifest.settings.shard_tokens
-    shard = table["shard"].to_numpy().astype(np.int64)
+    if (table["shard"].to_numpy() != shard).any():
+        raise CacheFormatError(f"the sequence table of shard {shard} of {place} names other shards")
     for axis in ("token", "target"):
         start = table[f"{axis}_start"].to_numpy() - shard * num_rows
         count = table[f"num_{axis}s"].to_numpy().astype(np.int64)

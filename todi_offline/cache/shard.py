@@ -94,8 +94,10 @@ class ShardFile:
             CacheIncompleteError: the file is missing.
             CacheCorruptError: a chunk's bytes are not those that were written; names the file and the chunk.
         """
+        if start == stop:
+            return np.empty(self.spec.shape(0), self.spec.dtype)
         size = self.spec.chunk_rows
-        chunks = [self.read_chunk(chunk) for chunk in range(start // size, (max(stop, start + 1) - 1) // size + 1)]
+        chunks = [self.read_chunk(chunk) for chunk in range(start // size, (stop - 1) // size + 1)]
         rows = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
         first = start // size * size
         return rows[start - first : stop - first]
@@ -128,7 +130,7 @@ class ShardFile:
 
     def _open(self) -> int:
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a pipe, there is nothing
         except FileNotFoundError as error:
             raise CacheIncompleteError(
                 f"the cache lacks {self.path}; `todi-cache verify` lists what else is"
