@@ -4,6 +4,7 @@ Every config of this library is a frozen, keyword-only dataclass that stands bes
 Defaults < TOML file < overrides (the command line); a key that no field has is an error.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import tomllib
@@ -119,8 +120,9 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
 def _coerce_plain(value: Any, kind: type, name: str) -> Any:
     if kind is Path and isinstance(value, str | Path):
         return Path(value).expanduser()
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308:
-        return float(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of 400 digits
+            return float(value)
     if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
     raise ConfigError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
