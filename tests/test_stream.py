@@ -1,7 +1,9 @@
 """Order, packing and prefetching: no sequence lost, repeated or seen by its neighbour."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,22 @@ from hypothesis import strategies as st
 from tiny_models import gpt2, llama
 from torch import Tensor
 
-from todi_offline.cache.reader import Cache, CachedSequence
+from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.cache.remote import RemoteStore
+from todi_offline.cache.staging import Staging
 from todi_offline.losses import distillation_loss
 from todi_offline.models import head_at
-from todi_offline.stream import EMPTY, CacheDataset, Collator, ShuffledOrder, batch_targets, pack_rows, prefetch
+from todi_offline.stream import (
+    EMPTY,
+    CacheDataset,
+    Collator,
+    ShuffledOrder,
+    WindowShuffledOrder,
+    batch_targets,
+    pack_rows,
+    prefetch,
+    training_order,
+)
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -46,6 +60,98 @@ def test_orders_differ_by_epoch_and_by_seed() -> None:
 def test_the_order_of_a_seed_is_this_one_in_every_release() -> None:
     assert order_of(10, 42, 0) == [2, 4, 5, 0, 9, 8, 1, 7, 3, 6]
     assert order_of(10, 42, 1) == [7, 1, 4, 9, 8, 3, 5, 0, 2, 6]
+
+
+def window_order(shards: list[int], seed: int = 0, epoch: int = 0, window: int = 8) -> list[int]:
+    order = WindowShuffledOrder(np.array(shards), seed, window)
+    order.set_epoch(epoch)
+    return list(order)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=100), st.integers(0, 2**70), st.integers(0, 99), st.data())
+def test_an_order_by_windows_holds_every_sequence_once_and_few_shards_at_a_time(
+    shards: list[int], seed: int, epoch: int, data: st.DataObject
+) -> None:
+    window = data.draw(st.integers(1, 12))
+    order = window_order(shards, seed, epoch, window)
+    assert sorted(order) == list(range(len(shards)))
+    assert order == window_order(shards, seed, epoch, window)
+    drawn = [shards[index] for index in order]
+    for place in range(len(drawn)):
+        begun, to_come = set(drawn[: place + 1]), set(drawn[place:])
+        assert len(begun & to_come) <= window
+
+
+def test_windows_and_what_they_hold_differ_by_epoch_and_by_seed() -> None:
+    shards = [shard for shard in range(12) for _ in range(3)]
+    orders = [window_order(shards, seed, epoch, window=4) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 9
+    assert len({frozenset(shards[index] for index in order[:12]) for order in orders}) > 5
+    assert all(len({shards[index] for index in order[:12]}) == 4 for order in orders)
+
+
+def test_the_order_by_windows_of_a_seed_is_this_one_in_every_release() -> None:
+    shards = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert window_order(shards, seed=42, window=2) == [2, 0, 1, 9, 8, 7, 5, 3, 4, 6]
+    assert window_order(shards, seed=42, epoch=1, window=2) == [0, 1, 4, 2, 3, 5, 9, 8, 6, 7]
+
+
+def test_the_shards_of_this_window_and_of_the_next_are_prepared() -> None:
+    prepared: dict[int, threading.Event] = {shard: threading.Event() for shard in range(6)}
+
+    def prepare(shard: int) -> None:
+        prepared[shard].set()
+        raise OSError("dropped: who reads the shard meets it again")
+
+    shards = np.repeat(np.arange(6), 2)
+    expected = [int(shards[index]) for index in WindowShuffledOrder(shards, 1, 1)][::2]
+    order = iter(WindowShuffledOrder(shards, 1, 1, prepare))
+    for number in range(5):
+        next(order), next(order)
+        for shard in expected[number : number + 2]:
+            assert prepared[shard].wait(timeout=10)
+        assert not any(prepared[shard].is_set() for shard in expected[number + 2 :])
+    assert len(list(order)) == 2
+
+
+def test_shards_of_windows_that_are_skipped_are_not_prepared() -> None:
+    """A run that is resumed draws what it has seen before, and drops it."""
+    begun, go_on, third, prepared = threading.Event(), threading.Event(), threading.Event(), list[int]()
+
+    def prepare(shard: int) -> None:
+        prepared.append(shard)
+        (begun if len(prepared) < 3 else third).set()
+        assert go_on.wait(timeout=10)
+
+    shards = np.arange(50)
+    expected = list(WindowShuffledOrder(shards, 1, 1))
+    order = iter(WindowShuffledOrder(shards, 1, 1, prepare))
+    next(order)
+    assert begun.wait(timeout=10)
+    for _ in range(30):
+        next(order)
+    go_on.set()
+    assert third.wait(timeout=10)
+    assert prepared == [expected[0], expected[30], expected[31]]
+    order.close()  # type: ignore[attr-defined]
+
+
+def test_a_remote_cache_is_trained_by_windows_and_told_where_they_do_not_fit(
+    cache: Cache, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    assert type(training_order(cache, 3)) is ShuffledOrder
+    assert list(training_order(cache, 3)) == order_of(len(cache), 3, 0)
+    store = RemoteStore(f"memory:/{tmp_path}", staging=Staging(tmp_path))
+    for key in cache.store.find():
+        store.copy_from(cache.store, key, key)
+    remote = open_cache(store)
+    order = training_order(remote, 3)
+    assert isinstance(order, WindowShuffledOrder)
+    assert list(order) == window_order(remote.shards.tolist(), 3)
+    assert caplog.text == ""
+    store.staging.limit_gb = 1e-6
+    training_order(remote, 3)
+    assert re.search(r"1 shards of memory:.* take .* GB, .* may hold 1e-06: some are fetched again", caplog.text)
 
 
 @given(LENGTHS, st.integers(1, 300))
