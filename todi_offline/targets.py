@@ -32,7 +32,8 @@ class SparseTargets:
         tail_logsumexp: log sum of exp(logprob / T) over the ids not kept, a column for each temperature;
             -inf where they have no mass.
         temperatures: the temperatures captured.
-        tail_ids: ids drawn with replacement from the tail at `tail_temperature`, or None.
+        tail_ids: ids drawn from the tail at `tail_temperature`, or None. Each by itself has the tail's distribution,
+            and so has each of any few columns; a capture stratifies those of a row, by id, and an id may come twice.
         tail_logprobs: their log-probs at T = 1; -inf in a row whose tail has no mass.
         tail_temperature: the temperature that the samples were drawn at; one of `temperatures`.
 

@@ -132,8 +132,8 @@ ENTRY_POINTS = "todi_offline.divergences"
 def resolve(divergence: str | Divergence, beta: float) -> tuple[Divergence, float]:
     """Return a divergence as a function of two tensors, and its value near q = p over forward KL's.
 
-    ToDi's gradient there is only 1 + beta / 2 of forward KL's, for its gate takes none; but inside the tail of a real
-    student, which is not near, it is longer: 2.2 to 2.5 times forward KL's by least squares, at beta = 1 and T = 1.
+    ToDi's gradient there is only 1 + beta / 2 of forward KL's, for its gate takes none. But the tail of a real student
+    is not near: with a vocabulary of 4,096, beta = 1 and T = 1 it was measured at 2.2 to 2.3, by least squares.
 
     Raises:
         ConfigError: no divergence has that name.
