@@ -52,7 +52,10 @@ def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale:
     labels = token_ids[np.flatnonzero(mask) + 1].astype(np.int64)
     logits = rng.normal(0, scale, (len(labels), vocab_size)).astype(np.float32)
     logits[np.arange(len(labels)), labels] += np.float32(3 * scale) * (rng.random(len(labels)) < 0.5)
-    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    if chosen.encoding == "bf16_logit":
+        logits = (logits.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    log_partition = np.logaddexp.reduce(logits, axis=1)
+    logprobs = logits - log_partition[:, None]
     ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : chosen.k]
     tail = logprobs.copy()
     np.put_along_axis(tail, ids, -np.inf, axis=1)
@@ -67,6 +70,7 @@ def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale:
         tail_temperature=chosen.tail_temperature,
         tail_ids=drawn.astype(np.uint32) if chosen.tail_samples else None,
         tail_logprobs=np.take_along_axis(logprobs, drawn, axis=1) if chosen.tail_samples else None,
+        log_partition=log_partition if chosen.encoding == "bf16_logit" else None,
     )
     return SequenceRows(f"fake:{number}", "fake", token_ids, mask, rows)
 

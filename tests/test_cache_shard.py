@@ -1,5 +1,7 @@
 """Shards against zarr-python, in both directions, and what a damaged one says."""
 
+import dataclasses
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,48 +10,74 @@ import google_crc32c
 import numpy as np
 import pytest
 from fake_cache import settings, write_cache
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
-from todi_offline.cache.layout import CODECS, ENCODINGS, ArraySpec, array_specs
+from todi_offline.cache.layout import CHUNK_TARGETS, CODECS, ENCODINGS, MAX_GAPS_VOCAB, ArraySpec, array_specs
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.shard import ShardFile, encode_shard
 from todi_offline.errors import CacheCorruptError, CacheIncompleteError
 
 
-def zarr_group(root: Path) -> Any:
+def zarr_group(root: Path, encoding: str) -> Any:
     import zarr
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
         group = zarr.open_group(str(root), mode="r+", use_consolidated=False)
-        names = array_specs(settings(), 300)
-        return {name: group[name][...] for name in names}, group
+        return {name: group[name][...] for name in array_specs(settings(encoding=encoding), 300)}, group
+
+
+def rows_of_gaps(gaps: Any) -> list[list[int]]:
+    """Return the ids of each row of an array with gaps, as a reader that only knows the description would."""
+    rows: list[list[int]] = []
+    for chunk in np.split(gaps, len(gaps) // CHUNK_TARGETS):
+        key, members = 0, [list[int]() for _ in range(CHUNK_TARGETS)]
+        for gap in chunk.ravel().tolist():
+            key += gap
+            members[key % CHUNK_TARGETS].append(key // CHUNK_TARGETS)
+        rows += members
+    return rows
+
+
+def gaps_of_rows(rows: Any) -> Any:
+    """Return what is stored of rows of ids: the opposite of `rows_of_gaps`."""
+    chunks = []
+    for chunk in np.split(rows, len(rows) // CHUNK_TARGETS):
+        keys = sorted(member * CHUNK_TARGETS + row for row, ids in enumerate(chunk.tolist()) for member in ids)
+        chunks.append(
+            np.array([after - key for key, after in zip([0, *keys], keys, strict=False)]).reshape(chunk.shape)
+        )
+    return np.concatenate(chunks)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zarr_reads_what_is_written_here(tmp_path: Path, codec: str, encoding: str) -> None:
     root = write_cache(tmp_path / "cache", codec=codec, encoding=encoding)
-    arrays, _ = zarr_group(root)
+    arrays, _ = zarr_group(root, encoding)
     cache = open_cache(root)
     assert arrays.keys() == cache.manifest.arrays.keys()
     for name, spec in cache.manifest.arrays.items():
         assert arrays[name].dtype == spec.dtype
+        theirs = np.array(rows_of_gaps(arrays[name])) if spec.gaps else arrays[name]
         for shard in range(2):
             ours = ShardFile(root / spec.object_key(shard), spec, codec).read_rows(0, spec.shard_rows)
-            assert (ours == arrays[name][shard * 4096 : (shard + 1) * 4096]).all()
+            assert (ours == theirs[shard * 4096 : (shard + 1) * 4096]).all()
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_what_zarr_writes_is_read_here(tmp_path: Path, codec: str, encoding: str) -> None:
     root = write_cache(tmp_path / "cache", num_shards=1, codec=codec, encoding=encoding)
-    _, group = zarr_group(root)
+    _, group = zarr_group(root, encoding)
     rng = np.random.default_rng(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
         for name, spec in array_specs(settings(codec=codec, encoding=encoding), 300).items():
-            values = rng.integers(1, 200, spec.shape(4096)).astype(spec.dtype)
-            group[name][...] = values
+            values = np.sort(rng.integers(1, 100, spec.shape(4096)).astype(spec.dtype))
+            group[name][...] = gaps_of_rows(values) if spec.gaps else values
             file = ShardFile(root / spec.object_key(0), spec, codec)
             assert (file.read_rows(0, 4096) == values).all()
             assert (file.read_rows(700, 1300) == values[700:1300]).all()
@@ -61,6 +89,35 @@ def one_shard(tmp_path: Path) -> tuple[ShardFile, ArraySpec]:
     path = tmp_path / "0"
     path.write_bytes(encode_shard(spec, values, "compact"))
     return ShardFile(path, spec, "compact"), spec
+
+
+@given(st.data())
+@examples(max_examples=50, deadline=None)
+def test_ids_come_back_from_gaps_row_by_row_rising(data: st.DataObject) -> None:
+    columns, most = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 40, MAX_GAPS_VOCAB]))
+    spec = array_specs(settings(k=columns, encoding="root8"), most)["topk_ids"]
+    ids = np.random.default_rng(data.draw(st.integers(0, 99))).integers(
+        0, most, (data.draw(st.integers(1, 900)), columns)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "0"
+        path.write_bytes(encode_shard(spec, ids, "compact"))
+        back = ShardFile(path, spec, "compact").read_rows(0, 1000)
+    assert (back[: len(ids)] == np.sort(ids, axis=1)).all()
+    assert not back[len(ids) :].any()
+
+
+def test_gaps_whose_rows_differ_in_length_are_damaged(tmp_path: Path) -> None:
+    spec = array_specs(settings(encoding="root8"), 300)["topk_ids"]
+    plain = dataclasses.replace(spec, gaps=False)
+    gaps = gaps_of_rows(np.sort(np.random.default_rng(0).integers(0, 300, (512, 6)), axis=1))
+    for number, place in enumerate([(200, 3), (511, 5)]):
+        forged = gaps.copy()
+        forged[place] += 1
+        file = ShardFile(tmp_path / str(number), spec, "compact")
+        file.path.write_bytes(encode_shard(plain, forged, "compact"))
+        with pytest.raises(CacheCorruptError, match="its rows differ in length"):
+            file.read_rows(0, 1)
 
 
 def test_rows_beyond_the_given_ones_are_zero(tmp_path: Path) -> None:

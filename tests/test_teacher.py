@@ -15,7 +15,7 @@ from tiny_models import VOCAB, gemma2, llama, save
 from torch import Tensor, nn
 
 import todi_offline.teacher
-from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.encoding import TargetRows, encode_rows
 from todi_offline.cache.layout import CacheSettings
 from todi_offline.data import Example, Examples
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
@@ -274,6 +274,22 @@ def test_large_tensors_are_sampled_and_said_to_be(teacher: Teacher, monkeypatch:
         with torch.no_grad():
             model.lm_head.weight[row, row] += 1
         assert teacher_fingerprint(as_teacher(model, tiny_tokenizer()))["weights"] != sampled["weights"]
+
+
+def test_the_log_partition_gives_the_logits_of_a_bfloat16_head_back() -> None:
+    model, settings = llama().to(torch.bfloat16), dataclasses.replace(SETTINGS, encoding="bf16_logit")
+    (example,) = some_examples(30)
+    (rows,) = targets_of(as_teacher(model, tiny_tokenizer()), [example], settings)
+    assert rows.log_partition is not None
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(example.token_ids.astype(np.int64))[None]).logits[0]
+    positions = np.flatnonzero(example.target_mask)
+    raw = logits[torch.from_numpy(positions)].float().numpy()
+    kept = np.take_along_axis(raw, rows.ids.astype(np.int64), axis=1)
+    np.testing.assert_allclose(rows.logprobs + rows.log_partition[:, None], kept, atol=2e-6)
+    by_id = np.take_along_axis(kept, np.argsort(rows.ids), axis=1)
+    bits = encode_rows(rows, "bf16_logit")["topk_logprobs"].astype(np.uint32) << 16
+    np.testing.assert_array_equal(bits.view(np.float32), by_id)
 
 
 def test_a_batch_holds_at_least_a_token() -> None:

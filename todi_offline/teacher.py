@@ -228,12 +228,15 @@ def _sparsify_chunks(
             )
         except TeacherOutputError as error:
             raise TeacherOutputError(str(error), start + error.row) from error
-        parts.append(_to_numpy(targets, label_logprob))
+        log_partition = logits.gather(-1, targets.ids[:, :1]).squeeze(-1) - targets.logprobs[:, 0]
+        parts.append(_to_numpy(targets, label_logprob, log_partition if settings.encoding == "bf16_logit" else None))
         start = rows.stop
     return TargetRows.concatenate(parts)
 
 
-def _to_numpy(targets: SparseTargets, label_logprob: Float[Tensor, " target"]) -> TargetRows:
+def _to_numpy(
+    targets: SparseTargets, label_logprob: Float[Tensor, " target"], log_partition: Float[Tensor, " target"] | None
+) -> TargetRows:
     def plain(tensor: Tensor | None, dtype: str) -> Any:
         return None if tensor is None else tensor.cpu().numpy().astype(dtype)
 
@@ -246,6 +249,7 @@ def _to_numpy(targets: SparseTargets, label_logprob: Float[Tensor, " target"]) -
         tail_temperature=targets.tail_temperature,
         tail_ids=plain(targets.tail_ids, "<u4"),
         tail_logprobs=plain(targets.tail_logprobs, "<f4"),
+        log_partition=plain(log_partition, "<f4"),
     )
 
 

@@ -6,6 +6,24 @@
 done on the running sum, so errors do not add up: |error| <= 1/32 nat, except past a gap of more than 255/16 nats,
 where what is stored is the smaller log-prob's upper bound, so both it and the truth are below exp(-15.9) = 1.2e-7
 of the entry before it. Rows must fall from left to right, which the order of the kept entries ensures.
+
+`bf16_logit` keeps the bfloat16 logits that the teacher's head made, as their bits, and the row's log-partition in
+float32: nothing is lost but float32's rounding, |error| <= 1e-4 nat. Logits that are no bfloat16 numbers are refused.
+
+With these three, sums of the tail and the label's log-prob are float32, and log-probs of samples as in `f16`.
+
+`root8` has the fewest bytes. What it rounds, it rounds to the nearest:
+
+- A kept probability p is one byte, c = 128 p^(1/4), so p^(1/4) is off by at most 1/256: in nats, 1/63 at p = 1, 1/19 at
+  0.01, 1/6 at 10^-4. The forward KL that a row loses is about 4e-5 times the sum of the roots of its kept
+  probabilities, so at most 4e-5 sqrt(k). c = 0 stands for all p below 2.4e-10 and is read as 1.5e-11.
+- Sums of the tail and the label's log-prob are steps of 1/32 nat in int16, |error| <= 1/64; log-probs of samples are
+  steps of 1/4 nat in int8, |error| <= 1/8. The least integer is the log of 0, the next one stands for all below it
+  (-1,023.97 and -31.75 nats).
+
+`root8` and `bf16_logit` store a row by rising id, for what is stored of its log-probs tells their order. It comes back
+by falling log-prob and, among equals, rising id: the first columns are still the most probable ones, as far as what is
+stored can tell.
 """
 
 import dataclasses
@@ -16,10 +34,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from todi_offline.errors import TargetsError
+
 Q8_STEPS_PER_NAT = 16
 _Q8_MAX_STEP = 255
+_ROOT8_ONE = 128  # what is stored of the probability 1
+_STEPS: dict[str, tuple[int, Any]] = {
+    "tail_logsumexp": (32, np.int16),
+    "label_logprob": (32, np.int16),
+    "tail_logprobs": (4, np.int8),
+}
+"""Of `root8`: steps per nat, and what they are stored as."""
+_BF16_ERROR = 1e-4
+BY_ID = ("bf16_logit", "root8")
+"""Encodings that store a row by rising id."""
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
+Bounds = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""The least and the greatest that each number, as decoded, can stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +75,8 @@ class TargetRows:
     """[target, sample], drawn with replacement from the ids that are not kept."""
     tail_logprobs: npt.NDArray[np.float32] | None = None
     """[target, sample], at temperature 1 over the whole vocabulary."""
+    log_partition: npt.NDArray[np.float32] | None = None
+    """[target]: log of the sum of exp(logit), so that logit = logprob + log_partition; `bf16_logit` needs it."""
 
     def __len__(self) -> int:
         """Return the number of targets."""
@@ -67,9 +101,12 @@ class TargetRows:
 
 
 def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:
-    """Encode log-probs [target, k] that fall along each row."""
+    """Encode log-probs [target, k] that fall along each row, as `f16`, `q8` or `root8`."""
     if encoding == "f16":
         return _as_f16(logprobs)
+    if encoding == "root8":
+        roots: Array = np.exp(logprobs.astype(np.float64) / 4)
+        return np.rint(_ROOT8_ONE * roots).astype(np.uint8)
     steps = np.rint(np.minimum(-logprobs, 1e6) * Q8_STEPS_PER_NAT).astype(np.int64)
     stored = np.empty(steps.shape, np.uint8)
     reached = np.zeros(len(steps), np.int64)
@@ -82,54 +119,147 @@ def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:
 def decode_logprobs(stored: Array, encoding: str) -> npt.NDArray[np.float32]:
     """Return what `encode_logprobs` stored as float32 log-probs [target, k]."""
     if encoding == "f16":
-        return stored.astype(np.float32)
+        return np.asarray(stored, np.float32)
+    if encoding == "root8":
+        return _ROOT8_LOGPROBS[stored]
     return np.cumsum(stored, axis=1, dtype=np.int32).astype(np.float32) / np.float32(-Q8_STEPS_PER_NAT)
 
 
-def logprob_bounds(
-    logprobs: npt.NDArray[np.float32], encoding: str
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+_ROOT8_LOGPROBS = (4 * np.log(np.maximum(np.arange(256), 0.25) / _ROOT8_ONE)).astype(np.float32)
+
+
+def logprob_bounds(logprobs: npt.NDArray[np.float32], encoding: str) -> Bounds:
     """Return the least and the greatest log-prob that each of these, as decoded [target, k], can stand for."""
     values = logprobs.astype(np.float64)
     if encoding == "f16":
         error = np.where(np.isfinite(values), np.abs(values) * 2.0**-11 + 2.0**-25, 0)
         return values - error, np.where(np.isneginf(values), -65504, values + error)
+    if encoding == "bf16_logit":
+        return values - _BF16_ERROR, values + _BF16_ERROR
+    if encoding == "root8":
+        stored = np.rint(_ROOT8_ONE * np.exp(values / 4))
+        with np.errstate(divide="ignore"):
+            lower, upper = (4 * np.log(np.maximum(stored + half, 0) / _ROOT8_ONE) for half in (-0.5, 0.5))
+        return lower, upper
     half_step = 0.5 / Q8_STEPS_PER_NAT
     gaps = -np.diff(values, axis=1, prepend=0)
     only_above = np.maximum.accumulate(gaps >= _Q8_MAX_STEP / Q8_STEPS_PER_NAT, axis=1)
     return np.where(only_above, -np.inf, values - half_step), values + half_step
 
 
+def bounds(rows: TargetRows, encoding: str) -> dict[str, Bounds]:
+    """Return what each number of decoded rows can stand for, by the field that holds it."""
+    found = {"logprobs": logprob_bounds(rows.logprobs, encoding)}
+    others = {name: values for name, values in rows.arrays().items() if name in _STEPS}
+    for name, values in others.items():
+        if encoding == "root8":
+            found[name] = _step_bounds(values.astype(np.float64), *_STEPS[name])
+        elif name == "tail_logprobs":
+            found[name] = logprob_bounds(values.astype(np.float32), "f16")
+        else:
+            found[name] = (values.astype(np.float64), values.astype(np.float64))
+    return found
+
+
 def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
-    """Return the arrays of the target axis by their stored names."""
-    arrays: dict[str, Array] = {
-        "topk_ids": rows.ids,
-        "topk_logprobs": encode_logprobs(rows.logprobs, encoding),
-        "tail_logsumexp": rows.tail_logsumexp,
-        "label_logprob": rows.label_logprob,
-    }
-    if rows.tail_ids is not None and rows.tail_logprobs is not None:
-        arrays |= {"tail_ids": rows.tail_ids, "tail_logprobs": _as_f16(rows.tail_logprobs)}
-    return arrays
+    """Return the arrays of the target axis by their stored names.
+
+    Raises:
+        TargetsError: `bf16_logit` is asked of rows whose logits are not known, or no bfloat16 numbers.
+    """
+    if encoding in BY_ID:
+        order = np.argsort(rows.ids, axis=1)
+        rows = dataclasses.replace(
+            rows,
+            ids=np.take_along_axis(rows.ids, order, axis=1),
+            logprobs=np.take_along_axis(rows.logprobs, order, axis=1),
+        )
+    arrays: dict[str, Array] = {"topk_ids": rows.ids}
+    if encoding == "bf16_logit":
+        arrays |= _bf16_logits(rows)
+    else:
+        arrays["topk_logprobs"] = encode_logprobs(rows.logprobs, encoding)
+    others = {name: values for name, values in rows.arrays().items() if name in _STEPS}
+    if encoding == "root8":
+        others = {name: _to_steps(values, *_STEPS[name]) for name, values in others.items()}
+    elif rows.tail_logprobs is not None:
+        others["tail_logprobs"] = _as_f16(rows.tail_logprobs)
+    return arrays | others | ({} if rows.tail_ids is None else {"tail_ids": rows.tail_ids})
 
 
 def decode_rows(
     arrays: dict[str, Array], encoding: str, temperatures: tuple[float, ...], tail_temperature: float
 ) -> TargetRows:
     """Return what `encode_rows` made as rows."""
-    tail = arrays.get("tail_logprobs")
+    ids, kept = arrays["topk_ids"], arrays["topk_logprobs"]
+    partition: Any = arrays.get("log_partition")
+    if encoding == "bf16_logit":
+        ids, kept = _by_rank(ids, kept ^ np.where(kept >= 0x8000, 0xFFFF, 0x8000))
+        bits = (kept ^ np.where(kept < 0x8000, 0xFFFF, 0x8000)).astype(np.uint32) << 16
+        logprobs = bits.view(np.float32) - partition[:, None]
+    else:
+        ids, kept = _by_rank(ids, kept) if encoding == "root8" else (ids, kept)
+        logprobs = decode_logprobs(kept, encoding)
+    others: dict[str, Any] = {
+        name: _from_steps(arrays[name], steps) if encoding == "root8" else arrays[name].astype(np.float32, copy=False)
+        for name, (steps, _) in _STEPS.items()
+        if name in arrays
+    }
     return TargetRows(
-        ids=arrays["topk_ids"],  # type: ignore[arg-type]
-        logprobs=decode_logprobs(arrays["topk_logprobs"], encoding),
-        tail_logsumexp=arrays["tail_logsumexp"],  # type: ignore[arg-type]
-        label_logprob=arrays["label_logprob"],  # type: ignore[arg-type]
+        ids=ids,
+        logprobs=logprobs,
         temperatures=temperatures,
         tail_temperature=tail_temperature,
-        tail_ids=arrays.get("tail_ids"),  # type: ignore[arg-type]
-        tail_logprobs=None if tail is None else tail.astype(np.float32),
+        tail_ids=arrays.get("tail_ids"),
+        log_partition=partition,
+        **others,
     )
 
 
 def _as_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     with np.errstate(over="ignore"):  # below -65504 nats a probability is 0 in any precision
         return values.astype(np.float16)
+
+
+def _bf16_logits(rows: TargetRows) -> dict[str, Array]:
+    """Return the bits of the logits, and the log-partition that makes log-probs of them."""
+    if rows.log_partition is None:
+        raise TargetsError(
+            "these rows lack the teacher's log-partition, which bf16_logit needs; choose another encoding"
+        )
+    exact = rows.logprobs + rows.log_partition[:, None].astype(np.float64)
+    bits: Array = exact.astype(np.float32).view(np.uint32)
+    bits = bits + 0x7FFF + (bits >> 16 & 1) >> 16  # to the nearest, ties to even
+    logits = (bits << 16).view(np.float32)
+    error = np.subtract(logits, exact, out=np.zeros_like(exact), where=np.isfinite(exact))
+    wrong = abs(error) > _BF16_ERROR / 2
+    if wrong.any():
+        raise TargetsError(
+            f"a teacher's logit is {exact[wrong][0]:.6f}, which is no bfloat16 number, but bf16_logit stores those "
+            "alone; load the teacher in bfloat16 (its head, too), or choose another encoding"
+        )
+    return {"topk_logprobs": bits.astype(np.uint16), "log_partition": rows.log_partition}
+
+
+def _by_rank(ids: Array, scores: Array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
+    """Sort each row by falling score of 16 bits and rising id."""
+    keys = (np.uint64(0xFFFF) - scores.astype(np.uint64)) << np.uint64(32) | ids.astype(np.uint64)
+    keys.sort(axis=1)  # as one number each: several times faster than sorting places
+    return keys.astype(np.uint32), (0xFFFF - (keys >> np.uint64(32))).astype(np.uint16)
+
+
+def _to_steps(values: Array, steps_per_nat: int, dtype: Any) -> Array:
+    """Round nats to steps; the least integer is kept for -inf."""
+    limits = np.iinfo(dtype)
+    steps = np.rint(values.astype(np.float64) * steps_per_nat).clip(limits.min + 1, limits.max)
+    return np.where(np.isneginf(values), limits.min, steps).astype(dtype)
+
+
+def _from_steps(stored: Array, steps_per_nat: int) -> npt.NDArray[np.float32]:
+    nats = stored.astype(np.float32) / np.float32(steps_per_nat)
+    return np.where(stored == np.iinfo(stored.dtype).min, np.float32(-np.inf), nats)
+
+
+def _step_bounds(values: npt.NDArray[np.float64], steps_per_nat: int, dtype: Any) -> Bounds:
+    least, half_step = (np.iinfo(dtype).min + 1) / steps_per_nat, 0.5 / steps_per_nat
+    return np.where(values <= least, -np.inf, values - half_step), values + half_step

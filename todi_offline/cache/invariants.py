@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.encoding import TargetRows, logprob_bounds
+from todi_offline.cache.encoding import Bounds, TargetRows, bounds, logprob_bounds
 
 SLACK = 1e-4
 """What float32 may lose in a softmax over 10^5 ids; in nats or in mass."""
@@ -24,13 +24,13 @@ def faults(rows: TargetRows, labels: npt.NDArray[np.uint32], encoding: str, voca
 
     `labels` [target] are the tokens that follow.
     """
-    lower, upper = logprob_bounds(rows.logprobs, encoding)
+    within = bounds(rows, encoding)
     return {
         **_id_faults(rows, vocab_size),
         **_order_faults(rows),
-        **_mass_faults(rows, lower, upper),
-        **_label_faults(rows, labels, lower, upper),
-        **_tail_faults(rows, upper, vocab_size),
+        **_mass_faults(rows, within),
+        **_label_faults(rows, labels, within),
+        **_tail_faults(rows, vocab_size, within),
     }
 
 
@@ -57,41 +57,45 @@ def _order_faults(rows: TargetRows) -> dict[str, Rows]:
     }
 
 
-def _mass_faults(rows: TargetRows, lower: Numbers, upper: Numbers) -> dict[str, Rows]:
-    tail = rows.tail_logsumexp.astype(np.float64)
+def _mass_faults(rows: TargetRows, within: dict[str, Bounds]) -> dict[str, Rows]:
+    tail = rows.tail_logsumexp
     with np.errstate(over="ignore"):
-        least, most = np.exp(lower).sum(axis=1), np.exp(upper).sum(axis=1)
-        beyond = np.exp(tail[:, rows.temperatures.index(1.0)]) if 1.0 in rows.temperatures else None
+        least, most = (np.exp(bound).sum(axis=1) for bound in within["logprobs"])
     found = {
         "the tail's mass is NaN or infinite": ~(tail < np.inf).all(axis=1),
         "the kept mass is above 1": least > 1 + SLACK,
     }
-    if beyond is not None:
-        found["kept and tail mass differ from 1"] = (least + beyond > 1 + SLACK) | (most + beyond < 1 - SLACK)
+    if 1.0 in rows.temperatures:
+        column = rows.temperatures.index(1.0)
+        with np.errstate(over="ignore"):
+            beyond_least, beyond_most = (np.exp(bound[:, column]) for bound in within["tail_logsumexp"])
+        differ = (least + beyond_least > 1 + SLACK) | (most + beyond_most < 1 - SLACK)
+        found["kept and tail mass differ from 1"] = differ
     return found
 
 
-def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], lower: Numbers, upper: Numbers) -> dict[str, Rows]:
+def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], within: dict[str, Bounds]) -> dict[str, Rows]:
     kept = rows.ids == labels[:, None]
-    label = rows.label_logprob.astype(np.float64)[:, None]
-    differs = kept & ((label < lower - SLACK) | (label > upper + SLACK))
-    above_kept = label > upper[:, -1:] + SLACK
+    lower, upper = within["logprobs"]
+    least, most = (bound[:, None] for bound in within["label_logprob"])
+    differs = kept & ((most < lower - SLACK) | (least > upper + SLACK))
+    above_kept = least > upper[:, -1:] + SLACK
     return {
-        "the label's log-prob is NaN or above 0": ~(label <= SLACK)[:, 0],
+        "the label's log-prob is NaN or above 0": ~(rows.label_logprob <= SLACK),
         "the label's log-prob is not that of the same id among the kept ones": differs.any(axis=1),
         "the label is not kept, but more probable than an id that is": above_kept[:, 0] & ~kept.any(axis=1),
     }
 
 
-def _tail_faults(rows: TargetRows, upper: Numbers, vocab_size: int) -> dict[str, Rows]:
+def _tail_faults(rows: TargetRows, vocab_size: int, within: dict[str, Bounds]) -> dict[str, Rows]:
     if rows.tail_ids is None or rows.tail_logprobs is None:
         return {}
     drawn = ~np.isneginf(rows.tail_logprobs)  # where the tail has no mass, its samples stand for nothing
     among_kept = (rows.tail_ids[:, :, None] == rows.ids[:, None, :]).any(axis=2)
-    least, _ = logprob_bounds(rows.tail_logprobs, "f16")
+    least, last_kept = within["tail_logprobs"][0], within["logprobs"][1][:, -1:]
     return {
         "a tail sample is a kept id": (among_kept & drawn).any(axis=1),
         f"tail samples beyond the vocabulary of {vocab_size}": (rows.tail_ids >= vocab_size).any(axis=1),
         "a tail sample's log-prob is NaN or above 0": ~(rows.tail_logprobs <= 0).all(axis=1),
-        "a tail sample is more probable than a kept id": (least > upper[:, -1:] + SLACK).any(axis=1),
+        "a tail sample is more probable than a kept id": (least > last_kept + SLACK).any(axis=1),
     }

@@ -3,7 +3,7 @@
 History of the format
 
     1   the first: token_ids, target_mask, topk_ids, topk_logprobs, tail_logsumexp, label_logprob and,
-        where tail samples were asked for, tail_ids and tail_logprobs
+        where tail samples were asked for, tail_ids and tail_logprobs; with bf16_logit, log_partition
 """
 
 import math
@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from todi_offline.cache.encoding import BY_ID
 from todi_offline.errors import ConfigError
 
 FORMAT_VERSION = 1
 
 CHUNK_TARGETS = 512  # measured: the best random read of 512 targets
 CHUNK_TOKENS = 4096
+MAX_GAPS_VOCAB = 2**23  # ids of a key of 32 bits, above the row in its chunk
 MAX_COLUMNS = 2**19  # more than any vocabulary; a chunk of more would be larger than blosc can hold
 MAX_SHARD_TOKENS = 2**26  # a shard is written from memory
 
@@ -45,7 +47,7 @@ SEQUENCE_SCHEMA = pa.schema(
 
 Axis = Literal["token", "target"]
 CODECS = ("compact", "balanced", "fast")
-ENCODINGS = ("f16", "q8")
+ENCODINGS = ("f16", "q8", "bf16_logit", "root8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +64,9 @@ class CacheSettings:
     """The temperature at which they are drawn; one of `temperatures`."""
     tail_seed: int = 0
     """Seed of these draws."""
-    encoding: Literal["f16", "q8"] = "f16"
-    """How log-probs are stored: half precision, or steps of 1/16 nat (half the bytes)."""
+    encoding: Literal["f16", "q8", "bf16_logit", "root8"] = "f16"
+    """How log-probs are stored: half precision, steps of 1/16 nat, the logits of a bfloat16 head (lossless), or the
+    fourth roots of probabilities in a byte (fewest bytes)."""
     codec: Literal["compact", "balanced", "fast"] = "compact"
     """pcodec (fewest bytes), blosc-zstd, or blosc-lz4."""
     shard_tokens: int = 262_144
@@ -111,6 +114,8 @@ class ArraySpec:
     dtype: np.dtype[np.generic]
     columns: int | None
     shard_rows: int
+    gaps: bool = False
+    """Whether a chunk holds the gaps between sorted keys in place of its rows; see `shard`."""
 
     @property
     def chunk_rows(self) -> int:
@@ -133,21 +138,27 @@ class ArraySpec:
 
 def array_specs(settings: CacheSettings, vocab_size: int) -> Mapping[str, ArraySpec]:
     """Return the arrays of a cache with these settings over a vocabulary of that many ids, by name."""
+    by_id, root8 = settings.encoding in BY_ID, settings.encoding == "root8"
+    if by_id and vocab_size > MAX_GAPS_VOCAB:
+        what = f"{settings.encoding} takes vocabularies of up to {MAX_GAPS_VOCAB:,} ids, not {vocab_size:,}"
+        raise ConfigError(f"{what}; choose another encoding")
     id_dtype = "<u2" if vocab_size <= 65_536 else "<u4"
-    logprob_dtype = {"f16": "<f2", "q8": "|u1"}[settings.encoding]
+    logprob_dtype = {"f16": "<f2", "q8": "|u1", "bf16_logit": "<u2", "root8": "|u1"}[settings.encoding]
     rows: list[tuple[str, Axis, npt.DTypeLike, int | None]] = [
         ("token_ids", "token", "<u4", None),
         ("target_mask", "token", "|u1", None),
-        ("topk_ids", "target", id_dtype, settings.k),
+        ("topk_ids", "target", "<u4" if by_id else id_dtype, settings.k),
         ("topk_logprobs", "target", logprob_dtype, settings.k),
-        ("tail_logsumexp", "target", "<f4", len(settings.temperatures)),
-        ("label_logprob", "target", "<f4", None),
+        ("tail_logsumexp", "target", "<i2" if root8 else "<f4", len(settings.temperatures)),
+        ("label_logprob", "target", "<i2" if root8 else "<f4", None),
     ]
+    if settings.encoding == "bf16_logit":
+        rows.append(("log_partition", "target", "<f4", None))
     if settings.tail_samples:
         rows.append(("tail_ids", "target", id_dtype, settings.tail_samples))
-        rows.append(("tail_logprobs", "target", "<f2", settings.tail_samples))
+        rows.append(("tail_logprobs", "target", "|i1" if root8 else "<f2", settings.tail_samples))
     return {
-        name: ArraySpec(name, axis, np.dtype(dtype), columns, settings.shard_tokens)
+        name: ArraySpec(name, axis, np.dtype(dtype), columns, settings.shard_tokens, by_id and name == "topk_ids")
         for name, axis, dtype, columns in rows
     }
 

@@ -5,7 +5,7 @@ A shard with a damaged object is not looked into further than to say which of it
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from todi_offline.cache.commit import (
+    RECORDS_PREFIX,
     SEAL_KEY,
     CommitRecord,
     ObjectSum,
@@ -25,10 +26,10 @@ from todi_offline.cache.commit import (
     read_seal,
     to_bytes,
 )
-from todi_offline.cache.encoding import decode_rows
+from todi_offline.cache.encoding import bounds, decode_rows
 from todi_offline.cache.fingerprint import content_key, hash_bytes
 from todi_offline.cache.invariants import SLACK, faults, mass_bounds
-from todi_offline.cache.layout import CHUNK_TARGETS, TOKENIZER_KEY, record_key, sequences_key
+from todi_offline.cache.layout import APPEND_KEY, CHUNK_TARGETS, TOKENIZER_KEY, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.reader import open_shard, read_manifest, read_shard_record, read_table, require_places
 from todi_offline.cache.shard import ShardFile
@@ -37,14 +38,21 @@ from todi_offline.cache.writer import array_metadata, metadata_keys
 from todi_offline.errors import CacheError
 
 _BLOCK_BYTES = 2**22
-_GO_ON = "run the same capture again: it goes on"
-_RESEAL = "delete sealed.json and run the same capture again: it seals anew"
-_REWRITE = "delete it and sealed.json, and run the same capture again: it writes them anew"
-_RESTORE = "bring it back from a copy, or capture into another folder"
 _STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")  # zarr may add others
 
 Progress = Callable[[int, int], None]
 """Called with the shards looked at so far and all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What it takes to mend something."""
+
+    text: str
+    drop: tuple[str, ...] = ()
+    """The objects that `todi-cache repair` deletes for it, so that the same capture writes them anew."""
+    shard: int | None = None
+    """The shard that the capture then makes anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +63,12 @@ class Problem:
     """An object, or a sequence."""
     what: str
     """What was found, and what was expected."""
-    remedy: str
-    """What it takes to mend it."""
+    remedy: Remedy
+
+
+_GO_ON = Remedy("run the same capture again: it goes on")
+_RESEAL = Remedy("`todi-cache repair`, then the same capture again: it seals anew", (SEAL_KEY,))
+_RESTORE = Remedy("bring it, or sealed.json, back from a copy, or capture into another folder")
 
 
 def verify_cache(place: str | Path | Store, progress: Progress = lambda *_: None) -> list[Problem]:
@@ -73,7 +85,7 @@ def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
     try:
         manifest = read_manifest(store)
     except CacheError as error:
-        if not (committed or store.size(SEAL_KEY) is not None) or _is_as_sealed(store, "zarr.json"):
+        if not (committed or store.size(SEAL_KEY) is not None) or is_as_sealed(store, "zarr.json"):
             raise
         yield Problem("zarr.json", str(error), _RESTORE)
         return
@@ -81,19 +93,38 @@ def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
         seal = read_seal(store)
     except CacheError as error:
         yield Problem(SEAL_KEY, str(error), _RESEAL if store.size(SEAL_KEY) is not None else _GO_ON)
-        yield from _shards_problems(store, manifest, committed, set(), progress)
+        yield from _shards_problems(store, manifest, committed, {}, progress)
         return
-    metadata = list(_metadata_problems(store, manifest, seal))
-    yield from metadata
-    yield from _extra_objects(store, manifest, seal)
+    if seal.num_shards < manifest.num_shards and _is_appended(store):
+        yield Problem(SEAL_KEY, "it is the one before what a capture appended", _GO_ON)
+        yield from _shards_problems(store, manifest, committed, {}, progress)
+        return
+    appended = range(seal.num_shards, manifest_begun(store, manifest).num_shards)
+    yield from _metadata_problems(store, manifest, seal)
+    yield from _extra_objects(store, manifest, seal, appended)
     yield from _count_problems(store, seal)
-    reported = {problem.where for problem in metadata}
-    yield from _shards_problems(store, manifest, list(range(seal.num_shards)), reported, progress)
+    shards = [*range(seal.num_shards), *sorted(set(committed) & set(appended))]
+    yield from _shards_problems(store, manifest, shards, seal.objects, progress)
 
 
-def _is_as_sealed(store: Store, key: str) -> bool:
+def _is_appended(store: Store) -> bool:
+    """Whether an append has got as far as the manifest, but not as far as the seal."""
+    return store.size(APPEND_KEY) is not None and store.read(APPEND_KEY) == store.read("zarr.json")
+
+
+def manifest_begun(store: Store, manifest: Manifest) -> Manifest:
+    """Return the manifest that a cache is to have: another one while a capture appends to it."""
     try:
-        return _difference(store, key, read_seal(store).objects[key]) is None
+        begun = read_manifest(store, APPEND_KEY)
+    except CacheError:  # there is none, as a rule
+        return manifest
+    return begun if begun.parts[:-1] == manifest.parts else manifest
+
+
+def is_as_sealed(store: Store, key: str) -> bool:
+    """Whether an object has the sum that the seal has of it."""
+    try:
+        return difference(store, key, read_seal(store).objects[key]) is None
     except (CacheError, KeyError):
         return False
 
@@ -106,14 +137,14 @@ def _metadata_problems(store: Store, manifest: Manifest, seal: Seal) -> Iterator
     if differing := (expected ^ seal.objects.keys()) - {TOKENIZER_KEY}:  # there or not, as the teacher had it
         yield Problem(SEAL_KEY, f"it does not name what it should: {', '.join(sorted(differing))}", _RESEAL)
     for key, expected_sum in seal.objects.items():
-        if what := _difference(store, key, expected_sum):
-            shard = Path(key).stem if key.startswith("commits/") else ""
-            remedy = _again(int(shard)) if shard.isdecimal() else _RESTORE if key == "zarr.json" else _REWRITE
-            yield Problem(key, what, remedy)
+        if key.startswith(RECORDS_PREFIX):
+            continue  # looked at with their shards
+        if what := difference(store, key, expected_sum):
+            yield Problem(key, what, _RESTORE if key == "zarr.json" else _rewrite(key))
         elif key.endswith("/zarr.json") and (name := key.partition("/")[0]) in manifest.arrays:
             implied = array_metadata(manifest.arrays[name], manifest.settings.codec, seal.num_shards)
             if _stable(implied) != _stable(store.read(key)):
-                yield Problem(key, "it is not what the manifest leads to", _REWRITE)
+                yield Problem(key, "it is not what the manifest leads to", _rewrite(key))
 
 
 def _stable(metadata: bytes) -> list[Any] | None:
@@ -124,14 +155,14 @@ def _stable(metadata: bytes) -> list[Any] | None:
         return None
 
 
-def _extra_objects(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
-    """Whatever lies there and belongs to no shard of a finished cache."""
-    known = {SEAL_KEY, LOCK_KEY, *seal.objects}
-    for shard in range(seal.num_shards):
-        known |= _object_keys(manifest, shard)
+def _extra_objects(store: Store, manifest: Manifest, seal: Seal, appended: range) -> Iterator[Problem]:
+    """Whatever lies there and belongs neither to a shard of a finished cache nor to one that is being appended."""
+    known = {SEAL_KEY, LOCK_KEY, *seal.objects, *([APPEND_KEY] if appended else [])}
+    for shard in (*range(seal.num_shards), *appended):
+        known |= {record_key(shard), *object_keys(manifest, shard)}
     for key in store.find():
         if key not in known:
-            yield Problem(key, "no record names it", "delete it")
+            yield Problem(key, "no record names it", Remedy("`todi-cache repair` deletes it", (key,)))
 
 
 def _count_problems(store: Store, seal: Seal) -> Iterator[Problem]:
@@ -149,18 +180,24 @@ def _count_problems(store: Store, seal: Seal) -> Iterator[Problem]:
 
 
 def _shards_problems(
-    store: Store, manifest: Manifest, shards: list[int], reported: set[str], progress: Progress
+    store: Store, manifest: Manifest, shards: list[int], sealed: Mapping[str, ObjectSum], progress: Progress
 ) -> Iterator[Problem]:
-    """Look into shards; `reported` are objects that are known to be damaged."""
+    """Look into shards; `sealed` are the sums that the seal has of their records, if there is one."""
     for done, shard in enumerate(shards):
         progress(done, len(shards))
+        key = record_key(shard)
+        what = difference(store, key, sealed[key]) if key in sealed else None
         try:
             record = read_shard_record(store, manifest, shard)
         except CacheError as error:
-            if record_key(shard) not in reported:
-                yield Problem(record_key(shard), str(error), _again(shard))
+            yield Problem(key, what or str(error), _again(shard))
             continue
-        yield from _shard_problems(store, manifest, record, shard)
+        found = list(_shard_problems(store, manifest, record, shard))
+        if what and (found or store.read(key) != to_bytes(record)):
+            yield Problem(key, what, _again(shard))
+        elif what:
+            yield Problem(SEAL_KEY, f"it has another sum of {key}, which is whole", _RESEAL)
+        yield from found
     progress(len(shards), len(shards))
 
 
@@ -168,7 +205,7 @@ def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord, shar
     damaged = {
         key: what
         for key, sums in record.objects.items()
-        if (what := _difference(store, key, sums) or _exchange(store, manifest, record, key))
+        if (what := difference(store, key, sums) or _exchange(store, manifest, record, key))
     }
     try:
         table = None if sequences_key(shard) in damaged else read_table(store, record)
@@ -261,7 +298,7 @@ def _target_problems(
 ) -> Iterator[Problem]:
     settings = manifest.settings
     owner = np.repeat(np.arange(len(table)), table["num_targets"].to_numpy())
-    sums, found = np.zeros((3, len(table))), dict[str, list[int]]()
+    sums, found = np.zeros((4, len(table))), dict[str, list[int]]()
     for chunk in range(settings.shard_tokens // CHUNK_TARGETS):
         span = slice(chunk * CHUNK_TARGETS, (chunk + 1) * CHUNK_TARGETS)
         owners = owner[span]
@@ -275,7 +312,8 @@ def _target_problems(
         for what, wrong in faults(rows, labels[span], settings.encoding, manifest.vocab_size).items():
             if wrong.any():
                 found.setdefault(what, []).extend(owners[wrong].tolist())
-        numbers: list[npt.NDArray[Any]] = [rows.label_logprob, *mass_bounds(rows, settings.encoding)]
+        label = bounds(rows, settings.encoding)["label_logprob"]
+        numbers: list[npt.NDArray[Any]] = [*label, *mass_bounds(rows, settings.encoding)]
         for index, weights in enumerate(numbers):
             sums[index] += np.bincount(owners, weights=weights, minlength=len(table))
     for what, sequences in found.items():
@@ -319,15 +357,17 @@ def _mean_problems(table: pa.Table, shard: int, sums: npt.NDArray[np.float64]) -
     """Compare the means of the table with those of the rows."""
     num_targets = table["num_targets"].to_numpy()
     with np.errstate(invalid="ignore", divide="ignore"):
-        label, least, most = sums / num_targets
+        least_label, most_label, least, most = sums / num_targets
     nll, mass = (table[name].to_numpy().astype(np.float64) for name in ("teacher_nll", "topk_mass"))
+    nearest = nll.clip(-most_label, -least_label)
     differs = {
-        "teacher NLL": ~np.isclose(nll, -label, rtol=SLACK, atol=SLACK, equal_nan=True),
+        "teacher NLL": ~np.isclose(nll, nearest, rtol=SLACK, atol=SLACK),
         "mean top-k mass": ~((least - SLACK <= mass) & (mass <= most + SLACK)),
     }
     for name, wrong in differs.items():
         for index in np.flatnonzero(wrong & (num_targets > 0)):
-            what = f"its {name} in the table is not that of its rows (NLL {-label[index]:.5f}, mass {most[index]:.5f})"
+            rows = f"NLL {-most_label[index]:.5f}, mass {most[index]:.5f}"
+            what = f"its {name} in the table is not that of its rows ({rows})"
             yield Problem(_name(table, int(index)), what, _again(shard))
 
 
@@ -335,11 +375,12 @@ def _name(table: pa.Table, index: int) -> str:
     return f"sequence {table['id'][index].as_py()!r}"
 
 
-def _object_keys(manifest: Manifest, shard: int) -> set[str]:
+def object_keys(manifest: Manifest, shard: int) -> set[str]:
+    """Return the objects of a shard, its commit record apart."""
     return {sequences_key(shard), *(spec.object_key(shard) for spec in manifest.arrays.values())}
 
 
-def _difference(store: Store, key: str, expected: ObjectSum) -> str | None:
+def difference(store: Store, key: str, expected: ObjectSum) -> str | None:
     """Return how an object differs from what was written."""
     found = _difference_here(store, key, expected)
     return _difference_here(store, key, expected) if found and store.discard_copy(key) else found
@@ -364,5 +405,10 @@ def _difference_here(store: Store, key: str, expected: ObjectSum) -> str | None:
     return f"it has {num_bytes} bytes with crc32c {crc:08x}, expected {expected.crc32c:08x}"
 
 
-def _again(shard: int) -> str:
-    return f"delete {record_key(shard)} and sealed.json, and run the same capture again: it redoes shard {shard} alone"
+def _again(shard: int) -> Remedy:
+    text = f"`todi-cache repair`, then the same capture again: it redoes shard {shard} alone"
+    return Remedy(text, (SEAL_KEY, record_key(shard)), shard)
+
+
+def _rewrite(key: str) -> Remedy:
+    return Remedy("`todi-cache repair`, then the same capture again: it writes it anew", (SEAL_KEY, key))
