@@ -219,6 +219,12 @@ def test_every_epoch_holds_every_sequence_once_in_an_order_of_its_own(cache: Cac
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_what_fills_no_batch_is_dropped_where_that_is_asked_for(cache: Cache, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cache, num_train_epochs=1, dataloader_drop_last=True)
+    trainer.train()
+    assert [len(members) for members in seen_by(trainer, cache)] == [4] * 5
+
+
 def test_the_epoch_reaches_the_order_although_a_wrapper_may_not_pass_it_on(cache: Cache, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, cache)
     sampler = trainer._get_train_sampler()
@@ -332,6 +338,12 @@ def test_logged_means_are_over_targets(cache: Cache, tmp_path: Path) -> None:
         assert logged["tokens_per_second"] > 0
         assert 0 <= logged["data_wait_share"] < 1
     assert trainer.num_tokens_trained == sum(int(batch["num_tokens"]) for batch in trainer.batches)
+
+
+def test_a_loss_that_someone_else_logs_is_logged_alone(cache: Cache, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cache)
+    trainer.log({"loss": 1.0})
+    assert trainer.state.log_history[0] == {"loss": 1.0, "epoch": 0, "step": 0}
 
 
 def means_of(model: Any, batches: list[dict[str, Tensor]], cache: Cache) -> dict[str, float]:

@@ -232,14 +232,17 @@ class _Meter:
     def add(self, sums: dict[str, Tensor], num_tokens: Tensor) -> None:
         """Add a batch's sums; they stay on its device, so that nothing waits for it."""
         for name, value in {**sums, "num_tokens": num_tokens.sum()}.items():
-            exact = value if value.device.type == "mps" else value.double()  # MPS has no float64
+            exact = value.float() if value.device.type == "mps" else value.double()  # MPS has no float64
             self._sums[name] = self._sums[name] + exact if name in self._sums else exact
 
     def means(self, accelerator: Any) -> dict[str, float]:
-        """Return the means over all ranks."""
+        """Return the means over all ranks, or nothing where nothing was added."""
+        if not self._sums:
+            return {}
         seconds = perf_counter() - self._started
-        sums = {name: accelerator.gather(value).sum().item() for name, value in self._sums.items()}
-        num_targets, num_tokens = sums.pop("num_targets", 1.0), sums.pop("num_tokens", 0.0)
+        totals = accelerator.gather(torch.stack(list(self._sums.values()))[None]).sum(0).tolist()
+        sums = dict(zip(self._sums, totals, strict=True))
+        num_targets, num_tokens = sums.pop("num_targets"), sums.pop("num_tokens")
         means = {name: value / max(num_targets, 1.0) for name, value in sums.items()}
         means["tokens_per_second"] = num_tokens / seconds
         means["data_wait_share"] = self.wait_seconds / seconds
