@@ -1,0 +1,175 @@
+"""`todi-cache merge`, `subset` and `diff`: caches made of caches hold what they should, each sequence once."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cache import manifest, sequence, settings, write_cache
+from test_cache_tools import run
+
+from todi_offline.cache.fingerprint import content_key
+from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.merge import merge_caches
+from todi_offline.cache.narrow import narrow
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.subset import where
+from todi_offline.cache.writer import CacheWriter
+from todi_offline.errors import CacheMismatchError, ConfigError
+
+
+def write_shards(root: Path, shards: list[range], **changes: object) -> Path:
+    """Write a cache whose shards hold the fake sequences of these numbers."""
+    chosen = settings(**changes)
+    with CacheWriter(root, manifest(chosen, len(shards), sum(map(len, shards)))) as writer:
+        for number in writer.missing_shards():
+            writer.write_shard(number, [sequence(each, chosen) for each in shards[number]])
+        writer.seal()
+    return root
+
+
+def assert_holds(cache: Cache, numbers: list[int], chosen: CacheSettings | None = None) -> None:
+    """Assert that a cache holds the fake sequences of these numbers, in order and narrowed to its settings."""
+    assert cache.sequences["id"].to_pylist() == [f"fake:{number}" for number in numbers]
+    for number, found in zip(numbers, cache, strict=True):
+        made = sequence(number, chosen or cache.manifest.settings)
+        np.testing.assert_array_equal(found.token_ids, made.token_ids)
+        key = content_key(made.token_ids, made.target_mask)
+        expected = narrow(made.targets, cache.manifest.settings, key).arrays()
+        for name, values in expected.items():
+            np.testing.assert_allclose(found.targets.arrays()[name], values, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_a_merged_cache_holds_each_sequence_once_and_links_whole_shards(tmp_path: Path) -> None:
+    first = write_shards(tmp_path / "a", [range(8), range(8, 14)])
+    second = write_shards(tmp_path / "b", [range(4, 10), range(10, 18), range(20, 25)])
+    text = run("merge", first, second, "--out", tmp_path / "c").output
+    assert "23 sequences" in text
+    assert "shards: 3 linked, 1 written anew" in text
+    assert "left out: 10 sequences" in text
+    assert_holds(open_cache(tmp_path / "c"), [*range(18), *range(20, 25)])
+    assert "is whole" in run("verify", tmp_path / "c").output
+    for mine, source in {"c/1/0": first / "topk_ids/c/1/0", "c/3/0": second / "topk_ids/c/2/0"}.items():
+        assert (tmp_path / "c/topk_ids" / mine).samefile(source)
+    parts = open_cache(tmp_path / "c").manifest.parts
+    assert [(part.num_shards, part.num_sequences) for part in parts] == [(2, 14), (2, 9)]
+
+
+def test_a_merge_that_was_stopped_goes_on_to_the_same_cache(tmp_path: Path) -> None:
+    places = [str(write_cache(tmp_path / "a")), str(write_shards(tmp_path / "b", [range(20, 30), range(30, 35)]))]
+    merge_caches(places, str(tmp_path / "whole"))
+    merge_caches(places, str(tmp_path / "parts"))
+    for key in ("sealed.json", "commits/000001.json", "commits/000003.json"):
+        (tmp_path / "parts" / key).unlink()
+    merge_caches(places, str(tmp_path / "parts"))
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert all((tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
+
+
+def test_caches_of_other_settings_are_not_merged(tmp_path: Path) -> None:
+    first, second = write_cache(tmp_path / "a"), write_cache(tmp_path / "b", k=4)
+    with pytest.raises(CacheMismatchError, match=r"settings\.k: 4 in .*b, 6 in .*a; where only settings differ"):
+        merge_caches([str(first), str(second)], str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_subset_is_chosen_by_ids_content_condition_and_number_at_once(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    (tmp_path / "ids").write_text("".join(f"fake:{number}\n" for number in range(2, 20)))
+    keys = open_cache(root).content_keys[4:24]
+    (tmp_path / "keys").write_text("".join(key.hex() + "\n" for key in keys.tolist()))
+    like = write_shards(tmp_path / "like", [range(6, 40)])
+    chosen = ("--ids", tmp_path / "ids", "--keys", tmp_path / "keys", "--like", like, "--where", "num_tokens > 20")
+    found = json.loads(run("subset", root, *chosen, "--limit", 5, "--out", tmp_path / "small", "--json").stdout)
+    lengths = open_cache(root).num_tokens
+    expected = [number for number in range(6, 20) if lengths[number] > 20][:5]
+    assert (found["sequences"], found["of"]) == (5, 24)
+    assert_holds(open_cache(tmp_path / "small"), expected)
+    assert "is whole" in run("verify", tmp_path / "small").output
+    again = run("subset", root, *chosen, "--limit", 5, "--out", tmp_path / "small").output
+    assert "5 of 24 sequences" in again
+
+
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
+def test_a_subset_holds_less_of_each_target_and_other_shards(tmp_path: Path, encoding: str) -> None:
+    root = write_cache(tmp_path / "cache", num_shards=1, per_shard=24, shard_tokens=8192)
+    options = ("--k", 4, "--temperature", 2.0, "--tail-samples", 0, "--codec", "fast", "--shard-tokens", 4096)
+    run("subset", root, *options, "--encoding", encoding, "--out", tmp_path / "small")
+    small = open_cache(tmp_path / "small")
+    assert small.manifest.settings.temperatures == (2.0,)
+    assert "is whole" in run("verify", tmp_path / "small").output
+    if encoding == "f16":
+        assert_holds(small, list(range(24)), settings())
+    else:
+        for found, original in zip(small, open_cache(root), strict=True):
+            apart = np.abs(found.targets.logprobs - original.targets.logprobs[:, :4])
+            assert apart.max() <= 1 / 32 + 1e-6
+
+
+def test_nothing_chosen_and_more_than_is_held_are_refused(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    with pytest.raises(CacheMismatchError, match=r"of the 24 sequences of .* none is chosen"):
+        run("subset", root, "--where", "num_tokens < 0", "--out", tmp_path / "small")
+    with pytest.raises(CacheMismatchError, match="6 entries, 7 asked for"):
+        run("subset", root, "--k", 7, "--out", tmp_path / "small")
+    (tmp_path / "ids").write_text("fake:1\nno such\n")
+    with pytest.raises(CacheMismatchError, match="has no sequence 'no such'"):
+        run("subset", root, "--ids", tmp_path / "ids", "--out", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("num_tokens > 50 and num_tokens <= 80", lambda c: (c["num_tokens"] > 50) & (c["num_tokens"] <= 80)),
+        ("50 < num_tokens <= 80", lambda c: (c["num_tokens"] > 50) & (c["num_tokens"] <= 80)),
+        ("not teacher_nll < 2 or topk_mass > .5", lambda c: ~(c["teacher_nll"] < 2) | (c["topk_mass"] > 0.5)),
+        ("num_targets / num_tokens > 0.7 - -0.0", lambda c: c["num_targets"] / c["num_tokens"] > 0.7),
+        ("id == 'fake:3' or source != 'fake'", lambda c: c["id"] == "fake:3"),
+    ],
+)
+def test_conditions_mean_what_python_means(tmp_path: Path, expression: str, expected: object) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache"))
+    columns = {name: cache.sequences[name].to_numpy() for name in cache.sequences.column_names if name != "content_key"}
+    assert callable(expected)
+    np.testing.assert_array_equal(where(cache, expression), expected(columns))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os')",
+        "num_tokens.real > 1",
+        "x > 1",
+        "num_tokens ** 9 > 1",
+        "num_tokens[0] > 1",
+        "lambda: 1",
+        "id > 1",
+        "None == 1",
+        "num_tokens",
+        "1 > 0",
+        "(",
+        "",
+        "-" * 10_000 + "1 > 0",
+    ],
+)
+def test_a_condition_is_no_program(tmp_path: Path, expression: str) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=re.escape("teacher_nll < 2.5")):
+        where(cache, expression)
+
+
+def test_diff_says_what_two_caches_say_and_hold(tmp_path: Path) -> None:
+    first = write_shards(tmp_path / "a", [range(10)])
+    same = write_shards(tmp_path / "b", [range(10)])
+    assert "in both: 10 sequences, 0 of them with other targets" in run("diff", first, same).output
+    other = write_shards(tmp_path / "c", [range(4, 12)], encoding="q8")
+    found = json.loads(run("diff", first, other, "--json", code=1).stdout)
+    assert "settings.encoding: 'f16' first, 'q8' second" in found["manifest"]
+    assert (found["only_first"], found["only_second"], found["shared"]) == (4, 2, 6)
+    assert found["only_second_ids"] == ["fake:10", "fake:11"]
+    assert found["targets"]["differing"] == 6
+    assert 0 < found["targets"]["largest_difference"] <= 1 / 32 + 0.01
+    text = run("diff", first, other, code=1).output
+    assert "only in the first: 4 sequences: fake:0, fake:1, fake:2, fake:3" in text

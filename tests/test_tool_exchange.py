@@ -1,0 +1,151 @@
+"""`todi-cache export` and `import`: what goes out comes back, and what comes in is looked at."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_cache import VOCAB, sequence, settings, write_cache
+from test_cache_tools import run
+from tiny import tiny_tokenizer
+
+from todi_offline.cache.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.importing import import_table, imported_manifest
+from todi_offline.cache.reader import open_cache
+from todi_offline.cache.tokenizer_files import read_tokenizer_files
+from todi_offline.errors import DataError
+
+DESCRIBED = imported_manifest(settings(temperatures=(1.0,), tail_samples=0), VOCAB, "elsewhere", {"vocabulary": "a"})
+
+
+def plain_rows(numbers: range) -> list[dict[str, Any]]:
+    """Return fake sequences as rows that a serving engine could give: no tail, no samples, entries in any order."""
+    rows = []
+    for number in numbers:
+        made = sequence(number, settings(temperatures=(1.0,), tail_samples=0))
+        order = np.random.default_rng(number).permuted(np.tile(np.arange(6), (len(made.targets), 1)), axis=1)
+        rows.append(
+            {
+                "input_ids": made.token_ids.tolist(),
+                "target_mask": made.target_mask.tolist(),
+                "target_ids": np.take_along_axis(made.targets.ids, order, axis=1).tolist(),
+                "target_logprobs": np.take_along_axis(made.targets.logprobs, order, axis=1).tolist(),
+                "label_logprob": made.targets.label_logprob.tolist(),
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
+@pytest.mark.parametrize("tail_samples", [0, 3])
+def test_what_is_exported_is_imported_again(tmp_path: Path, encoding: str, tail_samples: int) -> None:
+    root = write_cache(tmp_path / "cache", encoding=encoding, tail_samples=tail_samples)
+    assert "24 rows" in run("export", root, "--out", tmp_path / "out.parquet").output
+    assert "24 sequences" in run("import", tmp_path / "out.parquet", "--out", tmp_path / "again").output
+    assert "is whole" in run("verify", tmp_path / "again").output
+    first, again = open_cache(root), open_cache(tmp_path / "again")
+    assert again.manifest.teacher == first.manifest.teacher
+    for mine, other in zip(first, again, strict=True):
+        for name, values in mine.targets.arrays().items():
+            np.testing.assert_array_equal(other.targets.arrays()[name], values)
+    assert again.sequences["id"].equals(first.sequences["id"])
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_what_axolotl_reads_has_the_prediction_made_at_a_token_in_its_row(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    run("export", root, "--layout", "axolotl", "--out", tmp_path / "out.parquet")
+    for row, cached in zip(pq.read_table(tmp_path / "out.parquet").to_pylist(), open_cache(root), strict=True):
+        mask = np.array(row["target_mask"])
+        assert mask.shape == (len(cached.token_ids), 6)
+        np.testing.assert_array_equal(mask.any(axis=1), cached.target_mask)
+        np.testing.assert_array_equal(np.array(row["target_token_ids"])[cached.target_mask], cached.targets.ids)
+        np.testing.assert_array_equal(np.array(row["target_logprobs"])[cached.target_mask], cached.targets.logprobs)
+        labels = np.array(row["labels"])
+        shifted = np.append(labels[1:], -100)  # as its loss does
+        np.testing.assert_array_equal(shifted[cached.target_mask], cached.token_ids[1:][cached.target_mask[:-1]])
+        assert (shifted[~cached.target_mask] == -100).all()
+
+
+def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "rows.parquet", plain_rows(range(5)))
+    import_table(table, str(tmp_path / "cache"), DESCRIBED)
+    assert "is whole" in run("verify", tmp_path / "cache").output
+    for number, found in enumerate(open_cache(tmp_path / "cache")):
+        made = sequence(number, settings(temperatures=(1.0,), tail_samples=0))
+        np.testing.assert_array_equal(found.targets.ids, made.targets.ids)
+        np.testing.assert_allclose(found.targets.tail_logsumexp, made.targets.tail_logsumexp, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("target_logprobs", lambda v: v[2].__setitem__(0, 0.5), "row 1 .*log-probs that are NaN or above 0: target 2"),
+        ("target_logprobs", lambda v: v[2].__setitem__(0, float("nan")), "row 1 .*NaN"),
+        ("target_logprobs", lambda v: v[2].__setitem__(0, -0.001), "row 1 .*mass"),
+        ("target_ids", lambda v: v[2].__setitem__(0, v[2][1]), "row 1 .*ids that repeat"),
+        ("target_ids", lambda v: v[2].__setitem__(0, VOCAB), "row 1 .*ids beyond the vocabulary"),
+        ("target_ids", lambda v: v[2].pop(), r"row 1 .*target_ids of target 2 has 5 entries, expected 6"),
+        ("target_ids", lambda v: v.pop(), r"row 1 .*supervises \d+ positions and has \d+ targets"),
+        ("input_ids", lambda v: v.pop(), r"row 1 .*as many, one true at least"),
+        ("input_ids", lambda v: v.__setitem__(0, VOCAB + 1), "row 1 .*beyond the vocabulary"),
+        ("target_mask", lambda v: v.__setitem__(-1, True), "row 1 .*the last one false"),
+        ("label_logprob", lambda v: v.__setitem__(0, 0.4), "row 1 .*label"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, column: str, change: Any, message: str) -> None:
+    rows = plain_rows(range(3))
+    change(rows[1][column])
+    with pytest.raises(DataError, match=message):
+        import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
+
+
+def test_a_label_that_is_not_kept_needs_its_own_log_prob(tmp_path: Path) -> None:
+    rows = plain_rows(range(3))
+    for row in rows:
+        del row["label_logprob"]
+    with pytest.raises(DataError, match="is not among its kept ids, and there is no label_logprob"):
+        import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
+
+
+def test_a_table_that_is_none_or_not_described_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"cannot read .* as Parquet"):
+        import_table(tmp_path / "none.parquet", str(tmp_path / "cache"), DESCRIBED)
+    table = write_rows(tmp_path / "rows.parquet", plain_rows(range(1)))
+    with pytest.raises(DataError, match="brings no manifest"):
+        import_table(table, str(tmp_path / "cache"))
+    two = imported_manifest(settings(tail_samples=0), VOCAB, "elsewhere", {})
+    with pytest.raises(DataError, match="temperature 1 is all that can be had of it, not 1, 2"):
+        import_table(table, str(tmp_path / "cache"), two)
+    narrow = write_rows(tmp_path / "narrow.parquet", [{"input_ids": [1]}])
+    with pytest.raises(DataError, match="lacks the columns target_mask, target_ids, target_logprobs"):
+        import_table(narrow, str(tmp_path / "cache"), DESCRIBED)
+
+
+def test_a_tokenizers_files_have_the_fingerprint_of_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(read_tokenizer_files(tmp_path)) == tokenizer_fingerprint(tokenizer)
+    with pytest.raises(DataError, match="holds no tokenizer that can be read"):
+        read_tokenizer_files(tmp_path / "nowhere")
+
+
+def test_import_from_the_command_line_names_teacher_and_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    table = write_rows(tmp_path / "rows.parquet", plain_rows(range(3)))
+    described = ("--teacher", "my-70b", "--tokenizer", tmp_path / "tokenizer", "--k", 6)
+    found = json.loads(run("import", table, *described, "--out", tmp_path / "cache", "--json").stdout)
+    assert found["sequences"] == 3
+    manifest = open_cache(tmp_path / "cache").manifest
+    assert manifest.teacher == {"model_type": "imported", "name": "my-70b"}
+    assert manifest.tokenizer == tokenizer_fingerprint(tokenizer)
