@@ -11,7 +11,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import cohere, llama
+from tiny_models import llama
 from tiny_runs import CHECKPOINTING, Noting, trainer_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,7 +43,6 @@ COMMON |= {"per_device_eval_batch_size": 2}
 RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "plain": (lambda: llama(seed=1), {}),
     "tied": (tied, {"ddp_find_unused_parameters": False}),
-    "scaled, tied": (lambda: cohere(seed=1), {}),
     "checkpointed": (tied, {CHECKPOINTING: True}),
     "adapted": (adapted, {}),
     "readable": (tied, {}),
