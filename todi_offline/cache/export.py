@@ -55,9 +55,9 @@ def export_cache(cache: Cache, out: Path, layout: str = "plain", progress: Progr
     `plain` has all that the cache holds: input_ids and target_mask by token, the others by target; with the manifest
     in the table's metadata, `import_table` makes the same cache of it.
 
-    `axolotl` has the columns that the collator of axolotl's offline distillation takes (as read in its releases 0.11.0 to
-    0.21.0, integrations/kd): everything by token; row t of the targets is the teacher's prediction made at t, and its mask is
-    0 where there is none; labels are the tokens' own, which that loss shifts. It has no tail.
+    `axolotl` has the columns that the collator of axolotl's offline distillation takes (integrations/kd, as read in its
+    releases 0.11.0 to 0.21.0): everything by token; row t of the targets is the teacher's prediction made at t, and its
+    mask is 0 where there is none; labels are the tokens' own, which that loss shifts. It has no tail.
 
     Raises:
         CacheError: a part of the cache is damaged.
