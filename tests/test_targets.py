@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
+from todi_offline.losses import dense_divergence, sparse_divergence
 from todi_offline.targets import SparseTargets, sparsify, teacher_targets
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
@@ -316,3 +318,19 @@ def test_no_rows_are_no_trouble():
     assert targets.tail_logsumexp.shape == (0, 2)
     assert targets.tail_ids.shape == (0, 2)
     assert targets.narrow(2).ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("columns", [slice(None), slice(0, 2), slice(1, 2)])
+def test_stratified_samples_estimate_the_tails_divergence_without_bias(columns, temperature):
+    """Integrated exactly: the tail's shares are multiples of 1/24, and a midpoint lies in each 24th of [0, 1)."""
+    teacher = torch.tensor([0.3, 0.2, 0.3 * 6 / 24, 0.3 * 3 / 24, 0.3 * 12 / 24, 0.3 * 3 / 24, 0.2]).double().log()
+    student = random_logits(1, 7, dtype=torch.float64)
+    orders = torch.tensor(list(itertools.permutations(range(3))), dtype=torch.float64)
+    inside = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    uniforms = ((orders[:, None] + inside[None, :, None]) / 3).flatten(0, 1)  # one jitter for all: a mean is linear
+    targets = sparsify(teacher.expand(len(uniforms), -1), 3, uniforms=uniforms[:, columns])
+    found = sparse_divergence(student.expand(len(uniforms), -1), targets, "forward_kl", temperature=temperature)
+    exact = dense_divergence(student, teacher[None], "forward_kl", temperature=temperature)
+    assert found.std() > 0.01
+    torch.testing.assert_close(found.mean(), exact[0])
