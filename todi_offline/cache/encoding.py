@@ -17,9 +17,9 @@ With these three, sums of the tail and the label's log-prob are float32, and log
 - A kept probability p is one byte, c = 128 p^(1/4), so p^(1/4) is off by at most 1/256: in nats, 1/63 at p = 1, 1/19 at
   0.01, 1/6 at 10^-4. The forward KL that a row loses is about 4e-5 times the sum of the roots of its kept
   probabilities, so at most 4e-5 sqrt(k). c = 0 stands for all p below 2.4e-10 and is read as 1.5e-11.
-- Sums of the tail and the label's log-prob are steps of 1/32 nat in int16, |error| <= 1/64; log-probs of samples are
-  steps of 1/4 nat in int8, |error| <= 1/8. The least integer is the log of 0, the next one stands for all below it
-  (-1,023.97 and -31.75 nats).
+- Others are rounded to steps of a nat: sums of the tail of 1/32 and the label's log-prob of 1/16, both in int16,
+  log-probs of samples of 1/4, in int8; |error| is at most half a step. The least integer is the log of 0, the next
+  one stands for all below it (-1,023.97, -2,047.9 and -31.75 nats).
 
 `root8` and `bf16_logit` store a row by rising id, for what is stored of its log-probs tells their order. It comes back
 by falling log-prob and, among equals, rising id: the first columns are still the most probable ones, as far as what is
@@ -41,11 +41,12 @@ _Q8_MAX_STEP = 255
 _ROOT8_ONE = 128  # what is stored of the probability 1
 _STEPS: dict[str, tuple[int, Any]] = {
     "tail_logsumexp": (32, np.int16),
-    "label_logprob": (32, np.int16),
+    "label_logprob": (16, np.int16),
     "tail_logprobs": (4, np.int8),
 }
 """Of `root8`: steps per nat, and what they are stored as."""
 _BF16_ERROR = 1e-4
+_FLIPS = np.array([0xFFFF, 0x8000], np.uint16)  # of the bits of floats below 0 and others: then they sort as numbers
 BY_ID = ("bf16_logit", "root8")
 """Encodings that store a row by rising id."""
 
@@ -129,13 +130,20 @@ _ROOT8_LOGPROBS = (4 * np.log(np.maximum(np.arange(256), 0.25) / _ROOT8_ONE)).as
 
 
 def logprob_bounds(logprobs: npt.NDArray[np.float32], encoding: str) -> Bounds:
-    """Return the least and the greatest log-prob that each of these, as decoded [target, k], can stand for."""
+    """Return the least and the greatest log-prob that each of these, as decoded [target, k], can stand for.
+
+    A cache in a coarser encoding may have been made of one in half precision, so that rounding is counted too.
+    """
     values = logprobs.astype(np.float64)
-    if encoding == "f16":
-        error = np.where(np.isfinite(values), np.abs(values) * 2.0**-11 + 2.0**-25, 0)
-        return values - error, np.where(np.isneginf(values), -65504, values + error)
     if encoding == "bf16_logit":
         return values - _BF16_ERROR, values + _BF16_ERROR
+    lower, upper = (values, values) if encoding == "f16" else _coarse_bounds(values, encoding)
+    error = np.where(np.isfinite(values), np.abs(values) * 2.0**-11 + 2.0**-25, 0)
+    upper = np.where(np.isneginf(values), -65504, upper + error) if encoding == "f16" else upper + error
+    return lower - error, upper
+
+
+def _coarse_bounds(values: npt.NDArray[np.float64], encoding: str) -> Bounds:
     if encoding == "root8":
         stored = np.rint(_ROOT8_ONE * np.exp(values / 4))
         with np.errstate(divide="ignore"):
@@ -194,8 +202,8 @@ def decode_rows(
     ids, kept = arrays["topk_ids"], arrays["topk_logprobs"]
     partition: Any = arrays.get("log_partition")
     if encoding == "bf16_logit":
-        ids, kept = _by_rank(ids, kept ^ np.where(kept >= 0x8000, 0xFFFF, 0x8000))
-        bits = (kept ^ np.where(kept < 0x8000, 0xFFFF, 0x8000)).astype(np.uint32) << 16
+        ids, kept = _by_rank(ids, kept ^ np.where(kept >= 0x8000, *_FLIPS))
+        bits = (kept ^ np.where(kept < 0x8000, *_FLIPS)).astype(np.uint32) << 16
         logprobs = bits.view(np.float32) - partition[:, None]
     else:
         ids, kept = _by_rank(ids, kept) if encoding == "root8" else (ids, kept)
@@ -241,11 +249,12 @@ def _bf16_logits(rows: TargetRows) -> dict[str, Array]:
     return {"topk_logprobs": bits.astype(np.uint16), "log_partition": rows.log_partition}
 
 
-def _by_rank(ids: Array, scores: Array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16]]:
-    """Sort each row by falling score of 16 bits and rising id."""
-    keys = (np.uint64(0xFFFF) - scores.astype(np.uint64)) << np.uint64(32) | ids.astype(np.uint64)
+def _by_rank(ids: Array, scores: Array) -> tuple[npt.NDArray[np.uint32], Array]:
+    """Sort each row by falling score, of 8 or 16 bits, and rising id, of fewer than 24."""
+    most = np.iinfo(scores.dtype).max
+    keys = (most - scores).astype(f"u{4 * scores.itemsize}") << 24 | ids
     keys.sort(axis=1)  # as one number each: several times faster than sorting places
-    return keys.astype(np.uint32), (0xFFFF - (keys >> np.uint64(32))).astype(np.uint16)
+    return (keys & 0xFFFFFF).astype(np.uint32), most - (keys >> 24).astype(scores.dtype)
 
 
 def _to_steps(values: Array, steps_per_nat: int, dtype: Any) -> Array:
