@@ -106,8 +106,8 @@ def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:
     if encoding == "f16":
         return _as_f16(logprobs)
     if encoding == "root8":
-        roots: Array = np.exp(logprobs.astype(np.float64) / 4)
-        return np.rint(_ROOT8_ONE * roots).astype(np.uint8)
+        scaled: Array = np.rint(_ROOT8_ONE * np.exp(logprobs.astype(np.float64) / 4))
+        return scaled.astype(np.uint8)
     steps = np.rint(np.minimum(-logprobs, 1e6) * Q8_STEPS_PER_NAT).astype(np.int64)
     stored = np.empty(steps.shape, np.uint8)
     reached = np.zeros(len(steps), np.int64)

@@ -21,11 +21,13 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.layout import ArraySpec
+from todi_offline.cache.layout import CHUNK_TARGETS, ArraySpec
 from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError
 
 PCODEC_LEVEL = 8
 _CRC_BYTES = 4
+_ROW_BITS = CHUNK_TARGETS.bit_length() - 1
+_ID_BITS = 32 - _ROW_BITS
 _BLOSC_HEADER_BYTES = 16
 
 
@@ -64,20 +66,18 @@ def _encode_chunk(spec: ArraySpec, rows: npt.NDArray[Any], codec: str) -> bytes:
 
 def _to_gaps(ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Turn the ids [row, k] of a chunk into the gaps between its sorted keys, of the same shape."""
-    keys = np.sort((ids * np.uint32(len(ids)) + np.arange(len(ids), dtype=np.uint32)[:, None]).ravel())
+    keys = np.sort((ids << _ROW_BITS | np.arange(CHUNK_TARGETS, dtype=np.uint32)[:, None]).ravel())
     return np.diff(keys, prepend=np.uint32(0)).reshape(ids.shape)
 
 
 def _from_gaps(gaps: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Return the ids [row, k] of a chunk, rising along each row."""
-    num_rows = len(gaps)
     keys = np.cumsum(gaps, dtype=np.uint32)
-    by_row = (keys % num_rows) * np.uint32(2**32 // num_rows) + keys // num_rows  # sorted as one: several times faster
-    by_row.sort()
-    rows, ids = np.divmod(by_row.reshape(gaps.shape), np.uint32(2**32 // num_rows))
-    if (rows != np.arange(num_rows)[:, None]).any():
+    keys = np.sort(keys << _ID_BITS | keys >> _ROW_BITS)  # row above id: several times faster than sorting places
+    by_row: npt.NDArray[Any] = keys.reshape(gaps.shape)
+    if (by_row >> _ID_BITS != np.arange(CHUNK_TARGETS)[:, None]).any():
         raise ValueError("its rows differ in length")
-    return ids
+    return by_row & np.uint32(2**_ID_BITS - 1)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,260 @@
+"""How many bytes does a target take, by encoding, codec and K, and how much of the teacher do they lose?
+
+Real targets are stored in every encoding with every codec, and in the layouts of other systems, rebuilt from what they
+say of themselves, with the same targets to a block:
+
+    npz, f16        numpy.savez_compressed (deflate) of u16 ids and f16 log-probs
+    zstd, f16       u16 ids, f16 log-probs and a bool for each entry, zstd at its default level
+    parquet         lists of int32 ids and float32 log-probs, zstd
+
+These have neither sums of the tail nor the label's log-prob nor samples. Counted is all that belongs to a target; in
+ours with checksums and index, of shards that are full. Tokens, masks and sequence tables are counted apart.
+
+Nats lost at T: the mean over targets of the KL from what the teacher said to what is read back, over the k kept entries
+and one for all others, each at T and divided by its own sum. Who stores no tail is given 1 - sum at T = 1, and nothing
+at T = 2. What the tail samples lose is not in it. `bf16_logit` is given the nearest logits that bfloat16 has.
+
+The teacher is SmolLM2-135M-Instruct in float32 and reads Python's own documentation; `--set teacher=FOLDER` and
+`--set data=FILE` take others, `--set cache=FOLDER` the targets of a cache, whose own rounding then is no loss.
+
+Not claimed: anything of another teacher, which may be surer or less sure; the targets a second are of one process.
+"""
+
+import dataclasses
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from todi_offline.cache.encoding import TargetRows, decode_rows, encode_rows
+from todi_offline.cache.fingerprint import content_key
+from todi_offline.cache.layout import CHUNK_TARGETS, CODECS, ENCODINGS, CacheSettings, array_specs
+from todi_offline.cache.narrow import narrow
+from todi_offline.cache.reader import open_cache
+from todi_offline.cache.shard import ShardFile, encode_shard
+from todi_offline.capturing import capture_shard
+from todi_offline.data import DataConfig, load_examples
+from todi_offline.demo import fetch_teacher
+from todi_offline.teacher import TeacherConfig, load_teacher
+
+KEPT = CacheSettings(k=64, tail_samples=8)
+SHAPES = [(64, 0), (32, 8), (16, 8), (8, 4)]
+"""k and tail samples of what is stored."""
+BARS = {(64, 0): (115.0, 2e-4), (16, 8): (54.0, None), (8, 4): (29.0, None)}
+"""Of the encoding with the fewest bytes: bytes a target, and nats lost at T = 1, at most."""
+COLUMNS = {
+    "ids": ("topk_ids",),
+    "values": ("topk_logprobs", "log_partition"),
+    "tail": ("tail_logsumexp",),
+    "label": ("label_logprob",),
+    "samples": ("tail_ids", "tail_logprobs"),
+}
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """What a way to store targets makes of them."""
+
+    num_bytes: dict[str, int]
+    """By array."""
+    given: TargetRows
+    back: TargetRows
+    """As they are read."""
+    targets_per_second: float | None = None
+    """At which they are read."""
+
+
+def run(
+    quick: bool, cache: str | None = None, teacher: str | None = None, data: str = "stdlib", limit: str = "160"
+) -> dict[str, object]:
+    parts, vocab_size, source = (
+        _from_cache(cache) if cache else _captured(teacher or str(fetch_teacher()), data, 6 if quick else int(limit))
+    )
+    print(f"{source}\n")
+    rows: list[dict[str, Any]] = []
+    for k, samples in SHAPES[2:] if quick else SHAPES:
+        settings = dataclasses.replace(KEPT, k=k, tail_samples=samples)
+        targets = TargetRows.concatenate([narrow(part, settings, key) for key, part in parts])
+        targets = targets[: len(targets) // CHUNK_TARGETS * CHUNK_TARGETS]
+        print(f"K = {k}, {samples} samples; {len(targets):,} targets in full chunks")
+        print(
+            f"{'':24}" + "".join(f"{name:>9}" for name in (*COLUMNS, "all")) + "   lost at T=1      at T=2   targets/s"
+        )
+        for name, stored in _each(targets, settings, vocab_size):
+            rows.append({"k": k, "samples": samples, "stored as": name, **_measured(stored)})
+            _print(rows[-1])
+        _print_bar(rows, k, samples)
+    return {"source": source, "rows": rows}
+
+
+def _from_cache(folder: str) -> tuple[list[tuple[bytes, TargetRows]], int, dict[str, Any]]:
+    opened = open_cache(folder)
+    parts = [(content_key(each.token_ids, each.target_mask), each.targets) for each in opened]
+    settings, num_targets = opened.manifest.settings, int(opened.num_targets.sum())
+    apart = ("token_ids", "target_mask", "sequences")
+    source = {
+        "teacher": {name: opened.manifest.teacher.get(name) for name in ("model_type", "num_parameters", "dtype")},
+        "encoding": settings.encoding,
+        "targets": num_targets,
+        "tokens": int(opened.num_tokens.sum()),
+        "bytes a target counted apart": {n: round(opened.bytes_by_array[n] / num_targets, 2) for n in apart},
+    }
+    return parts, opened.manifest.vocab_size, source
+
+
+def _captured(folder: str, data: str, limit: int) -> tuple[list[tuple[bytes, TargetRows]], int, dict[str, Any]]:
+    teacher = load_teacher(TeacherConfig(teacher=folder, dtype="float32"))
+    examples = load_examples(DataConfig(data=data, limit=limit), teacher.tokenizer)
+    captured = capture_shard(teacher, list(examples), KEPT, 4096)
+    parts = [(content_key(each.token_ids, each.target_mask), each.targets) for each in captured]
+    source = {
+        "teacher": Path(folder).name,
+        "dtype": "float32",
+        "data": Path(data).name,
+        "targets": sum(len(part) for _, part in parts),
+        "tokens": int(examples.num_tokens.sum()),
+    }
+    return parts, teacher.vocab_size, source
+
+
+def _each(targets: TargetRows, settings: CacheSettings, vocab_size: int) -> Iterator[tuple[str, Stored]]:
+    for encoding in ENCODINGS:
+        given = _in_bf16(targets) if encoding == "bf16_logit" else targets
+        for codec in CODECS:
+            chosen = dataclasses.replace(settings, encoding=encoding, codec=codec)  # type: ignore[arg-type]
+            yield f"{encoding}, {codec}", _ours(given, chosen, vocab_size)
+    others: dict[str, Callable[[TargetRows], tuple[dict[str, int], npt.NDArray[Any]]]] = {
+        "npz, f16": _npz,
+        "zstd, f16": _zstd,
+        "parquet": _parquet,
+    }
+    for name, store in others.items():
+        num_bytes, logprobs = store(targets)
+        yield name, Stored(num_bytes, targets, _without_tail(targets, logprobs))
+
+
+def _ours(targets: TargetRows, settings: CacheSettings, vocab_size: int) -> Stored:
+    arrays = encode_rows(targets, settings.encoding)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, values in arrays.items():
+            spec = dataclasses.replace(array_specs(settings, vocab_size)[name], shard_rows=len(targets))
+            files[name] = ShardFile(Path(folder) / name, spec, settings.codec)
+            files[name].path.write_bytes(encode_shard(spec, values, settings.codec))
+        num_bytes = {name: file.path.stat().st_size for name, file in files.items()}
+        read: list[TargetRows] = []
+        seconds = []
+        for chunk in range(len(targets) // CHUNK_TARGETS):
+            started = time.perf_counter()
+            stored = {name: file.read_chunk(chunk) for name, file in files.items()}
+            read.append(decode_rows(stored, settings.encoding, settings.temperatures, settings.tail_temperature))
+            seconds.append(time.perf_counter() - started)
+    return Stored(num_bytes, targets, TargetRows.concatenate(read), CHUNK_TARGETS / statistics.median(seconds))
+
+
+def _in_bf16(targets: TargetRows) -> TargetRows:
+    """Return targets whose logits are the nearest that bfloat16 has, their log-partition being made up."""
+    log_partition = np.full(len(targets), 20, np.float32)
+    bits = (targets.logprobs + log_partition[:, None]).view(np.uint32)
+    logits = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return dataclasses.replace(targets, logprobs=logits - log_partition[:, None], log_partition=log_partition)
+
+
+def _chunks(targets: TargetRows) -> Iterator[TargetRows]:
+    return (targets[start : start + CHUNK_TARGETS] for start in range(0, len(targets), CHUNK_TARGETS))
+
+
+def _npz(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
+    num_bytes = dict.fromkeys(("topk_ids", "topk_logprobs"), 0)
+    for chunk in _chunks(targets):
+        for name, values in (("topk_ids", chunk.ids.astype("u2")), ("topk_logprobs", chunk.logprobs.astype("f2"))):
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, values)
+            num_bytes[name] += len(buffer.getvalue())
+    return num_bytes, targets.logprobs.astype("f2")
+
+
+def _zstd(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
+    codec = numcodecs.Zstd()
+    num_bytes = dict.fromkeys(("topk_ids", "topk_logprobs"), 0)
+    for chunk in _chunks(targets):
+        num_bytes["topk_ids"] += len(codec.encode(chunk.ids.astype("u2")))
+        values = (chunk.logprobs.astype("f2"), np.ones(chunk.ids.shape, np.bool_))
+        num_bytes["topk_logprobs"] += sum(len(codec.encode(each)) for each in values)
+    return num_bytes, targets.logprobs.astype("f2")
+
+
+def _parquet(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
+    columns = {"topk_ids": targets.ids.astype(np.int32), "topk_logprobs": targets.logprobs}
+    table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=CHUNK_TARGETS)
+    metadata = pq.read_metadata(pa.BufferReader(buffer.getvalue()))
+    num_bytes = dict.fromkeys(columns, 0)
+    for group in range(metadata.num_row_groups):
+        for index, name in enumerate(columns):
+            num_bytes[name] += metadata.row_group(group).column(index).total_compressed_size
+    return num_bytes, targets.logprobs
+
+
+def _without_tail(targets: TargetRows, logprobs: npt.NDArray[Any]) -> TargetRows:
+    """Return what can be had of kept entries alone: at T = 1 the tail is what they leave."""
+    rest = 1 - np.exp(logprobs.astype(np.float32)).sum(axis=1, keepdims=True)
+    tail = np.log(np.maximum(rest, 1e-9)).astype(np.float32)
+    return dataclasses.replace(targets, logprobs=logprobs.astype(np.float32), tail_logsumexp=tail, temperatures=(1.0,))
+
+
+def _measured(stored: Stored) -> dict[str, Any]:
+    total = len(stored.given)
+    each = {column: sum(stored.num_bytes.get(name, 0) for name in names) for column, names in COLUMNS.items()}
+    assert sum(each.values()) == sum(stored.num_bytes.values()), "every array has its column"
+    rate = stored.targets_per_second
+    return {
+        "bytes": {**{name: round(value / total, 2) for name, value in each.items()}}
+        | {"all": round(sum(each.values()) / total, 2)},
+        "nats lost": {f"{t:g}": _lost(stored.given, stored.back, t) for t in stored.back.temperatures},
+        "targets per second": rate and round(rate),
+    }
+
+
+def _lost(given: TargetRows, back: TargetRows, temperature: float) -> float:
+    """Return the mean KL of the entries given from those that come back."""
+    p, q = _entries(given, temperature), _entries(back, temperature)
+    with np.errstate(invalid="ignore"):
+        terms = np.where(np.isneginf(p), 0, np.exp(p) * (p - q))
+    return float(f"{terms.sum(axis=1).mean():.3g}")
+
+
+def _entries(rows: TargetRows, temperature: float) -> Numbers:
+    """Return the log-probs of the kept entries, by rising id, and of all others."""
+    by_id = np.take_along_axis(rows.logprobs, np.argsort(rows.ids, axis=1), axis=1) / np.float64(temperature)
+    entries = np.column_stack([by_id, rows.tail_logsumexp[:, rows.temperatures.index(temperature)]])
+    return np.asarray(entries - np.logaddexp.reduce(entries, axis=1, keepdims=True))
+
+
+def _print(row: dict[str, Any]) -> None:
+    lost = "".join(f"{row['nats lost'].get(t, float('nan')):12.2g}" for t in ("1", "2"))
+    rate = f"{row['targets per second']:12,}" if row["targets per second"] else f"{'':12}"
+    print(f"{row['stored as']:24}" + "".join(f"{value:9.2f}" for value in row["bytes"].values()) + f"    {lost}{rate}")
+
+
+def _print_bar(rows: Sequence[dict[str, Any]], k: int, samples: int) -> None:
+    if (k, samples) in BARS:
+        ours = [row for row in rows if (row["k"], row["samples"]) == (k, samples) and "," in row["stored as"]]
+        best = min((row for row in ours if row["targets per second"]), key=lambda row: row["bytes"]["all"])
+        most_bytes, most_lost = BARS[k, samples]
+        met = best["bytes"]["all"] <= most_bytes and (most_lost is None or best["nats lost"]["1"] <= most_lost)
+        limits = f"{most_bytes:g} bytes" + (f" and {most_lost:g} nats" if most_lost else "")
+        print(f"{best['stored as']}: at most {limits}: {'met' if met else 'MISSED'}")
+    print()
