@@ -10,6 +10,7 @@ from todi_offline.errors import one_line_errors
 _COMMANDS = {
     "inspect": "Show what a cache holds, and what it costs.",
     "verify": "Check every checksum and every invariant of a cache.",
+    "repair": "Delete what is damaged, so that the same capture recomputes just that.",
     "diff": "Compare two caches: what they say, and what they hold.",
     "subset": "Write some sequences of a cache, with less of each, or stored otherwise.",
     "merge": "Write one cache of the sequences of several.",

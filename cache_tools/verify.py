@@ -25,7 +25,7 @@ def command(cache: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=1))
     for problem in [] if as_json else problems:
-        click.echo(f"{problem.where}: {problem.what}\n    to mend it: {problem.remedy}")
+        click.echo(f"{problem.where}: {problem.what}\n    to mend it: {problem.remedy.text}")
     if problems:
         sys.exit(1)
     if not as_json:

@@ -123,7 +123,7 @@ def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> N
     assert "is whole: 24 sequences" in run("verify", root).output
     assert json.loads(run("verify", root, "--json").stdout) == []
     (root / "stray").write_text("")
-    assert "stray: no record names it\n    to mend it: delete it" in run("verify", root, code=1).output
+    assert "stray: no record names it\n    to mend it: `todi-cache repair` deletes it" in run("verify", root, code=1).output
     assert json.loads(run("verify", root, "--json", code=1).stdout)[0]["where"] == "stray"
 
 

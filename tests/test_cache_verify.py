@@ -11,7 +11,7 @@ from fake_cache import forge, forge_rows, forge_table, manifest, sequence, setti
 
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.layout import CODECS, ENCODINGS
-from todi_offline.cache.verify import Problem, verify_cache
+from todi_offline.cache.verify import Problem, Remedy, verify_cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.errors import CacheFormatError
 
@@ -33,7 +33,8 @@ def test_a_problem_says_where_what_and_how_to_mend_it_and_that_mends_it(tmp_path
     (found,) = problems(root)
     assert found.where == "topk_ids/c/1/0"
     assert "it has 7 bytes" in found.what
-    assert found.remedy.startswith("delete commits/000001.json and sealed.json, and run the same capture again")
+    assert found.remedy.text == "`todi-cache repair`, then the same capture again: it redoes shard 1 alone"
+    assert (found.remedy.drop, found.remedy.shard) == (("sealed.json", "commits/000001.json"), 1)
     (root / "commits/000001.json").unlink()
     (root / "sealed.json").unlink()
     assert problems(write_cache(root)) == []
@@ -72,7 +73,8 @@ def test_a_cache_whose_manifest_is_lost_is_told_from_a_folder_that_is_no_cache(t
     group = json.loads((root / "zarr.json").read_text())
     (root / "zarr.json").unlink()
     (found,) = problems(root)
-    assert (found.where, found.remedy) == ("zarr.json", "bring it back from a copy, or capture into another folder")
+    assert found.where == "zarr.json"
+    assert found.remedy == Remedy("bring it back from a copy, or capture into another folder")
     group["attributes"]["todi_offline"]["format_version"] = 2
     (root / "zarr.json").write_text("")
     forge(root, "zarr.json", json.dumps(group).encode())
@@ -97,8 +99,8 @@ def test_following_the_remedy_mends_what_is_lost(tmp_path: Path, key: str) -> No
     (root / key).unlink()
     (found,) = problems(root)
     assert found.where == key
-    assert "the same capture again" in found.remedy
-    for name in ("commits/000001.json", "sealed.json") if "commits/000001.json" in found.remedy else ("sealed.json",):
+    assert "the same capture again" in found.remedy.text
+    for name in found.remedy.drop:
         (root / name).unlink(missing_ok=True)
     write_cache(root)
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == whole
@@ -112,9 +114,9 @@ def test_leftovers_of_a_killed_writer_are_named_but_its_lock_is_none(tmp_path: P
     (root / "topk_ids/c/0/0.tmp").write_bytes(b"half")
     (root / "topk_ids/c/2").mkdir()
     (root / "topk_ids/c/2/0").write_bytes(b"of no shard")
-    assert [(problem.where, problem.remedy) for problem in problems(root)] == [
-        ("topk_ids/c/0/0.tmp", "delete it"),
-        ("topk_ids/c/2/0", "delete it"),
+    assert [(problem.where, problem.remedy.drop) for problem in problems(root)] == [
+        ("topk_ids/c/0/0.tmp", ("topk_ids/c/0/0.tmp",)),
+        ("topk_ids/c/2/0", ("topk_ids/c/2/0",)),
     ]
 
 

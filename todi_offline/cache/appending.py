@@ -6,7 +6,7 @@ committed. `append.json`, written first, is the `zarr.json` that the cache is to
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,12 @@ def require_begun_alike(store: Store, found: Manifest | Part, wanted: Manifest |
 def is_finished(store: Store, manifest: Manifest) -> bool:
     """Whether the cache is sealed as one of this manifest."""
     return store.size(SEAL_KEY) is not None and read_seal(store).num_shards == manifest.num_shards
+
+
+def parts_of(manifest: Manifest, shards: Sequence[int]) -> list[Part]:
+    """Return the parts that these shards are of."""
+    ends = np.cumsum([part.num_shards for part in manifest.parts])
+    return [part for number, part in enumerate(manifest.parts) if number in np.searchsorted(ends, shards, "right")]
 
 
 def described(part: Part) -> str:

@@ -68,7 +68,10 @@ class Problem:
 
 _GO_ON = Remedy("run the same capture again: it goes on")
 _RESEAL = Remedy("`todi-cache repair`, then the same capture again: it seals anew", (SEAL_KEY,))
-_RESTORE = Remedy("bring it, or sealed.json, back from a copy, or capture into another folder")
+_RESTORE = Remedy("bring it back from a copy, or capture into another folder")
+_COMPARE = Remedy(
+    "bring it, or sealed.json, back from a copy; or delete sealed.json: the same capture tells which is right"
+)
 
 
 def verify_cache(place: str | Path | Store, progress: Progress = lambda *_: None) -> list[Problem]:
@@ -100,6 +103,7 @@ def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
         yield from _shards_problems(store, manifest, committed, {}, progress)
         return
     appended = range(seal.num_shards, manifest_begun(store, manifest).num_shards)
+    yield from _seal_problems(store, manifest, seal)
     yield from _metadata_problems(store, manifest, seal)
     yield from _extra_objects(store, manifest, seal, appended)
     yield from _count_problems(store, seal)
@@ -129,18 +133,25 @@ def is_as_sealed(store: Store, key: str) -> bool:
         return False
 
 
-def _metadata_problems(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
-    """Compare the seal with its own bytes, with what it names, and the arrays' metadata with the manifest."""
+def _seal_problems(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
+    """Compare the seal with its own bytes, with the manifest, and with what it should name."""
     if store.read(SEAL_KEY) != to_bytes(seal):
         yield Problem(SEAL_KEY, "its values stand in other bytes than those that were written", _RESEAL)
+    if seal.num_shards != manifest.num_shards:
+        what = f"it is of {seal.num_shards} shards, zarr.json of {manifest.num_shards}"
+        yield Problem(SEAL_KEY, what, _RESEAL)
     expected = {*metadata_keys(store, manifest), *map(record_key, range(seal.num_shards))}
     if differing := (expected ^ seal.objects.keys()) - {TOKENIZER_KEY}:  # there or not, as the teacher had it
         yield Problem(SEAL_KEY, f"it does not name what it should: {', '.join(sorted(differing))}", _RESEAL)
+
+
+def _metadata_problems(store: Store, manifest: Manifest, seal: Seal) -> Iterator[Problem]:
+    """Compare the metadata with their sums in the seal, and those of the arrays with the manifest."""
     for key, expected_sum in seal.objects.items():
         if key.startswith(RECORDS_PREFIX):
             continue  # looked at with their shards
         if what := difference(store, key, expected_sum):
-            yield Problem(key, what, _RESTORE if key == "zarr.json" else _rewrite(key))
+            yield Problem(key, what, _COMPARE if key == "zarr.json" else _rewrite(key))
         elif key.endswith("/zarr.json") and (name := key.partition("/")[0]) in manifest.arrays:
             implied = array_metadata(manifest.arrays[name], manifest.settings.codec, seal.num_shards)
             if _stable(implied) != _stable(store.read(key)):

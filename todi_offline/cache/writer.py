@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.appending import described, is_finished, require_begun_alike
+from todi_offline.cache.appending import described, is_finished, parts_of, require_begun_alike
 from todi_offline.cache.commit import (
     SEAL_KEY,
     CommitRecord,
@@ -141,7 +141,7 @@ class CacheWriter:
         """
         missing = self.missing_shards()
         if missing:
-            whose = "; ".join(self._parts_of(missing))
+            whose = "; ".join(map(described, parts_of(self.manifest, missing)))
             raise CacheIncompleteError(
                 f"{self.store} cannot be sealed: shards {missing} are not committed; capture {whose} (again)"
             )
@@ -209,12 +209,6 @@ class CacheWriter:
         """Remove what said that an append was under way, unless it is another one's."""
         if _append_of(self.store) == self.manifest:
             self.store.delete(APPEND_KEY)
-
-    def _parts_of(self, shards: list[int]) -> list[str]:
-        """Return for people the data of the parts that these shards are of."""
-        ends = np.cumsum([part.num_shards for part in self.manifest.parts])
-        numbers = np.unique(np.searchsorted(ends, shards, side="right")).tolist()
-        return [described(self.manifest.parts[number]) for number in numbers]
 
     def _metadata(self) -> Iterator[tuple[str, bytes]]:
         """Yield the objects that describe the cache as a whole; the last of them makes the folder one."""
