@@ -1,0 +1,487 @@
+"""A cache is data: whatever it holds, only errors of ours come out, in bounded memory, from inside its own folder."""
+
+import contextlib
+import copy
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_cache import write_cache
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from todi_offline.cache import shard as shard_module
+from todi_offline.cache.commit import ObjectSum, read_record
+from todi_offline.cache.layout import SEQUENCE_SCHEMA, record_key, sequences_key
+from todi_offline.cache.reader import open_cache, read_manifest
+from todi_offline.cache.shard import chunk_sums
+from todi_offline.cache.store import LocalStore
+from todi_offline.cache.verify import verify_cache
+from todi_offline.errors import CacheError, CacheFormatError, TodiError
+from todi_offline.stream import CacheDataset, Collator
+
+Files = dict[str, bytes]
+
+NUM_SHARDS, PER_SHARD = 2, 3
+MOST_BYTES = 100 * 2**20
+"""What reading a cache of some 20 kB may take."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> "Fuzzed":
+    return fuzzed(tmp_path_factory, "compact")
+
+
+@pytest.fixture(scope="module", params=["compact", "fast"])
+def either_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Fuzzed":
+    """With pcodec, and with blosc."""
+    return fuzzed(tmp_path_factory, request.param)
+
+
+def fuzzed(tmp_path_factory: pytest.TempPathFactory, codec: str) -> "Fuzzed":
+    root = tmp_path_factory.mktemp("fuzzed") / "cache"
+    return Fuzzed(write_cache(root, num_shards=NUM_SHARDS, per_shard=PER_SHARD, codec=codec))
+
+
+class Fuzzed:
+    """A cache whose files are changed and put back."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = {
+            path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+        }
+        self.manifest = read_manifest(LocalStore(root))
+
+    def survives(self, changed: Files) -> None:
+        """Whatever reads the cache with these files raises nothing but errors of ours, and takes little memory."""
+        for key, data in changed.items():
+            (self.root / key).write_bytes(data)
+        try:
+            for read in (self.verify, self.train, self.open_unsealed):
+                shard_module._read_index.cache_clear()  # files of one name, size and instant
+                with bounded_memory(), contextlib.suppress(TodiError):
+                    read()
+        finally:
+            for key in changed:
+                (self.root / key).write_bytes(self.files[key])
+
+    def verify(self) -> None:
+        verify_cache(self.root)
+
+    def train(self) -> None:
+        dataset = CacheDataset(open_cache(self.root))
+        for index in range(len(dataset)):
+            Collator()([dataset[index]])
+
+    def open_unsealed(self) -> None:
+        open_cache(self.root, allow_unsealed=True)
+
+    def with_right_sums(self, changed: Files) -> Files:
+        """Add the commit records and the seal that name these files as they are."""
+        changed = dict(changed)
+        for shard in range(NUM_SHARDS):
+            key = record_key(shard)
+            values = json.loads(self.files[key])
+            if key not in changed and changed.keys() & values["objects"].keys():
+                values["objects"] = {name: self._sum(name, changed) for name in values["objects"]}
+                changed[key] = json.dumps(values).encode()
+        values = json.loads(self.files["sealed.json"])
+        values["objects"] = {name: self._sum(name, changed) for name in values["objects"]}
+        return {"sealed.json": json.dumps(values).encode()} | changed
+
+    def _sum(self, key: str, changed: Files) -> Any:
+        data, spec = changed.get(key, self.files[key]), self.manifest.arrays.get(key.partition("/")[0])
+        whole = spec is not None and "/c/" in key and len(data) > spec.chunks_per_shard * 16 + 4
+        return ObjectSum.of(data, chunk_sums(spec, data) if whole and spec is not None else b"").to_json()
+
+
+@contextlib.contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Within, MOST_BYTES may be touched, and 4 GiB be asked for: whoever asks for more meets a MemoryError."""
+    begun = _status("VmRSS")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 2**32, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    taken = _status("VmHWM") - begun
+    assert taken < MOST_BYTES, f"{taken:,} bytes"
+
+
+def _status(name: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return 1024 * int(line.split()[1])
+
+
+def fuzz(check: Callable[..., None], count: int, *strategies: Any) -> None:
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=checks)(
+        given(*strategies)(check)
+    )()
+
+
+few_or_many = pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.slow)])
+
+EDITS = st.lists(
+    st.tuples(st.sampled_from(["flip", "write", "insert", "cut", "end"]), st.floats(0, 1), st.binary(max_size=12)),
+    min_size=1,
+    max_size=4,
+)
+"""Changes of bytes: what, how far into the file, and what is written there."""
+
+
+def edited(data: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
+    for kind, where, piece in edits:
+        at = int(where * len(data))
+        rest = data[at:]
+        if kind == "flip" and rest:
+            rest = bytes([rest[0] ^ ((piece or b"\1")[0] or 1)]) + rest[1:]
+        elif kind == "write":
+            rest = piece + rest[len(piece) :]
+        elif kind == "insert":
+            rest = piece + rest
+        elif kind == "cut":
+            rest = rest[len(piece) :]
+        else:
+            rest = b""
+        data = data[:at] + rest
+    return data
+
+
+@few_or_many
+def test_bytes_that_change_anywhere(cache: Fuzzed, count: int) -> None:
+    """With the sums of what was written, and with those of what is there."""
+
+    def check(key: str, edits: list[tuple[str, float, bytes]], forged: bool) -> None:
+        changed = {key: edited(cache.files[key], edits)}
+        cache.survives(cache.with_right_sums(changed) if forged else changed)
+
+    fuzz(check, 2 * count, st.sampled_from(sorted(cache.files)), EDITS, st.booleans())
+
+
+NUMBERS = (0, -1, 1, 2, 3, 4096, 2**16, 2**31, 2**32, 2**62, 2**63, 10**30, 10**400, 0.5, 1e308)
+SPECIAL = (float("nan"), float("inf"), True, None, [], {}, [[]], [{}], {"": 0}, [1.0], [1.0, 1.0], [0], [-1], [None])
+TEXTS = ("", "a", "x" * 5000, "../x", "/etc/passwd", "c/../..", "\ud800", "\0", "a\nb", "f16", "q8", "compact")
+SUMS = ([10**400], ["AAAA"], [1, 2, "AAAA"], [1, 2, "?"])
+HOSTILE = st.sampled_from([*NUMBERS, *SPECIAL, *TEXTS, *SUMS])
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["value", "delete", "name", "nest"]), st.integers(0, 10**6), HOSTILE),
+    min_size=1,
+    max_size=3,
+)
+
+
+def changed_json(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
+    """Change some of the nodes of a JSON document."""
+    document: list[Any] = [json.loads(data)]
+    for kind, number, value in changes:
+        nodes = list(_nodes(document))
+        holder, key = nodes[number % len(nodes)]
+        if kind == "value":
+            holder[key] = value
+        elif kind == "nest":
+            holder[key] = [holder[key]]
+        elif isinstance(holder, dict) and kind == "delete":
+            del holder[key]
+        elif isinstance(holder, dict):
+            holder[str(value)] = holder.pop(key)
+    return json.dumps(document[0]).encode()
+
+
+def _nodes(holder: Any) -> Iterator[tuple[Any, Any]]:
+    for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
+        yield holder, key
+        if isinstance(holder[key], dict | list):
+            yield from _nodes(holder[key])
+
+
+@few_or_many
+def test_a_manifest_that_says_anything(cache: Fuzzed, count: int) -> None:
+    def check(changes: list[tuple[str, int, Any]]) -> None:
+        cache.survives(cache.with_right_sums({"zarr.json": changed_json(cache.files["zarr.json"], changes)}))
+
+    fuzz(check, 2 * count, CHANGES)
+
+
+@few_or_many
+def test_records_and_a_seal_that_say_anything(cache: Fuzzed, count: int) -> None:
+    def check(key: str, changes: list[tuple[str, int, Any]]) -> None:
+        cache.survives(cache.with_right_sums({key: changed_json(cache.files[key], changes)}))
+
+    fuzz(check, 2 * count, st.sampled_from([record_key(0), record_key(1), "sealed.json"]), CHANGES)
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "sealed.json", "commits/000000.json", "topk_ids/zarr.json"])
+def test_json_as_deep_as_a_file_is_long(cache: Fuzzed, key: str) -> None:
+    for data in (
+        b"[" * 10**5,
+        b'{"a":' * 10**5,
+        b"[" * 10**5 + b"]" * 10**5,
+        b"1" * 10**5,
+        b'"' + b"\\u0000" * 10**5 + b'"',
+    ):
+        cache.survives(cache.with_right_sums({key: data}))
+
+
+COLUMNS = st.lists(
+    st.tuples(
+        st.sampled_from(SEQUENCE_SCHEMA.names),
+        st.integers(0, PER_SHARD - 1),
+        st.sampled_from(
+            [0, 1, -1, 7, 4095, 4096, 4097, 8192, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1, -(2**63), None]
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+LAYOUTS = st.sampled_from(
+    [
+        {},
+        {"compression": "zstd"},
+        {"use_dictionary": False},
+        {"row_group_size": 1},
+        {"data_page_version": "2.0"},
+        {"column_encoding": {"id": "DELTA_BYTE_ARRAY"}, "use_dictionary": False},
+        {"version": "1.0"},
+    ]
+)
+
+
+@few_or_many
+def test_a_sequence_table_of_any_values(cache: Fuzzed, count: int) -> None:
+    def check(changes: list[tuple[str, int, int | None]], layout: dict[str, Any], rows: list[int]) -> None:
+        columns = pq.read_table(pa.BufferReader(cache.files[sequences_key(0)])).to_pydict()
+        for name, row, value in changes:
+            columns[name][row] = _as_cell(value, SEQUENCE_SCHEMA.field(name).type)
+        table = pa.table(columns, SEQUENCE_SCHEMA).take(pa.array(rows, pa.int64()))
+        cache.survives(cache.with_right_sums({sequences_key(0): parquet(table, **layout)}))
+
+    every, some = st.just(list(range(PER_SHARD))), st.lists(st.integers(0, PER_SHARD - 1), max_size=5)
+    fuzz(check, 2 * count, COLUMNS, LAYOUTS, every | some)
+
+
+def _as_cell(value: int | None, kind: pa.DataType) -> Any:
+    """Return a hostile number as the type of a column, where that has it."""
+    if value is None:
+        return None
+    if pa.types.is_string(kind):
+        return f"../{value}\n"
+    if pa.types.is_fixed_size_binary(kind):
+        return value.to_bytes(16, "little", signed=True)
+    if pa.types.is_floating(kind):
+        return float(value)
+    size = 2**kind.bit_width
+    value %= size
+    return value - size if pa.types.is_signed_integer(kind) and value >= size // 2 else value
+
+
+def parquet(table: pa.Table, **layout: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **({"compression": "none"} | layout))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def test_few_bytes_of_parquet_do_not_unfold_to_many(cache: Fuzzed) -> None:
+    """One long text thousands of times, by a dictionary; one letter without end, by compression."""
+    plain = pq.read_table(pa.BufferReader(cache.files[sequences_key(0)]))
+    repeated = plain.take([0] * 4096).set_column(0, "id", pa.array(["x" * 100_000] * 4096))
+    compressed = plain.set_column(0, "id", pa.array(["x" * 2**28, "b", "c"]))
+    for table, layout in ((repeated, {}), (compressed, {"compression": "zstd", "use_dictionary": False})):
+        data = parquet(table, **layout)
+        assert len(data) < 600_000
+        record = json.loads(cache.files[record_key(0)])
+        record["num_sequences"] = len(table)
+        record["objects"][sequences_key(0)] = ObjectSum.of(data).to_json()
+        changed = {sequences_key(0): data, record_key(0): json.dumps(record).encode()}
+        cache.survives(cache.with_right_sums(changed))
+        with pytest.raises(CacheFormatError, match=r"unfolds from|uncompressed"):
+            raise_of(cache, cache.with_right_sums(changed))
+
+
+def raise_of(cache: Fuzzed, changed: Files) -> None:
+    """Open a cache with these files, and let its error out."""
+    for key, data in changed.items():
+        (cache.root / key).write_bytes(data)
+    try:
+        open_cache(cache.root)
+    finally:
+        for key in changed:
+            (cache.root / key).write_bytes(cache.files[key])
+
+
+ARRAYS = ("token_ids", "target_mask", "topk_ids", "topk_logprobs", "label_logprob", "tail_logprobs")
+PAIRS = st.lists(
+    st.tuples(
+        st.integers(0, 7),
+        st.integers(0, 1),
+        st.integers(0, 3000) | st.sampled_from([2**31, 2**32 - 1, 2**33, 2**62, 2**63, 2**64 - 4, 2**64 - 1]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@few_or_many
+def test_a_chunk_index_that_says_anything(cache: Fuzzed, count: int) -> None:
+    def check(name: str, pairs: list[tuple[int, int, int]]) -> None:
+        spec = cache.manifest.arrays[name]
+        data = cache.files[spec.object_key(0)]
+        size = spec.chunks_per_shard * 16
+        index = np.frombuffer(data[-size - 4 : -4], "<u8").reshape(-1, 2).copy()
+        for chunk, column, value in pairs:
+            index[chunk % len(index), column] = value
+        cache.survives(cache.with_right_sums({spec.object_key(0): data[: -size - 4] + with_crc(index.tobytes())}))
+
+    fuzz(check, count, st.sampled_from(ARRAYS), PAIRS)
+
+
+@few_or_many
+def test_a_chunk_that_decodes_to_anything_or_not_at_all(either_cache: Fuzzed, count: int) -> None:
+    """Mutations of compressed bytes, with all checksums right again."""
+
+    def check(name: str, edits: list[tuple[str, float, bytes]]) -> None:
+        either_cache.survives(with_first_chunk(either_cache, name, lambda body: edited(body, edits)))
+
+    fuzz(check, 2 * count, st.sampled_from(ARRAYS), EDITS)
+
+
+@few_or_many
+def test_a_chunk_whose_header_says_anything(either_cache: Fuzzed, count: int) -> None:
+    """The first 16 bytes are where blosc says how much it holds, and pcodec what and how much."""
+
+    def check(name: str, at: int, value: int) -> None:
+        def changed(body: bytes) -> bytes:
+            return body[:at] + value.to_bytes(4, "little") + body[at + 4 :]
+
+        either_cache.survives(with_first_chunk(either_cache, name, changed))
+
+    numbers = st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 10**9]) | st.integers(0, 2**32 - 1)
+    fuzz(check, count, st.sampled_from(ARRAYS), st.integers(0, 12), numbers)
+
+
+def with_first_chunk(cache: Fuzzed, name: str, change: Callable[[bytes], bytes]) -> Files:
+    """Return the files of a cache whose first chunk of an array is changed, with all checksums right."""
+    spec = cache.manifest.arrays[name]
+    data = cache.files[spec.object_key(0)]
+    index = np.frombuffer(data[-spec.chunks_per_shard * 16 - 4 : -4], "<i8").reshape(-1, 2).copy()
+    old = int(index[0, 1])
+    chunk = with_crc(change(data[: old - 4]))
+    index[0, 1] = len(chunk)
+    index[1:, 0] += len(chunk) - old
+    rest = data[old : -spec.chunks_per_shard * 16 - 4]
+    return cache.with_right_sums({spec.object_key(0): chunk + rest + with_crc(index.tobytes())})
+
+
+def with_crc(data: bytes) -> bytes:
+    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2**25])
+def test_a_chunk_that_holds_more_or_less_than_its_place_is_refused(either_cache: Fuzzed, num_rows: int) -> None:
+    """A hundred bytes can stand for hundreds of megabytes."""
+    spec = either_cache.manifest.arrays["tail_logsumexp"]
+    values = np.zeros(num_rows, spec.dtype)
+    body = bytes(shard_module._codec(either_cache.manifest.settings.codec, spec.dtype).encode(values))
+    changed = with_first_chunk(either_cache, spec.name, lambda _: body)
+    del values
+    either_cache.survives(changed)
+    (either_cache.root / spec.object_key(0)).write_bytes(changed[spec.object_key(0)])
+    try:
+        (found,) = [problem for problem in verify_cache(either_cache.root) if problem.where == spec.object_key(0)]
+    finally:
+        (either_cache.root / spec.object_key(0)).write_bytes(either_cache.files[spec.object_key(0)])
+    assert "damaged are the chunks [0" in found.what
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k": 2**19},
+        {"k": 2**31},
+        {"shard_tokens": 2**26},
+        {"shard_tokens": 2**40},
+        {"tail_samples": 2**19},
+        {"temperatures": list(range(1, 10**5))},
+    ],
+    ids=lambda changes: str(changes)[:30],
+)
+def test_what_a_manifest_merely_claims_is_not_allocated(cache: Fuzzed, changes: dict[str, Any]) -> None:
+    """A manifest of large arrays over the small ones, with records that name as many chunks."""
+    group = json.loads(cache.files["zarr.json"])
+    claimed = copy.deepcopy(group)
+    claimed["attributes"]["todi_offline"]["settings"] |= changes
+    claimed["attributes"]["todi_offline"]["vocab_size"] = 2**32
+    cache.survives(cache.with_right_sums({"zarr.json": json.dumps(claimed).encode()}))
+    tokens = changes.get("shard_tokens", 0)
+    if not tokens or tokens > 2**26:
+        return
+    records = {}
+    for shard in range(NUM_SHARDS):
+        values = json.loads(cache.files[record_key(shard)])
+        for key, found in values["objects"].items():
+            if len(found) == 3:
+                rows = 4096 if key.startswith("t") and key.partition("/")[0] in ("token_ids", "target_mask") else 512
+                values["objects"][key] = ObjectSum(found[0], found[1], bytes(4 * tokens // rows)).to_json()
+        records[record_key(shard)] = json.dumps(values).encode()
+    cache.survives(cache.with_right_sums({"zarr.json": json.dumps(claimed).encode(), **records}))
+
+
+def test_a_record_or_seal_that_leads_outside_the_folder_is_refused(cache: Fuzzed) -> None:
+    outside = cache.root.parent / "outside.json"
+    outside.write_bytes(b"secret")
+    for key in ("../outside.json", str(outside), "commits/../../outside.json"):
+        for name in (record_key(0), "sealed.json"):
+            values = json.loads(cache.files[name])
+            values["objects"][key] = ObjectSum.of(b"secret").to_json()
+            with pytest.raises(CacheFormatError, match="leaves the cache's folder"):
+                raise_of(cache, cache.with_right_sums({name: json.dumps(values).encode()}))
+
+
+def test_objects_may_be_symbolic_links_but_no_pipes_or_devices(cache: Fuzzed, tmp_path: Path) -> None:
+    """A link is how hubs keep what they download; what it leads to is compared with the sums like any object."""
+    moved, keys = tmp_path / "moved", ("zarr.json", sequences_key(0), "topk_ids/c/0/0")
+    for key in keys:
+        path = cache.root / key
+        try:
+            moved.write_bytes(cache.files[key])
+            path.unlink()
+            path.symlink_to(moved)
+            assert verify_cache(cache.root) == []
+            cache.train()
+            moved.write_bytes(b"other")
+            assert verify_cache_or_error(cache.root)
+            for replace in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+                path.unlink()
+                replace(path)
+                assert verify_cache_or_error(cache.root)
+                with pytest.raises(CacheError), bounded_memory():
+                    cache.train()
+        finally:
+            path.unlink()
+            path.write_bytes(cache.files[key])
+
+
+def verify_cache_or_error(root: Path) -> list[Any]:
+    try:
+        return list(verify_cache(root))
+    except CacheFormatError as error:
+        return [error]
+
+
+def test_a_record_of_another_shard_is_refused(cache: Fuzzed) -> None:
+    values = json.loads(cache.files[record_key(1)])
+    with pytest.raises(CacheFormatError, match=r"000000.json is not the record of shard 0"):
+        raise_of(cache, cache.with_right_sums({record_key(0): json.dumps(values).encode()}))
+    assert read_record(LocalStore(cache.root), record_key(0)).shard == 0
