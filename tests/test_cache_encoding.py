@@ -53,7 +53,7 @@ def test_q8_is_off_by_a_32nd_of_a_nat_but_past_gaps_of_16_nats(logprobs: np.ndar
 
 
 @given(FALLING)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_root8_is_off_by_a_256th_in_the_fourth_root_and_loses_little_divergence(logprobs: np.ndarray) -> None:
     logprobs = logprobs - np.maximum(np.logaddexp.reduce(logprobs, axis=1, keepdims=True), 0)  # mass of 1 at most
     stored = encode_logprobs(logprobs, "root8")
@@ -66,7 +66,7 @@ def test_root8_is_off_by_a_256th_in_the_fourth_root_and_loses_little_divergence(
         assert (abs(back - logprobs)[likely] <= most + 1e-5).all()
     p, q = np.exp(logprobs.astype(np.float64)), np.exp(back.astype(np.float64))
     lost = np.where(p > 0, p * (np.maximum(logprobs, -100) - back), 0) - p + q
-    assert (lost.sum(axis=1) <= 1.3e-4 * np.sqrt(p).sum(axis=1) + 1e-9).all()
+    assert (lost.sum(axis=1) <= 1.3e-4 * np.sqrt(p).sum(axis=1) + 1e-8 * p.shape[1]).all()
 
 
 def logits_in_bf16(seed: int, scale: float, k: int = 20) -> TargetRows:

@@ -15,8 +15,9 @@ With these three, sums of the tail and the label's log-prob are float32, and log
 `root8` has the fewest bytes. What it rounds, it rounds to the nearest:
 
 - A kept probability p is one byte, c = 128 p^(1/4), so p^(1/4) is off by at most 1/256: in nats, 1/63 at p = 1, 1/19 at
-  0.01, 1/6 at 10^-4. The forward KL that a row loses is about 4e-5 times the sum of the roots of its kept
-  probabilities, so at most 4e-5 sqrt(k). c = 0 stands for all p below 2.4e-10 and is read as 1.5e-11.
+  0.01, 1/6 at 10^-4. With it a row loses a forward KL of about 4e-5 times the sum of the square roots of its kept
+  probabilities, which is at most sqrt(k), and never more than 1.3e-4 times that sum and 1e-8 for each of them.
+  c = 0 stands for all p below 2.4e-10 and is read as 1.5e-11.
 - Others are rounded to steps of a nat: sums of the tail of 1/32 and the label's log-prob of 1/16, both in int16,
   log-probs of samples of 1/4, in int8; |error| is at most half a step. The least integer is the log of 0, the next
   one stands for all below it (-1,023.97, -2,047.9 and -31.75 nats).
