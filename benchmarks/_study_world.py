@@ -36,8 +36,8 @@ class Settings:
     heldout: str = "stdlib"
     vocab: int = 4096
     """Of the tokenizer that is trained on the spot."""
-    teacher_steps: int = 400
-    warm_steps: int = 240
+    teacher_steps: int = 300
+    warm_steps: int = 200
     """Steps of plain fine-tuning that make the warm student."""
     layers: int = 10
     """Of the student that is cut from a given teacher."""
