@@ -54,7 +54,7 @@ def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale:
     logits[np.arange(len(labels)), labels] += np.float32(3 * scale) * (rng.random(len(labels)) < 0.5)
     if chosen.encoding == "bf16_logit":
         logits = (logits.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    log_partition = np.logaddexp.reduce(logits, axis=1)
+    log_partition = np.logaddexp.reduce(logits, axis=1, dtype=np.float64).astype(np.float32)
     logprobs = logits - log_partition[:, None]
     ids = np.argsort(-logprobs, axis=1, kind="stable")[:, : chosen.k]
     tail = logprobs.copy()
@@ -64,7 +64,9 @@ def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale:
     rows = TargetRows(
         ids=ids.astype(np.uint32),
         logprobs=np.take_along_axis(logprobs, ids, axis=1),
-        tail_logsumexp=np.stack([np.logaddexp.reduce(tail / t, axis=1) for t in chosen.temperatures], axis=1),
+        tail_logsumexp=np.stack(
+            [np.logaddexp.reduce(tail / t, axis=1, dtype=np.float64) for t in chosen.temperatures], axis=1
+        ).astype(np.float32),
         label_logprob=np.take_along_axis(logprobs, labels[:, None], axis=1)[:, 0],
         temperatures=chosen.temperatures,
         tail_temperature=chosen.tail_temperature,
