@@ -125,7 +125,8 @@ def _counts(sequences: list[SequenceRows], vocab_size: int) -> dict[str, Any]:
     num_targets = sum(len(each.targets) for each in sequences)
     tokens = np.concatenate([each.token_ids for each in sequences])
     mask = np.concatenate([each.target_mask for each in sequences])
-    num_bytes = {"sequences": sequence_table(0, sequences, KEPT.shard_tokens).nbytes}
+    encoded = [encode_rows(each.targets, KEPT.encoding) for each in sequences]
+    num_bytes = {"sequences": sequence_table(0, sequences, encoded, KEPT).nbytes}
     for name, values in (("token_ids", tokens), ("target_mask", mask)):
         spec = array_specs(KEPT, vocab_size)[name]
         shard_rows = -(-len(values) // spec.chunk_rows) * spec.chunk_rows

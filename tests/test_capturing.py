@@ -290,15 +290,12 @@ def test_a_begun_cache_refuses_other_settings(
     assert files_of(root) == files
 
 
-def test_a_begun_cache_refuses_another_teacher_and_other_data(
+def test_a_begun_cache_refuses_another_teacher(
     undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples
 ) -> None:
     root, files = undisturbed
-    with pytest.raises(CacheMismatchError, match=r"teacher\.weights"):
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights: '\w+' in the cache, '\w+' now"):
         capture(as_teacher(llama(seed=1), tiny_tokenizer()), many, root, **SMALL)
-    fewer = Examples.from_list(list(many)[:-1], many.recipe)
-    with pytest.raises(CacheMismatchError, match=r"parts\.0\.content.*num_sequences: 120 in the cache, 119 now"):
-        capture(teacher, fewer, root, **SMALL)
     assert files_of(root) == files
 
 

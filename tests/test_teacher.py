@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_tokenizer
-from tiny_models import VOCAB, gemma2, llama, save
+from tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
 import todi_offline.teacher
@@ -27,6 +27,7 @@ from todi_offline.teacher import (
     as_teacher,
     length_batches,
     load_teacher,
+    padded_length,
     tail_uniforms,
     targets_of,
     teacher_fingerprint,
@@ -54,20 +55,29 @@ def some_examples(*lengths: int) -> list[Example]:
     ]
 
 
+def test_a_padded_length_is_a_step_at_or_above_and_little_of_it_is_padding() -> None:
+    for number in range(1, 3000):
+        padded = padded_length(number)
+        assert padded % 16 == 0
+        assert number <= padded <= max(16, number * 9 // 8 + 16)
+        assert padded_length(padded) == padded
+    assert [padded_length(number) for number in (1, 16, 17, 128, 129, 257, 1000)] == [16, 16, 32, 128, 144, 288, 1024]
+    assert [padded_length(number, 1000) for number in (990, 1000, 1001)] == [1000, 1000, 1001]
+
+
 def test_length_batches_hold_every_sequence_once_within_the_limit() -> None:
     lengths = np.random.default_rng(0).integers(1, 900, 200).tolist()
     batches = length_batches(lengths, 4096)
     assert sorted(index for batch in batches for index in batch) == list(range(200))
-    assert all(len(batch) * max(lengths[index] for index in batch) <= 4096 for batch in batches)
+    for batch in batches:
+        (padded,) = {padded_length(lengths[index]) for index in batch}
+        assert len(batch) * padded <= 4096
     assert batches == length_batches(lengths, 4096)
 
 
-def test_length_batches_pad_little_and_begin_with_the_longest() -> None:
+def test_length_batches_begin_with_the_longest() -> None:
     lengths = np.random.default_rng(0).integers(1, 900, 200).tolist()
-    batches = length_batches(lengths, 4096)
-    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    assert padded < 1.1 * sum(lengths)  # as they come, five a batch: 1.6
-    longest = [max(lengths[index] for index in batch) for batch in batches]
+    longest = [padded_length(lengths[batch[0]]) for batch in length_batches(lengths, 4096)]
     assert longest == sorted(longest, reverse=True)
 
 
@@ -75,13 +85,23 @@ def test_a_sequence_longer_than_a_batch_is_one_by_itself() -> None:
     assert length_batches([5, 5000, 5], 4096) == [[1], [0, 2]]
 
 
-def test_targets_do_not_depend_on_the_batch(teacher: Teacher, examples: Examples) -> None:
-    members = [examples[index] for index in (2, 0, 5, 3)]
-    together = targets_of(teacher, members, SETTINGS)
-    for example, found in zip(members, together, strict=True):
-        (alone,) = targets_of(teacher, [example], SETTINGS)
-        assert len(found) == example.target_mask.sum()
-        assert_same_targets(found, alone)
+@pytest.mark.parametrize("model", [llama, gpt2, gemma2])
+def test_targets_are_the_same_bits_whatever_else_is_in_the_batch(model: Any) -> None:
+    teacher = as_teacher(model(), tiny_tokenizer())
+    examples = some_examples(*range(60, 90), 3, 5, 200, 500)
+    lengths = [len(example.token_ids) for example in examples]
+    alone = [targets_of(teacher, [example], SETTINGS)[0].arrays() for example in examples]
+    for batch in [*length_batches(lengths, 300, 512), *length_batches(lengths, 4096, 512)]:
+        together = targets_of(teacher, [examples[index] for index in batch], SETTINGS)
+        for index, found in zip(batch, together, strict=True):
+            for name, values in alone[index].items():
+                np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
+
+
+def test_a_model_of_few_positions_is_not_asked_for_more() -> None:
+    (example,) = some_examples(60)
+    (found,) = targets_of(as_teacher(gpt2(n_positions=60), tiny_tokenizer()), [example], SETTINGS)
+    assert len(found) == example.target_mask.sum()
 
 
 def test_tail_uniforms_follow_from_content_and_seed_alone(examples: Examples) -> None:
@@ -149,7 +169,7 @@ def test_the_fallback_of_an_unknown_head_gives_the_same_targets(monkeypatch: pyt
         assert_same_targets(found, expected)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+@pytest.mark.parametrize("chunk_rows", [1, 16, 20, 1000])
 def test_the_head_runs_at_the_targets_alone_and_in_chunks(
     teacher: Teacher, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,8 +186,8 @@ def test_the_head_runs_at_the_targets_alone_and_in_chunks(
         targets_of(teacher, members, SETTINGS)
     finally:
         handle.remove()
-    assert max(sizes) == min(chunk_rows, num_targets)
-    assert sum(sizes) == num_targets
+    assert sum(sizes) == -(-num_targets // 16) * 16
+    assert all(size % 16 == 0 and size <= max(16, chunk_rows) for size in sizes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,7 +1,9 @@
 """Stage 1: a teacher and a data set in, a cache out."""
 
+import dataclasses
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -10,21 +12,28 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from todi_offline.cache.fingerprint import content_key, hash_bytes, tokenizer_fingerprint
+from todi_offline.cache.appending import CapturePlan, plan_capture
+from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.fingerprint import Keys, as_keys, content_key, hash_bytes, locate, tokenizer_fingerprint
 from todi_offline.cache.layout import CacheSettings
 from todi_offline.cache.manifest import Manifest, Part
-from todi_offline.cache.plan import ShardPlan, plan_shards
+from todi_offline.cache.plan import ShardPlan
 from todi_offline.cache.reader import open_cache
+from todi_offline.cache.reuse import open_reusable
+from todi_offline.cache.store import open_store
+from todi_offline.cache.view import CacheView
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.config import load_config
 from todi_offline.data import DataConfig, Example, Examples, load_examples
-from todi_offline.errors import memory_errors
+from todi_offline.errors import CacheCorruptError, memory_errors
 from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
     length_batches,
     load_teacher,
+    num_positions,
     targets_of,
     teacher_fingerprint,
     tokenizer_json,
@@ -40,7 +49,9 @@ class CaptureConfig:
     """All that decides a capture."""
 
     out: str
-    """Where the cache is written: a folder."""
+    """Where the cache is written: a folder or URL. A finished cache of other data is appended to."""
+    reuse: tuple[str, ...] = ()
+    """Caches of the same teacher whose sequences are copied where their content is met, and not captured again."""
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -55,6 +66,12 @@ class CaptureSummary:
     num_targets: int
     num_captured_tokens: int
     """Tokens that the teacher read in this run: fewer than `num_tokens` where it went on with an earlier one."""
+    num_captured_targets: int
+    """Targets that this run computed."""
+    num_reused_targets: int
+    """Targets that this run copied from other caches."""
+    num_known_sequences: int
+    """Sequences of the data set that the cache held already, from the capture of other data."""
     teacher_seconds: float
     bytes_per_target: float
     mean_topk_mass: float
@@ -106,36 +123,67 @@ def run(
     examples: Examples | None = None,
     progress: Progress | None = None,
 ) -> CaptureSummary:
-    """Load what is not given, plan, capture what is not committed yet, seal."""
+    """Load what is not given, plan, copy and capture what is not committed yet, seal."""
     teacher = teacher or load_teacher(config.teacher)
+    manifest = describe(teacher, config.cache)
+    reused = open_reusable(config.reuse, manifest)
     examples = load_examples(config.data, teacher.tokenizer) if examples is None else examples
-    plan = plan_shards(examples.num_tokens.tolist(), config.cache.shard_tokens)
-    manifest = describe(teacher, examples, config.cache, len(plan))
-    with CacheWriter(config.out, manifest, tokenizer_json(teacher.tokenizer)) as writer:
-        missing = [plan[shard] for shard in writer.missing_shards()]
-        seconds = _capture_shards(writer, missing, teacher, examples, config, progress)
+    keys = as_keys(content_key(example.token_ids, example.target_mask) for example in examples)
+    manifest = dataclasses.replace(manifest, parts=(_part(examples, keys),))
+    plan = plan_capture(open_store(config.out), manifest, keys, examples.num_tokens)
+    places = np.full(len(keys), -1) if reused is None else locate(reused.content_keys, keys)
+    job = _Job(config, teacher, examples, plan, reused, places)
+    with CacheWriter(config.out, plan.manifest, tokenizer_json(teacher.tokenizer)) as writer:
+        missing = set(writer.missing_shards())
+        tally = _capture_shards(writer, [shard for shard in plan.shards if shard.index in missing], job, progress)
         if not writer.sealed:
             writer.seal()
-    return _summarise(config.out, examples, missing, seconds)
+    return _summarise(job, tally)
 
 
-def describe(teacher: Teacher, examples: Examples, settings: CacheSettings, num_shards: int) -> Manifest:
-    """Return the manifest of a cache that holds this teacher's targets of these examples."""
-    keys = (content_key(example.token_ids, example.target_mask) for example in examples)
-    part = Part(
-        recipe=examples.recipe,
-        content=hash_bytes(keys),
-        num_sequences=len(examples),
-        num_shards=num_shards,
-        versions={name: version(name) for name in _RECORDED},
-    )
+def describe(teacher: Teacher, settings: CacheSettings) -> Manifest:
+    """Return the manifest of a cache of this teacher that has no part yet."""
     return Manifest(
         settings=settings,
         vocab_size=teacher.vocab_size,
         teacher=teacher_fingerprint(teacher),
         tokenizer=tokenizer_fingerprint(teacher.tokenizer),
-        parts=(part,),
+        parts=(),
     )
+
+
+def _part(examples: Examples, keys: Keys) -> Part:
+    """Describe a data set as a capture of all of it."""
+    return Part(
+        recipe=json.loads(json.dumps(examples.recipe)),
+        content=hash_bytes([keys.tobytes()]),
+        num_sequences=len(examples),
+        num_shards=0,
+        versions={name: version(name) for name in _RECORDED},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a capture has to do, and from what."""
+
+    config: CaptureConfig
+    teacher: Teacher
+    examples: Examples
+    plan: CapturePlan
+    reused: CacheView | None
+    places: npt.NDArray[np.int64]
+    """Where `reused` has each example, or -1."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a capture has done so far."""
+
+    captured_tokens: int = 0
+    captured_targets: int = 0
+    reused_targets: int = 0
+    teacher_seconds: float = 0.0
 
 
 def capture_shard(
@@ -144,32 +192,28 @@ def capture_shard(
     settings: CacheSettings,
     batch_tokens: int,
     report: Callable[[int], None] = lambda _: None,
+    known: Mapping[int, TargetRows] | None = None,
 ) -> list[SequenceRows]:
-    """Return the rows of one shard, in the order of its examples.
+    """Return the rows of one shard, in the order of its examples; of those that are `known` by number, as given."""
+    rows = dict(known or {})
+    unknown = [index for index in range(len(examples)) if index not in rows]
+    lengths = [len(examples[index].token_ids) for index in unknown]
+    report(sum(len(example.token_ids) for example in examples) - sum(lengths))
+    for batch in length_batches(lengths, batch_tokens, num_positions(teacher)):
+        members = [unknown[index] for index in batch]
+        rows |= zip(members, targets_of(teacher, [examples[index] for index in members], settings), strict=True)
+        report(sum(lengths[index] for index in batch))
+    return [
+        SequenceRows(example.id, example.source, example.token_ids, example.target_mask, rows[index])
+        for index, example in enumerate(examples)
+    ]
 
-    Batches are made within the shard, so that its bytes do not depend on what was captured before it.
-    """
-    rows: list[SequenceRows | None] = [None] * len(examples)
-    for batch in length_batches([len(example.token_ids) for example in examples], batch_tokens):
-        members = [examples[index] for index in batch]
-        for index, example, targets in zip(batch, members, targets_of(teacher, members, settings), strict=True):
-            rows[index] = SequenceRows(example.id, example.source, example.token_ids, example.target_mask, targets)
-        report(sum(len(example.token_ids) for example in members))
-    return [row for row in rows if row is not None]
 
-
-def _capture_shards(
-    writer: CacheWriter,
-    plan: list[ShardPlan],
-    teacher: Teacher,
-    examples: Examples,
-    config: CaptureConfig,
-    progress: Progress | None,
-) -> float:
-    """Capture shards, writing each behind the teacher's work on the next; return the teacher's seconds."""
-    total = int(examples.num_tokens.sum())
-    done = total - sum(int(examples.num_tokens[shard.start : shard.stop].sum()) for shard in plan)
-    seconds = 0.0
+def _capture_shards(writer: CacheWriter, shards: Sequence[ShardPlan], job: _Job, progress: Progress | None) -> _Tally:
+    """Capture shards, writing each behind the teacher's work on the next."""
+    num_tokens, members_of = job.examples.num_tokens, job.plan.sequences
+    total, tally = int(num_tokens.sum()), _Tally()
+    done = total - sum(int(num_tokens[members_of[shard.start : shard.stop]].sum()) for shard in shards)
 
     def report(num_tokens: int) -> None:
         nonlocal done
@@ -180,30 +224,61 @@ def _capture_shards(
     report(0)
     with ThreadPoolExecutor(1) as background:
         writing = None
-        for shard in plan:
-            started = perf_counter()
-            members = [examples[index] for index in shard.examples]
-            rows = capture_shard(teacher, members, config.cache, config.teacher.batch_tokens, report)
-            seconds += perf_counter() - started
+        for shard in shards:
+            rows = _shard_rows(job, members_of[shard.start : shard.stop].tolist(), report, tally)
             if writing is not None:
                 writing.result()
             writing = background.submit(writer.write_shard, shard.index, rows)
         if writing is not None:
             writing.result()
-    return seconds
+    return tally
 
 
-def _summarise(out: str, examples: Examples, captured: list[ShardPlan], seconds: float) -> CaptureSummary:
-    cache = open_cache(out)
+def _shard_rows(job: _Job, members: list[int], report: Callable[[int], None], tally: _Tally) -> list[SequenceRows]:
+    """Copy and capture the rows of the examples with these numbers, and count them."""
+    examples = [job.examples[index] for index in members]
+    held = [place for place, index in enumerate(members) if job.places[index] >= 0]
+    known = {place: _copied(job, members[place], examples[place]) for place in held}
+    started = perf_counter()
+    rows = capture_shard(job.teacher, examples, job.config.cache, job.config.teacher.batch_tokens, report, known)
+    tally.teacher_seconds += perf_counter() - started
+    captured = [row for place, row in enumerate(rows) if place not in known]
+    tally.captured_tokens += sum(len(row.token_ids) for row in captured)
+    tally.captured_targets += sum(len(row.targets) for row in captured)
+    tally.reused_targets += sum(map(len, known.values()))
+    return rows
+
+
+def _copied(job: _Job, index: int, example: Example) -> TargetRows:
+    """Read the targets of an example from a cache that has them.
+
+    Raises:
+        CacheCorruptError: it has them under the example's content key, and for other tokens.
+    """
+    assert job.reused is not None, "it has a place there"
+    found = job.reused[int(job.places[index])]
+    if not np.array_equal(found.token_ids, example.token_ids) or not np.array_equal(
+        found.target_mask, example.target_mask
+    ):
+        raise CacheCorruptError(
+            f"{job.reused.root} has other tokens under the content key of {example.id!r}; run `todi-cache verify`"
+        )
+    return found.targets
+
+
+def _summarise(job: _Job, tally: _Tally) -> CaptureSummary:
+    cache = open_cache(job.config.out)
     num_targets = int(cache.num_targets.sum())
-    mass = np.average(cache.columns["topk_mass"], weights=cache.num_targets)
     return CaptureSummary(
         num_sequences=len(cache),
         num_tokens=int(cache.num_tokens.sum()),
         num_targets=num_targets,
-        num_captured_tokens=sum(int(examples.num_tokens[shard.start : shard.stop].sum()) for shard in captured),
-        teacher_seconds=seconds,
+        num_captured_tokens=tally.captured_tokens,
+        num_captured_targets=tally.captured_targets,
+        num_reused_targets=tally.reused_targets,
+        num_known_sequences=len(job.examples) - len(job.plan.sequences),
+        teacher_seconds=tally.teacher_seconds,
         bytes_per_target=sum(cache.bytes_by_array.values()) / num_targets,
-        mean_topk_mass=float(mass),
-        data_report=examples.report,
+        mean_topk_mass=float(np.average(cache.columns["topk_mass"], weights=cache.num_targets)),
+        data_report=job.examples.report,
     )

@@ -117,6 +117,9 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
             ("sequences", f"{summary.num_sequences:,}"),
             ("targets", f"{summary.num_targets:,}"),
             ("tokens captured now", f"{summary.num_captured_tokens:,} of {summary.num_tokens:,}"),
+            ("targets captured now", f"{summary.num_captured_targets:,}"),
+            ("targets reused now", f"{summary.num_reused_targets:,}"),
+            ("sequences already there", f"{summary.num_known_sequences:,}"),
             *_cache_rows(summary),
         ],
     )

@@ -33,6 +33,7 @@ from todi_offline.targets import SparseTargets, teacher_targets
 logger = logging.getLogger(__name__)
 
 _LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
+_HEAD_ROWS = 16  # of logits at least, and always a multiple: a product of a few rows is summed in another order
 _SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
 _BLOCK_BYTES = 2**20
 _NOT_IDENTITY = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
@@ -103,38 +104,58 @@ def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
         return Teacher(model, tokenizer, real_vocab_size(tokenizer, model), chunked_head(model))
 
 
-def length_batches(num_tokens: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group sequences of like length so that a batch, padded to its longest, holds at most `batch_tokens` tokens.
+def padded_length(num_tokens: int, num_positions: int | None = None) -> int:
+    """Return the length that a sequence is padded to: of eight steps from one power of two to the next, the one above.
+
+    A step is 16 tokens at least. It follows from the sequence's own length alone, for how a kernel rounds may depend on
+    it. A model that has fewer positions is not asked for more.
+    """
+    step = 1 << max(4, (num_tokens - 1).bit_length() - 4)
+    padded = -(-num_tokens // step) * step
+    return padded if num_positions is None else max(num_tokens, min(padded, num_positions))
+
+
+def length_batches(num_tokens: Sequence[int], batch_tokens: int, num_positions: int | None = None) -> list[list[int]]:
+    """Group sequences of one padded length so that a batch holds at most `batch_tokens` tokens.
 
     A sequence longer than that is a batch by itself. Longest first, so that memory runs out at once or never.
     """
-    order = sorted(range(len(num_tokens)), key=lambda index: (-num_tokens[index], index))
+    lengths = [padded_length(number, num_positions) for number in num_tokens]
     batches: list[list[int]] = []
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * num_tokens[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(index)
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        batch = batches[-1] if batches else []
+        if batch and lengths[batch[0]] == lengths[index] and (len(batch) + 1) * lengths[index] <= batch_tokens:
+            batch.append(index)
         else:
             batches.append([index])
     return batches
 
 
+def num_positions(teacher: Teacher) -> int | None:
+    """Return how many positions the teacher has, where its config says so."""
+    return getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSettings) -> list[TargetRows]:
     """Run the teacher over one batch, padded on the right, and return the targets of each example.
 
-    Padding needs no mask: a causal model never looks to the right.
+    Padding needs no mask: a causal model never looks to the right. For the sequences of a batch of `length_batches`,
+    the kernels of CPUs give the same bits whatever else is in it: each row of a matrix product is summed alike, but for
+    products of very few rows, which are made up to 16. Where kernels choose by the number of rows, as on GPUs, targets
+    are the same up to rounding.
 
     Raises:
         TeacherOutputError: a logit is NaN or +inf; names the example and the position.
     """
     device = teacher.model.get_input_embeddings().weight.device
-    length = max(len(example.token_ids) for example in examples)
+    length = padded_length(max(len(example.token_ids) for example in examples), num_positions(teacher))
     input_ids = np.zeros((len(examples), length), np.int64)
     for row, example in enumerate(examples):
         input_ids[row, : len(example.token_ids)] = example.token_ids
     columns = [np.flatnonzero(example.target_mask) for example in examples]
-    positions = np.concatenate([row * length + column for row, column in enumerate(columns)])
+    positions = _filled_up([row * length + column for row, column in enumerate(columns)])
     labels = torch.from_numpy(input_ids.reshape(-1)[positions + 1])
-    uniforms = np.concatenate([tail_uniforms(example, settings) for example in examples])
+    uniforms = _filled_up([tail_uniforms(example, settings) for example in examples])
     with evaluation_mode(teacher.model):
         chunks = _logit_chunks(teacher, torch.from_numpy(input_ids).to(device), torch.from_numpy(positions))
         try:
@@ -194,10 +215,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
     return None if backend is None else backend.to_str()
 
 
+def _filled_up(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return rows end to end, the last one repeated to a multiple of those that the head takes."""
+    rows = np.concatenate(parts)
+    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _HEAD_ROWS, axis=0)])
+
+
 def _logit_chunks(
     teacher: Teacher, input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, " target"]
 ) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    rows = max(1, _LOGIT_BYTES // (4 * teacher.vocab_size))
+    rows = max(1, _LOGIT_BYTES // (4 * teacher.vocab_size) // _HEAD_ROWS) * _HEAD_ROWS
     if teacher.head is None:
         with head_at(teacher.model, positions):
             logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]

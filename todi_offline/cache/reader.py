@@ -24,7 +24,7 @@ from todi_offline.cache.commit import (
 )
 from todi_offline.cache.encoding import TargetRows, decode_rows
 from todi_offline.cache.fingerprint import Keys, as_keys
-from todi_offline.cache.layout import MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
+from todi_offline.cache.layout import APPEND_KEY, MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.shard import ShardFile
 from todi_offline.cache.store import Store, open_store
@@ -67,13 +67,16 @@ def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "C
         shards = [shard for shard in committed_shards(store) if shard < manifest.num_shards]
     else:
         seal = read_seal(store)
-        if seal.num_shards != manifest.num_shards:
+        try:
+            _map(partial(read_object, store), seal.objects.keys(), seal.objects.values())
+        except CacheCorruptError as error:
+            if not (ends_append(store) or read_seal(store) != seal):
+                raise
             raise CacheIncompleteError(
-                f"{store} has {manifest.num_shards} shards by its zarr.json and {seal.num_shards} by its seal: a "
-                "capture that appends to it is just being finished, or was stopped then; open it again, or run that "
-                "capture again"
-            )
-        _map(partial(read_object, store), seal.objects.keys(), seal.objects.values())
+                f"{store} is between two seals: a capture that appends to it is just being finished, or was stopped "
+                "then; open it again, or else run that capture again"
+            ) from error
+        manifest = read_manifest(store)  # what was read before the seal may be of the one before it
         shards = list(range(seal.num_shards))
     return Cache(store, manifest, _map(partial(read_shard_record, store, manifest), shards))
 
@@ -93,6 +96,11 @@ def read_manifest(store: Store, key: str = "zarr.json") -> Manifest:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheFormatError(f"{store}/{key} holds no todi_offline manifest") from error
     return Manifest.from_json(values, str(store))
+
+
+def ends_append(store: Store) -> bool:
+    """Whether a capture that appends has begun to make its shards part of the cache, and not finished."""
+    return store.size(APPEND_KEY) is not None and store.read(APPEND_KEY) == store.read("zarr.json")
 
 
 class Cache:

@@ -31,7 +31,14 @@ from todi_offline.cache.fingerprint import content_key, hash_bytes
 from todi_offline.cache.invariants import SLACK, faults, mass_bounds
 from todi_offline.cache.layout import APPEND_KEY, CHUNK_TARGETS, TOKENIZER_KEY, record_key, sequences_key
 from todi_offline.cache.manifest import Manifest
-from todi_offline.cache.reader import open_shard, read_manifest, read_shard_record, read_table, require_places
+from todi_offline.cache.reader import (
+    ends_append,
+    open_shard,
+    read_manifest,
+    read_shard_record,
+    read_table,
+    require_places,
+)
 from todi_offline.cache.shard import ShardFile
 from todi_offline.cache.store import LOCK_KEY, Store, open_store
 from todi_offline.cache.writer import array_metadata, metadata_keys
@@ -98,7 +105,7 @@ def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
         yield Problem(SEAL_KEY, str(error), _RESEAL if store.size(SEAL_KEY) is not None else _GO_ON)
         yield from _shards_problems(store, manifest, committed, {}, progress)
         return
-    if seal.num_shards < manifest.num_shards and _is_appended(store):
+    if seal.num_shards < manifest.num_shards and ends_append(store):
         yield Problem(SEAL_KEY, "it is the one before what a capture appended", _GO_ON)
         yield from _shards_problems(store, manifest, committed, {}, progress)
         return
@@ -109,11 +116,6 @@ def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
     yield from _count_problems(store, seal)
     shards = [*range(seal.num_shards), *sorted(set(committed) & set(appended))]
     yield from _shards_problems(store, manifest, shards, seal.objects, progress)
-
-
-def _is_appended(store: Store) -> bool:
-    """Whether an append has got as far as the manifest, but not as far as the seal."""
-    return store.size(APPEND_KEY) is not None and store.read(APPEND_KEY) == store.read("zarr.json")
 
 
 def manifest_begun(store: Store, manifest: Manifest) -> Manifest:

@@ -34,7 +34,7 @@ from todi_offline.cache.commit import (
     to_bytes,
     write_object,
 )
-from todi_offline.cache.encoding import TargetRows, encode_rows
+from todi_offline.cache.encoding import Array, TargetRows, decode_rows, encode_rows
 from todi_offline.cache.fingerprint import content_key, differences, hash_bytes
 from todi_offline.cache.layout import (
     APPEND_KEY,
@@ -42,6 +42,7 @@ from todi_offline.cache.layout import (
     SEQUENCE_SCHEMA,
     TOKENIZER_KEY,
     ArraySpec,
+    CacheSettings,
     record_key,
     sequences_key,
 )
@@ -101,13 +102,15 @@ class CacheWriter:
 
     def write_shard(self, shard: int, sequences: list[SequenceRows]) -> CommitRecord:
         """Write the objects of a shard, then its commit record; until then the shard does not exist."""
+        settings = self.manifest.settings
+        encoded = [encode_rows(sequence.targets, settings.encoding) for sequence in sequences]
         objects: dict[str, ObjectSum] = {}
-        for name, values in _shard_arrays(sequences, self.manifest.settings.encoding).items():
+        for name, values in _shard_arrays(sequences, encoded).items():
             spec = self.manifest.arrays[name]
             key = spec.object_key(shard)
-            data = encode_shard(spec, values, self.manifest.settings.codec)
+            data = encode_shard(spec, values, settings.codec)
             objects[key] = write_object(self.store, key, data, chunk_sums(spec, data))
-        return self._commit(shard, sequence_table(shard, sequences, self.manifest.settings.shard_tokens), objects)
+        return self._commit(shard, sequence_table(shard, sequences, encoded, settings), objects)
 
     def link_shard(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
         """Take a committed shard over from a cache with the same settings, without moving its bytes where possible.
@@ -259,8 +262,16 @@ def array_metadata(spec: ArraySpec, codec: str, num_shards: int) -> bytes:
         return (json.dumps(array.metadata.to_dict(), indent=1, default=str) + "\n").encode()
 
 
-def sequence_table(shard: int, sequences: list[SequenceRows], shard_tokens: int) -> pa.Table:
-    """Return the table of what belongs to a sequence rather than to a position."""
+def sequence_table(
+    shard: int, sequences: list[SequenceRows], encoded: list[dict[str, Array]], settings: CacheSettings
+) -> pa.Table:
+    """Return the table of what belongs to a sequence rather than to a position.
+
+    Means are of the numbers as they are stored: rows that are copied to another cache keep them to the bit.
+    """
+    first = shard * settings.shard_tokens
+    kept = (settings.encoding, settings.temperatures, settings.tail_temperature)
+    stored = [decode_rows(arrays, *kept) for arrays in encoded]
     num_tokens = np.array([len(sequence.token_ids) for sequence in sequences], np.int64)
     num_targets = np.array([len(sequence.targets) for sequence in sequences], np.int64)
     columns = {
@@ -268,12 +279,12 @@ def sequence_table(shard: int, sequences: list[SequenceRows], shard_tokens: int)
         "source": [sequence.source for sequence in sequences],
         "content_key": [content_key(sequence.token_ids, sequence.target_mask) for sequence in sequences],
         "shard": np.full(len(sequences), shard),
-        "token_start": shard * shard_tokens + np.cumsum(num_tokens) - num_tokens,
+        "token_start": first + np.cumsum(num_tokens) - num_tokens,
         "num_tokens": num_tokens,
-        "target_start": shard * shard_tokens + np.cumsum(num_targets) - num_targets,
+        "target_start": first + np.cumsum(num_targets) - num_targets,
         "num_targets": num_targets,
-        "teacher_nll": [-sequence.targets.label_logprob.mean(dtype=np.float64) for sequence in sequences],
-        "topk_mass": [np.exp(sequence.targets.logprobs).sum(axis=1).mean(dtype=np.float64) for sequence in sequences],
+        "teacher_nll": [-rows.label_logprob.mean(dtype=np.float64) for rows in stored],
+        "topk_mass": [np.exp(rows.logprobs).sum(axis=1).mean(dtype=np.float64) for rows in stored],
     }
     return pa.table({name: pa.array(column).cast(SEQUENCE_SCHEMA.field(name).type) for name, column in columns.items()})
 
@@ -291,9 +302,8 @@ def moved_table(table: pa.Table, shard: int, shard_tokens: int) -> pa.Table:
     return table
 
 
-def _shard_arrays(sequences: list[SequenceRows], encoding: str) -> dict[str, npt.NDArray[Any]]:
+def _shard_arrays(sequences: list[SequenceRows], encoded: list[dict[str, Array]]) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of a shard: its sequences end to end."""
-    encoded = [encode_rows(sequence.targets, encoding) for sequence in sequences]
     return {
         "token_ids": np.concatenate([sequence.token_ids for sequence in sequences]),
         "target_mask": np.concatenate([sequence.target_mask for sequence in sequences]),

@@ -1,0 +1,51 @@
+"""Caches that were captured earlier and what a capture asks for in; a view of the rows that may be copied out."""
+
+from collections.abc import Sequence
+
+from todi_offline.cache.fingerprint import differences
+from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.view import CacheView, holds, union
+from todi_offline.errors import CacheMismatchError
+
+
+def open_reusable(places: Sequence[str], wanted: Manifest) -> CacheView | None:
+    """Open caches whose rows, narrowed to its settings, may stand in a cache with this manifest; None without any.
+
+    Of an unfinished one its committed shards serve. Where several hold a sequence, one with exactly these settings is
+    taken before one that holds more: narrowing rounds the tail's mass.
+
+    Raises:
+        CacheMismatchError: one is of another teacher, tokenizer, vocabulary or encoding, or holds less.
+    """
+    caches = [open_cache(place, allow_unsealed=True) for place in places]
+    for cache in caches:
+        _require_serving(cache, wanted)
+    caches.sort(key=lambda cache: holds(cache.manifest.settings) != holds(wanted.settings))
+    return union(caches, wanted.settings) if caches else None
+
+
+def _require_serving(cache: Cache, wanted: Manifest) -> None:
+    """Refuse a cache whose rows are not what the teacher would say here, or hold less of it."""
+    found, asked = cache.manifest.settings, wanted.settings
+    names = ("teacher", "tokenizer", "vocab_size")
+    mine, other = ({name: getattr(manifest, name) for name in names} for manifest in (cache.manifest, wanted))
+    lines = differences(mine, other, ("there", "here"))
+    serves = {
+        "encoding": found.encoding == asked.encoding,
+        "k": found.k >= asked.k,
+        "temperatures": set(found.temperatures) >= set(asked.temperatures),
+        "tail_samples": found.tail_samples >= asked.tail_samples,
+        "tail_temperature": not asked.tail_samples or found.tail_temperature == asked.tail_temperature,
+        "tail_seed": not asked.tail_samples or found.tail_seed == asked.tail_seed,
+    }
+    lines += [
+        f"{name}: {getattr(found, name)!r} there, {getattr(asked, name)!r} asked for"
+        for name, does in serves.items()
+        if not does
+    ]
+    if lines:
+        raise CacheMismatchError(
+            f"{cache.root} cannot be reused: {'; '.join(lines)}; ask for no more than it holds, convert it with "
+            "`todi-cache subset`, or leave it out of --reuse"
+        )
