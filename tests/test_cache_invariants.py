@@ -78,6 +78,23 @@ def test_each_broken_rule_is_found_in_the_row_that_breaks_it() -> None:
         assert set(faulty.values()) == {1}, (changes, faulty)
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_no_rounding_explains_is_found_in_every_encoding(encoding: str) -> None:
+    rows, labels, _ = stored(3, encoding)
+    kept = int(np.flatnonzero((rows.ids == labels[:, None]).any(axis=1))[0])
+    other = int(np.flatnonzero(~(rows.ids == labels[:, None]).any(axis=1))[0])
+    last = rows.logprobs[other, -1]
+    for changes, expected in (
+        (("tail_logsumexp", (other, 0), -9), "kept and tail mass differ from 1"),
+        (("label_logprob", kept, rows.label_logprob[kept] - 1), "the label's log-prob is not that of the same id"),
+        (("label_logprob", other, last + 0.5), "the label is not kept, but more probable than an id that is"),
+        (("tail_logprobs", (other, 1), last + 0.5), "a tail sample is more probable than a kept id"),
+    ):
+        faulty = found(changed(rows, *changes), labels, encoding)
+        assert [what[: len(expected)] for what in faulty] == [expected], changes
+        assert set(faulty.values()) == {1}
+
+
 def test_a_kept_mass_above_1_is_found_with_and_without_a_tail_at_1() -> None:
     for temperatures in ((1.0, 2.0), (2.0,)):
         rows, labels, _ = stored(3, "f16", temperatures=temperatures, tail_temperature=2.0)

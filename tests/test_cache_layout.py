@@ -19,6 +19,7 @@ from todi_offline.cache.layout import (
 )
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import array_metadata
+from todi_offline.errors import ConfigError
 
 
 def test_ids_take_two_bytes_up_to_65536_and_four_beyond() -> None:
@@ -48,6 +49,29 @@ def test_an_array_has_a_column_for_each_entry_temperature_and_sample() -> None:
     }
     assert specs["topk_logprobs"].dtype == np.uint8
     assert specs["tail_logprobs"].dtype == np.float16
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_gaps_are_of_the_kept_ids_where_rows_lie_by_rising_id(encoding: str) -> None:
+    specs = array_specs(settings(encoding=encoding), 300)
+    by_id = encoding in ("bf16_logit", "root8")
+    assert {name for name, spec in specs.items() if spec.gaps} == ({"topk_ids"} if by_id else set())
+    assert specs["topk_ids"].dtype == (np.uint32 if by_id else np.uint16)
+    assert ("log_partition" in specs) == (encoding == "bf16_logit")
+
+
+def test_root8_has_small_integers_throughout() -> None:
+    specs = array_specs(settings(encoding="root8"), 300)
+    dtypes = {name: specs[name].dtype for name in ("topk_logprobs", "tail_logsumexp", "label_logprob", "tail_logprobs")}
+    assert dtypes == {"topk_logprobs": np.uint8, "tail_logsumexp": "i2", "label_logprob": "i2", "tail_logprobs": "i1"}
+
+
+def test_a_vocabulary_whose_keys_do_not_fit_32_bits_is_refused() -> None:
+    array_specs(settings(encoding="root8"), 2**23)
+    array_specs(settings(), 2**23 + 1)
+    for encoding in ("bf16_logit", "root8"):
+        with pytest.raises(ConfigError, match=f"{encoding} takes vocabularies of up to 8,388,608 ids, not 8,388,609"):
+            array_specs(settings(encoding=encoding), 2**23 + 1)
 
 
 def test_chunks_divide_shards_and_keys_are_zarrs_own() -> None:
