@@ -156,6 +156,7 @@ def _coarse_bounds(values: npt.NDArray[np.float64], encoding: str) -> Bounds:
     return np.where(only_above, -np.inf, values - half_step), values + half_step
 
 
+@np.errstate(all="ignore")  # NaN is for verify to find, not to warn of
 def bounds(rows: TargetRows, encoding: str) -> dict[str, Bounds]:
     """Return what each number of decoded rows can stand for, by the field that holds it."""
     found = {"logprobs": logprob_bounds(rows.logprobs, encoding)}
@@ -196,6 +197,7 @@ def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
     return arrays | others | ({} if rows.tail_ids is None else {"tail_ids": rows.tail_ids})
 
 
+@np.errstate(all="ignore")  # as above
 def decode_rows(
     arrays: dict[str, Array], encoding: str, temperatures: tuple[float, ...], tail_temperature: float
 ) -> TargetRows:

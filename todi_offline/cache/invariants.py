@@ -19,6 +19,7 @@ Rows = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
 
 
+@np.errstate(all="ignore")  # whatever is stored is looked at
 def faults(rows: TargetRows, labels: npt.NDArray[np.uint32], encoding: str, vocab_size: int) -> dict[str, Rows]:
     """Return everything that can be wrong with rows, and for each of it the rows [target] with which it is.
 
@@ -34,6 +35,7 @@ def faults(rows: TargetRows, labels: npt.NDArray[np.uint32], encoding: str, voca
     }
 
 
+@np.errstate(all="ignore")
 def mass_bounds(rows: TargetRows, encoding: str) -> tuple[Numbers, Numbers]:
     """Return the least and the most that the kept entries of each row can hold together."""
     with np.errstate(over="ignore"):
