@@ -38,8 +38,7 @@ def faults(rows: TargetRows, labels: npt.NDArray[np.uint32], encoding: str, voca
 @np.errstate(all="ignore")
 def mass_bounds(rows: TargetRows, encoding: str) -> tuple[Numbers, Numbers]:
     """Return the least and the most that the kept entries of each row can hold together."""
-    with np.errstate(over="ignore"):
-        lower, upper = (np.exp(bound).sum(axis=1) for bound in logprob_bounds(rows.logprobs, encoding))
+    lower, upper = (np.exp(bound).sum(axis=1) for bound in logprob_bounds(rows.logprobs, encoding))
     return lower, upper
 
 
@@ -61,16 +60,14 @@ def _order_faults(rows: TargetRows) -> dict[str, Rows]:
 
 def _mass_faults(rows: TargetRows, within: dict[str, Bounds]) -> dict[str, Rows]:
     tail = rows.tail_logsumexp
-    with np.errstate(over="ignore"):
-        least, most = (np.exp(bound).sum(axis=1) for bound in within["logprobs"])
+    least, most = (np.exp(bound).sum(axis=1) for bound in within["logprobs"])
     found = {
         "the tail's mass is NaN or infinite": ~(tail < np.inf).all(axis=1),
         "the kept mass is above 1": least > 1 + SLACK,
     }
     if 1.0 in rows.temperatures:
         column = rows.temperatures.index(1.0)
-        with np.errstate(over="ignore"):
-            beyond_least, beyond_most = (np.exp(bound[:, column]) for bound in within["tail_logsumexp"])
+        beyond_least, beyond_most = (np.exp(bound[:, column]) for bound in within["tail_logsumexp"])
         differ = (least + beyond_least > 1 + SLACK) | (most + beyond_most < 1 - SLACK)
         found["kept and tail mass differ from 1"] = differ
     return found

@@ -87,7 +87,8 @@ def verify_cache(place: str | Path | Store, progress: Progress = lambda *_: None
     Raises:
         CacheFormatError: the folder is no cache, or one of another format version.
     """
-    return list(_problems(open_store(place), progress))
+    with np.errstate(all="ignore"):  # whatever is stored is looked at
+        return list(_problems(open_store(place), progress))
 
 
 def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
@@ -369,8 +370,7 @@ def _sequence_problems(
 def _mean_problems(table: pa.Table, shard: int, sums: npt.NDArray[np.float64]) -> Iterator[Problem]:
     """Compare the means of the table with those of the rows."""
     num_targets = table["num_targets"].to_numpy()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        least_label, most_label, least, most = sums / num_targets
+    least_label, most_label, least, most = sums / num_targets
     nll, mass = (table[name].to_numpy().astype(np.float64) for name in ("teacher_nll", "topk_mass"))
     nearest = nll.clip(-most_label, -least_label)
     differs = {
