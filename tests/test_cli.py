@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny import tiny_tokenizer
 from tiny_models import save_llama
 
-from todi_offline.cli import ConfigCommand, cli, main
+from todi_offline.cli import cli, main
+from todi_offline.data import DataConfig, load_examples
+from todi_offline.options import ConfigCommand
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -134,4 +137,15 @@ def test_the_readme_names_every_command_and_its_python_runs() -> None:
     for name in cli.commands:
         assert f"`todi {name}" in text
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(compile(blocks[1], "README.md", "exec"), {})
+    exec(compile(blocks[-1], "README.md", "exec"), {})  # the others need a teacher
+
+
+def test_keys_are_the_content_keys_that_a_cache_of_the_data_has(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--data", tmp_path / "rows.jsonl", "--tokenizer", tmp_path / "tokenizer", "--limit", 2)
+    assert "2 examples" in run("keys", *options, "--out", tmp_path / "keys.txt").output
+    expected = load_examples(DataConfig(data=str(tmp_path / "rows.jsonl"), limit=2), tiny_tokenizer())
+    found = [bytes.fromhex(line) for line in (tmp_path / "keys.txt").read_text().splitlines()]
+    assert found == expected.content_keys().tolist()

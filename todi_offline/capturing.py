@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from todi_offline.cache.appending import CapturePlan, plan_capture
 from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import Keys, as_keys, content_key, hash_bytes, locate, tokenizer_fingerprint
+from todi_offline.cache.fingerprint import Keys, hash_bytes, locate, tokenizer_fingerprint
 from todi_offline.cache.layout import CacheSettings
 from todi_offline.cache.manifest import Manifest, Part
 from todi_offline.cache.plan import ShardPlan
@@ -128,7 +128,7 @@ def run(
     manifest = describe(teacher, config.cache)
     reused = open_reusable(config.reuse, manifest)
     examples = load_examples(config.data, teacher.tokenizer) if examples is None else examples
-    keys = as_keys(content_key(example.token_ids, example.target_mask) for example in examples)
+    keys = examples.content_keys()
     manifest = dataclasses.replace(manifest, parts=(_part(examples, keys),))
     plan = plan_capture(open_store(config.out), manifest, keys, examples.num_tokens)
     places = np.full(len(keys), -1) if reused is None else locate(reused.content_keys, keys)

@@ -1,0 +1,110 @@
+"""A config class in, the options of a command out: a field is an option, with the field's own documentation as help."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import tomllib
+import types
+import typing
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from todi_offline.config import flat_fields
+from todi_offline.errors import ConfigError
+
+# Options that are named otherwise than their fields: a repeated one is singular, and two of the Trainer's are short.
+_OPTION_NAMES = {
+    "temperatures": "temperature",
+    "seeds": "seed",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch-size",
+}
+
+
+class ConfigCommand(click.Command):
+    """A command with an option for every field of a config class, which is imported only when it is used."""
+
+    def __init__(self, *args: Any, config: str, **kwargs: Any) -> None:
+        """Name the class as `module:Class`."""
+        super().__init__(*args, **kwargs)
+        self._config = config
+        self._options: list[click.Parameter] = []
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the options of the config's fields, then the command's own."""
+        if not self._options:
+            module, _, name = self._config.partition(":")
+            self._options = [
+                option
+                for field, holder in flat_fields(getattr(import_module(module), name))
+                if (option := _option(field, holder)) is not None
+            ]
+        return [*self._options, *super().get_params(ctx)]
+
+
+def _option(field: str, holder: type) -> click.Option | None:
+    """Return the option of a config's field, or None for a table that has no single value."""
+    item = next(item for item in dataclasses.fields(holder) if item.name == field)
+    kind = typing.get_type_hints(holder)[field]
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(arg for arg in args if arg is not type(None))
+        args = typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        return None
+    name = _OPTION_NAMES.get(field, field).replace("_", "-")
+    described = _help(field, holder, item)
+    if kind is bool:
+        return click.Option([f"--{name}/--no-{name}", field], default=None, help=described)
+    multiple = typing.get_origin(kind) is tuple
+    choice = click.Choice(args) if typing.get_origin(kind) is typing.Literal else None
+    scalar = args[0] if multiple else click.Path(path_type=Path) if kind is Path else kind
+    return click.Option([f"--{name}", field], type=choice or scalar, multiple=multiple, default=None, help=described)
+
+
+def _help(field: str, holder: type, item: "dataclasses.Field[Any]") -> str:
+    text = _field_docs(holder).get(field, "")
+    required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    if required:
+        return f"{text} [required]"
+    default = item.default
+    if default in (None, False, (), dataclasses.MISSING):
+        return text
+    shown = ", ".join(f"{value:g}" for value in default) if isinstance(default, tuple) else default
+    return f"{text} [default: {shown}]"
+
+
+def _field_docs(holder: type) -> dict[str, str]:
+    """Return the string that stands below each field of a class."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(holder))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            docs[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that stand on the command line."""
+    return {name: value for name, value in settings.items() if value is not None and value != ()}
+
+
+def argument(text: str) -> tuple[str, Any]:
+    """Return name and value of `NAME=VALUE`, the value as TOML has it.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}; expected NAME=VALUE, e.g. --set bf16=true")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value  # a bare word
