@@ -21,9 +21,8 @@ from disk import MODELS, Operation, Watch, after_power_loss, put_files
 from fake_cache import write_cache
 from tiny_models import save_llama
 
-from todi_offline.cache.commit import read_record
-from todi_offline.cache.layout import record_key
 from todi_offline.cache.reader import open_cache, read_manifest
+from todi_offline.cache.repair import repair_cache
 from todi_offline.cache.store import CacheLock, LocalStore
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheError, CacheIncompleteError
@@ -347,13 +346,16 @@ def test_what_goes_on_after_a_kill_is_safe_from_a_loss_of_power(tmp_path: Path, 
 
 def test_what_is_repaired_is_safe_from_a_loss_of_power(tmp_path: Path, whole: Files) -> None:
     """Seal, record and objects are deleted in this order, each for good before the next."""
+    damaged = write_cache(tmp_path / "damaged", **WRITTEN)
+    (damaged / "topk_ids/c/1/0").write_bytes(b"damage")
+    deleted = repair_cache(damaged).deleted
+    assert len(deleted) > 5
     root = tmp_path / "watched"
     root.mkdir()
     with Watch(root) as watch:
         store = LocalStore(write_cache(root / "cache", **WRITTEN))
         begun = len(watch.log)
-        record = read_record(store, record_key(1))
-        for key in ("sealed.json", record_key(1), *record.objects):
+        for key in deleted:
             store.delete(key)
     for state in states_after_power_loss(watch.log, begun):
         assert_committed_is_whole(dict(state), whole)
