@@ -14,16 +14,18 @@ from todi_offline.cache.reader import open_cache
 @click.argument("cache")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The Parquet file.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="plain", show_default=True, help="Which columns.")
+@click.option("--temperature", type=float, default=1.0, help="Of the log-probs for axolotl: its kd_temperature.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(cache: str, out: Path, layout: str, as_json: bool) -> None:
+def command(cache: str, out: Path, layout: str, temperature: float, as_json: bool) -> None:
     """Write a cache as Parquet, a row a sequence.
 
     plain: id, source, input_ids, target_mask, target_ids, target_logprobs, tail_logsumexp, label_logprob, tail_ids,
-    tail_logprobs; `todi-cache import` reads it. axolotl: the columns of its offline distillation.
+    tail_logprobs, log_partition; `todi-cache import` reads it. axolotl: the columns of its offline distillation, of
+    its releases from 0.11; set kd_normalize_topk: false, for what is not kept has its mass.
 
     Example: todi-cache export cache/ --out targets.parquet
     """
     with progress_bar("sequences") as progress:
-        rows = export_cache(open_cache(cache), out, layout, progress)
+        rows = export_cache(open_cache(cache), out, layout, temperature, progress)
     summary = {"rows": rows, "bytes": out.stat().st_size, "layout": layout}
     click.echo(json.dumps(summary) if as_json else f"{out} has {rows:,} rows, {summary['bytes']:,} bytes")

@@ -13,10 +13,11 @@ from test_cache_tools import run
 from tiny import tiny_tokenizer
 
 from todi_offline.cache.fingerprint import tokenizer_fingerprint
-from todi_offline.cache.importing import import_table, imported_manifest
+from todi_offline.cache.importing import fewest_entries, import_table, imported_manifest
+from todi_offline.cache.layout import ENCODINGS
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.tokenizer_files import read_tokenizer_files
-from todi_offline.errors import DataError
+from todi_offline.errors import DataError, TargetsError
 
 DESCRIBED = imported_manifest(settings(temperatures=(1.0,), tail_samples=0), VOCAB, "elsewhere", {"vocabulary": "a"})
 
@@ -44,7 +45,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("encoding", ["f16", "q8"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("tail_samples", [0, 3])
 def test_what_is_exported_is_imported_again(tmp_path: Path, encoding: str, tail_samples: int) -> None:
     root = write_cache(tmp_path / "cache", encoding=encoding, tail_samples=tail_samples)
@@ -75,6 +76,99 @@ def test_what_axolotl_reads_has_the_prediction_made_at_a_token_in_its_row(tmp_pa
         assert (shifted[~cached.target_mask] == -100).all()
 
 
+@pytest.mark.parametrize("encoding", ["f16", "root8"])
+def test_axolotl_gets_log_probs_at_its_own_temperature(tmp_path: Path, encoding: str) -> None:
+    root = write_cache(tmp_path / "cache", k=VOCAB - 1, tail_samples=0, num_shards=1, per_shard=3, encoding=encoding)
+    run("export", root, "--layout", "axolotl", "--temperature", 2, "--out", tmp_path / "out.parquet")
+    for row, cached in zip(pq.read_table(tmp_path / "out.parquet").to_pylist(), open_cache(root), strict=True):
+        found = np.array(row["target_logprobs"])[cached.target_mask]
+        halved = cached.targets.logprobs / 2
+        np.testing.assert_allclose(found - found[:, :1], halved - halved[:, :1], atol=1e-5)
+        assert np.exp(found).sum(axis=1) == pytest.approx(1, abs=1e-3)  # all but one of the ids
+    for options in (("--layout", "axolotl", "--temperature", 3), ("--temperature", 2)):
+        with pytest.raises(TargetsError, match="log-probs at temperature"):
+            run("export", root, *options, "--out", tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists()
+
+
+def with_label_beside(row: dict[str, Any], number: int, k: int) -> None:
+    """Leave the label's entry beside the first k, as a serving engine gives it, and positions for a mask."""
+    made = sequence(number, settings(k=VOCAB, temperatures=(1.0,), tail_samples=0))
+    positions = np.flatnonzero(made.target_mask)
+    labels = made.token_ids[positions + 1]
+    shown = [list(range(k)) for _ in labels]
+    for target, label in enumerate(labels):
+        place = int(np.flatnonzero(made.targets.ids[target] == label)[0])
+        shown[target] += [place] if place >= k else []
+    row["target_ids"] = [made.targets.ids[target, places].tolist() for target, places in enumerate(shown)]
+    row["target_logprobs"] = [made.targets.logprobs[target, places].tolist() for target, places in enumerate(shown)]
+    row["positions"] = positions.tolist()
+    del row["label_logprob"], row["target_mask"]
+
+
+@pytest.mark.parametrize("has_tail", [False, True])
+def test_a_label_beside_the_first_k_gives_its_log_prob_and_belongs_to_the_tail(tmp_path: Path, has_tail: bool) -> None:
+    rows = plain_rows(range(5))
+    for number, row in enumerate(rows):
+        with_label_beside(row, number, 6)
+        assert {len(ids) for ids in row["target_ids"]} == {6, 7}
+        if has_tail:
+            sums = [np.exp(np.float64(logprobs)).sum() for logprobs in row["target_logprobs"]]
+            row["tail_logsumexp"] = np.log1p(-np.array(sums))[:, None].tolist()
+    table = write_rows(tmp_path / "rows.parquet", rows)
+    assert fewest_entries(table) == 6
+    import_table(table, str(tmp_path / "cache"), DESCRIBED)
+    assert "is whole" in run("verify", tmp_path / "cache").output
+    for number, found in enumerate(open_cache(tmp_path / "cache")):
+        made = sequence(number, settings(temperatures=(1.0,), tail_samples=0))
+        np.testing.assert_array_equal(found.target_mask, made.target_mask)
+        np.testing.assert_array_equal(found.targets.ids, made.targets.ids)
+        np.testing.assert_allclose(found.targets.label_logprob, made.targets.label_logprob, atol=1e-5)
+        np.testing.assert_allclose(found.targets.tail_logsumexp, made.targets.tail_logsumexp, atol=0.1)
+
+
+def test_equal_entries_out_of_order_are_put_by_id(tmp_path: Path) -> None:
+    (row,) = plain_rows(range(1))
+    for ids, logprobs in zip(row["target_ids"], row["target_logprobs"], strict=True):
+        logprobs[:] = [-3.0, -2.0, -2.0, -3.0, -3.0, -3.0]
+        ids[:] = [9, 7, 5, 3, 2, 1]
+    row["label_logprob"] = [-3.0] * len(row["target_ids"])
+    import_table(write_rows(tmp_path / "rows.parquet", [row]), str(tmp_path / "cache"), DESCRIBED)
+    assert (open_cache(tmp_path / "cache")[0].targets.ids == [5, 7, 1, 2, 3, 9]).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tail_logsumexp": lambda n: [[-1.0, -2.0]] * n}, r"row 0 .*tail_logsumexp has \d+ lists of 2 to 2, expected"),
+        ({"positions": lambda n: [0] * n}, "row 0 .*its positions do not rise from 0"),
+        ({"positions": lambda n: [2**40]}, "row 0 .*its positions do not rise from 0"),
+        ({"target_ids": lambda n: [1] * n}, "row 0 .*"),
+        ({"target_logprobs": lambda n: "text"}, "row 0 .*"),
+        ({"input_ids": lambda n: None}, "row 0 .*input_ids is empty"),
+    ],
+)
+def test_columns_of_another_form_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    rows = plain_rows(range(2))
+    for row in rows:
+        row.update({name: make(len(row["target_ids"])) for name, make in columns.items()})
+    with pytest.raises(DataError, match=message):
+        import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
+
+
+def test_an_import_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "rows.parquet", plain_rows(range(90)))
+    calls: list[tuple[int, int]] = []
+    import_table(table, str(tmp_path / "cache"), DESCRIBED, progress=lambda done, total: calls.append((done, total)))
+    assert len(calls) == 2
+    assert calls[-1] == (90, 90)
+    whole = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    for name in ("sealed.json", "commits/000001.json"):
+        (tmp_path / "cache" / name).unlink()
+    import_table(table, str(tmp_path / "cache"), DESCRIBED)
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()} == whole
+
+
 def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "rows.parquet", plain_rows(range(5)))
     import_table(table, str(tmp_path / "cache"), DESCRIBED)
@@ -93,8 +187,12 @@ def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(
         ("target_logprobs", lambda v: v[2].__setitem__(0, -0.001), "row 1 .*mass"),
         ("target_ids", lambda v: v[2].__setitem__(0, v[2][1]), "row 1 .*ids that repeat"),
         ("target_ids", lambda v: v[2].__setitem__(0, VOCAB), "row 1 .*ids beyond the vocabulary"),
-        ("target_ids", lambda v: v[2].pop(), r"row 1 .*target_ids of target 2 has 5 entries, expected 6"),
-        ("target_ids", lambda v: v.pop(), r"row 1 .*supervises \d+ positions and has \d+ targets"),
+        ("target_ids", lambda v: v[2].pop(), r"row 1 .*target 2 has 5 ids and 6 log-probs, expected as many"),
+        ("target_ids", lambda v: v.pop(), r"row 1 .*supervises \d+ positions and has \d+ lists of"),
+        ("target_ids", lambda v: v[2].__setitem__(0, None), "row 1 .*target_ids has an empty entry"),
+        ("target_ids", lambda v: v[2].__setitem__(0, -1), "row 1 .*ids below 0: target 2"),
+        ("input_ids", lambda v: v.__setitem__(0, -1), "row 1 .*the token id -1"),
+        ("label_logprob", lambda v: v.pop(), r"row 1 .*label_logprob has \d+ entries, expected"),
         ("input_ids", lambda v: v.pop(), r"row 1 .*as many, one true at least"),
         ("input_ids", lambda v: v.__setitem__(0, VOCAB + 1), "row 1 .*beyond the vocabulary"),
         ("target_mask", lambda v: v.__setitem__(-1, True), "row 1 .*the last one false"),
@@ -112,7 +210,7 @@ def test_a_label_that_is_not_kept_needs_its_own_log_prob(tmp_path: Path) -> None
     rows = plain_rows(range(3))
     for row in rows:
         del row["label_logprob"]
-    with pytest.raises(DataError, match="is not among its kept ids, and there is no label_logprob"):
+    with pytest.raises(DataError, match="is not among its ids, and there is no label_logprob"):
         import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from todi_offline.cache.encoding import TargetRows
 from todi_offline.cache.layout import MANIFEST_KEY, TOKENIZER_KEY
 from todi_offline.cache.reader import Cache, CachedSequence
-from todi_offline.errors import DataError, first_line
+from todi_offline.errors import DataError, TargetsError, first_line
 
 _GROUP_TARGETS = 8_192  # of a row group, so that memory does not grow with the cache
 _NO_LOGPROB = -1e9
@@ -30,6 +32,7 @@ PLAIN_SCHEMA = pa.schema(
         ("label_logprob", _NUMBERS),
         ("tail_ids", pa.list_(_IDS)),
         ("tail_logprobs", pa.list_(_NUMBERS)),
+        ("log_partition", _NUMBERS),
     ]
 )
 _INTEGERS = pa.list_(pa.int64())
@@ -49,7 +52,13 @@ Progress = Callable[[int, int], None]
 """Called with the sequences done so far and all of them."""
 
 
-def export_cache(cache: Cache, out: Path, layout: str = "plain", progress: Progress = lambda *_: None) -> int:
+def export_cache(
+    cache: Cache,
+    out: Path,
+    layout: str = "plain",
+    temperature: float = 1.0,
+    progress: Progress = lambda *_: None,
+) -> int:
     """Write a cache as a Parquet table, a row a sequence; return the number of rows.
 
     `plain` has all that the cache holds: input_ids and target_mask by token, the others by target; with the manifest
@@ -57,13 +66,24 @@ def export_cache(cache: Cache, out: Path, layout: str = "plain", progress: Progr
 
     `axolotl` has the columns that the collator of axolotl's offline distillation takes (integrations/kd, as read in its
     releases 0.11.0 to 0.21.0): everything by token; row t of the targets is the teacher's prediction made at t, and its
-    mask is 0 where there is none; labels are the tokens' own, which that loss shifts. It has no tail.
+    mask is 0 where there is none; labels are the tokens' own, which that loss shifts. It has no tail: the log-probs
+    are those over the whole vocabulary at `temperature`, its kd_temperature, so kd_normalize_topk is to be false.
 
     Raises:
+        TargetsError: the temperature was not captured, or the plain layout is asked for another than 1.
         CacheError: a part of the cache is damaged.
         DataError: the table cannot be written; nothing of it is left.
     """
-    schema, row = {"plain": (PLAIN_SCHEMA, _plain_row), "axolotl": (AXOLOTL_SCHEMA, _axolotl_row)}[layout]
+    if temperature != 1 and (layout == "plain" or temperature not in cache.manifest.settings.temperatures):
+        captured = ", ".join(f"{t:g}" for t in cache.manifest.settings.temperatures)
+        raise TargetsError(
+            f"log-probs at temperature {temperature:g} are asked for; the layout plain has those at 1, and axolotl "
+            f"those at 1 and at what {cache.root} was captured with: {captured}"
+        )
+    row: Callable[[CachedSequence], dict[str, Any]] = _plain_row
+    schema = {"plain": PLAIN_SCHEMA, "axolotl": AXOLOTL_SCHEMA}[layout]
+    if layout == "axolotl":
+        row = partial(_axolotl_row, temperature=temperature)
     metadata = {MANIFEST_KEY: json.dumps(cache.manifest.to_json())}
     if cache.store.size(TOKENIZER_KEY) is not None:
         metadata[TOKENIZER_KEY] = cache.store.read(TOKENIZER_KEY).decode()
@@ -110,15 +130,16 @@ def _plain_row(sequence: CachedSequence) -> dict[str, Any]:
         "label_logprob": rows.label_logprob,
         "tail_ids": list(rows.tail_ids) if sampled and rows.tail_ids is not None else None,
         "tail_logprobs": list(rows.tail_logprobs) if sampled and rows.tail_logprobs is not None else None,
+        "log_partition": rows.log_partition,
     }
 
 
-def _axolotl_row(sequence: CachedSequence) -> dict[str, Any]:
+def _axolotl_row(sequence: CachedSequence, temperature: float) -> dict[str, Any]:
     length, k = len(sequence.token_ids), sequence.targets.ids.shape[1]
     mask = sequence.target_mask
     ids = np.tile(np.arange(k), (length, 1))
     logprobs = np.full((length, k), _NO_LOGPROB, np.float32)
-    ids[mask], logprobs[mask] = sequence.targets.ids, sequence.targets.logprobs
+    ids[mask], logprobs[mask] = sequence.targets.ids, _logprobs_at(sequence.targets, temperature)
     labels = np.where(np.concatenate([[False], mask[:-1]]), sequence.token_ids.astype(np.int64), -100)
     return {
         "input_ids": sequence.token_ids.astype(np.int64),
@@ -128,3 +149,14 @@ def _axolotl_row(sequence: CachedSequence) -> dict[str, Any]:
         "target_logprobs": list(logprobs),
         "target_mask": list(np.repeat(mask[:, None], k, axis=1).astype(np.int64)),
     }
+
+
+def _logprobs_at(rows: TargetRows, temperature: float) -> npt.NDArray[np.float32]:
+    """Return the log-probs at a captured temperature, over the whole vocabulary."""
+    if temperature == 1:
+        return rows.logprobs
+    scaled = rows.logprobs.astype(np.float64) / temperature
+    tail = rows.tail_logsumexp[:, [rows.temperatures.index(temperature)]]
+    log_partition = np.logaddexp.reduce(np.concatenate([scaled, tail], axis=1), axis=1)
+    logprobs: npt.NDArray[np.float64] = scaled - log_partition[:, None]
+    return logprobs.astype(np.float32)
