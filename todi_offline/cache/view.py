@@ -33,6 +33,7 @@ class CacheView:
         self._places = places
         self._starts = np.cumsum([0, *map(len, members)])
         self._holds_more = [holds(member.manifest.settings) != holds(manifest.settings) for member in members]
+        self._alike = len({member.manifest.settings.encoding for member in members}) == 1
 
     @property
     def root(self) -> str:
@@ -60,10 +61,12 @@ class CacheView:
             sequence = member[inside]
         except CacheError as error:
             raise type(error)(f"{member.root}: {error}") from error
+        rows = sequence.targets
         if self._holds_more[number]:
-            key = member.columns["content_key"][inside : inside + 1].tobytes()
-            return dataclasses.replace(sequence, targets=narrow(sequence.targets, self.manifest.settings, key))
-        return sequence
+            rows = narrow(rows, self.manifest.settings, member.content_keys[inside : inside + 1].tobytes())
+        if not self._alike:  # of `bf16_logit` alone, and not needed to read rows
+            rows = dataclasses.replace(rows, log_partition=None)
+        return dataclasses.replace(sequence, targets=rows)
 
     @cached_property
     def columns(self) -> Mapping[str, npt.NDArray[Any]]:
