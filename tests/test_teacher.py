@@ -24,6 +24,7 @@ from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
     _adapter_hash,
+    _identity,
     as_teacher,
     length_batches,
     load_teacher,
@@ -283,12 +284,20 @@ def test_an_adapters_fingerprint_depends_neither_on_hash_seeds_nor_on_folders() 
     assert _adapter_hash(here) == _adapter_hash(there) != _adapter_hash(here | {"r": 8})
 
 
+def test_configs_within_a_config_name_no_folder_either() -> None:
+    inner = {"hidden_size": 8, "_name_or_path": "/here", "dtype": "float32", "id2label": {0: "a"}}
+    outer = {"_name_or_path": "/here", "text_config": inner}
+    there = {"_name_or_path": "/there", "text_config": inner | {"_name_or_path": "/there", "dtype": "bfloat16"}}
+    assert _identity(outer) == _identity(there) == {"text_config": {"hidden_size": 8, "id2label": {0: "a"}}}
+    assert _identity(outer) != _identity({"text_config": inner | {"hidden_size": 9}})
+
+
 def test_large_tensors_are_sampled_and_said_to_be(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not teacher_fingerprint(teacher)["weights_sampled"]
+    assert teacher_fingerprint(teacher)["sampled_tensors"] == []
     monkeypatch.setattr(todi_offline.teacher, "_SAMPLED_TENSOR_BYTES", 16_384)
     monkeypatch.setattr(todi_offline.teacher, "_BLOCK_BYTES", 512)
     sampled = teacher_fingerprint(teacher)
-    assert sampled["weights_sampled"]
+    assert sampled["sampled_tensors"] == ["lm_head.weight", "model.embed_tokens.weight"]
     for row in (0, -1):
         model = llama()
         with torch.no_grad():

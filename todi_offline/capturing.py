@@ -96,7 +96,9 @@ def capture(
 
     `settings` are the fields of `CaptureConfig`'s tables by their own names (`k=64`, `max_length=2048`, ...); they win
     over the TOML file `config`, and so do teacher, data and out, given or not: `capture_from` takes these from a file
-    too. The same call again goes on where the last one was stopped.
+    too. The same call again goes on where the last one was stopped. A finished cache of other data is appended to: the
+    sequences whose content it lacks become a part of their own. With `reuse`, names of caches of the same teacher,
+    sequences that these hold are copied.
 
     Raises:
         TodiError: a setting, the data, the teacher or the folder cannot be used; see `todi_offline.errors`.

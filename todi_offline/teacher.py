@@ -187,24 +187,18 @@ def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
     """Return what identifies a teacher: hashes of config, weights and adapters, its dtype, and its kind for people.
 
     A copy in another folder has the same; a fine-tune of one layer has not. Of tensors beyond 256 MiB every n-th
-    block of 1 MiB is hashed, always the first and the last, and `weights_sampled` says so.
+    block of 1 MiB is hashed, always the first and the last; `sampled_tensors` names them.
     """
     model = teacher.model
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key not in _NOT_IDENTITY
-    }
     tensors = sorted(model.state_dict().items())
-    sampled = any(tensor.nbytes > _SAMPLED_TENSOR_BYTES for _, tensor in tensors)
     adapters = {name: _adapter_hash(value.to_dict()) for name, value in getattr(model, "peft_config", {}).items()}
     return {
         "model_type": model.config.model_type,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config": hash_json(config),
+        "config": hash_json(_identity(model.config.to_dict())),
         "weights": hash_bytes(piece for name, tensor in tensors for piece in _tensor_pieces(name, tensor)),
-        "weights_sampled": sampled,
+        "sampled_tensors": [name for name, tensor in tensors if tensor.nbytes > _SAMPLED_TENSOR_BYTES],
         "adapters": adapters,
     }
 
@@ -294,6 +288,14 @@ def _located(
             )
         row -= len(column)
     return error
+
+
+def _identity(config: Any) -> Any:
+    """Return of a model's config, and of those within it, what decides its logits."""
+    if not isinstance(config, dict):
+        return config
+    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY and not str(key).startswith("_")}
+    return {key: _identity(value) for key, value in kept.items()}
 
 
 def _adapter_hash(config: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from todi_offline.cache.layout import CacheSettings
 from todi_offline.cache.manifest import Manifest
 from todi_offline.cache.narrow import narrow
 from todi_offline.cache.reader import Cache, CachedSequence
-from todi_offline.cache.store import Store
+from todi_offline.cache.store import LocalStore, Store
 from todi_offline.errors import CacheError, CacheMismatchError
 
 
@@ -102,8 +102,9 @@ class CacheView:
 
     @property
     def store(self) -> Store:
-        """The store of the first member."""
-        return self.members[0].store
+        """The store of the first member that is no folder, or else of the first: it decides how shards are read."""
+        stores = [member.store for member in self.members]
+        return next((store for store in stores if not isinstance(store, LocalStore)), stores[0])
 
     @cached_property
     def bytes_by_array(self) -> Mapping[str, int]:
