@@ -64,6 +64,7 @@ REFERENCES = [
 HEAVIER_TAIL = [cached(64, 8, tail_weight=2.5)]
 BARS = {(64, 8): 0.97, (16, 8): 0.92, (8, 4): 0.88}
 """Share recovered that is asked of K kept ids and S samples, for a vocabulary of 4,096 or more."""
+BARS_OF_SMALL_VOCABULARY = {(8, 4): 0.98}
 
 
 def arms_of(grid: str, seeds: int) -> list[Arm]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._environment import environment, listed
-from benchmarks._study_arms import BARS, DENSE, SFT, Arm, cached
+from benchmarks._study_arms import BARS, BARS_OF_SMALL_VOCABULARY, DENSE, SFT, Arm, cached
 
 Row = dict[str, Any]
 
@@ -21,7 +21,8 @@ def write_report(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> s
         writer.writeheader()
         writer.writerows(rows)
     means = summarise(rows)
-    table = "\n".join([_table(means), "", *_bars(means)])
+    bars = BARS if settings["vocab"] >= 4096 else BARS_OF_SMALL_VOCABULARY
+    table = "\n".join([_table(means), "", *_bars(means, bars)])
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
     text = f"# {path.name}\n\n```\n{listed(environment())}\nsettings: {chosen}\n```\n\n{table}\n"
     path.with_suffix(".md").write_text(text)
@@ -85,11 +86,11 @@ def _table(means: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _bars(means: Sequence[Row]) -> list[str]:
+def _bars(means: Sequence[Row], bars: dict[tuple[int, int], float]) -> list[str]:
     """Say which of the project's bars these rows meet."""
     found = {mean["label"]: mean["share"] for mean in means if mean["start"] == "warm" and mean["share"] is not None}
     lines = []
-    for (k, samples), bar in BARS.items():
+    for (k, samples), bar in bars.items():
         label = cached(k, samples).label
         if label in found:
             verdict = "met" if found[label] >= bar else "missed"

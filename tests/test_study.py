@@ -121,7 +121,7 @@ def test_rows_are_written_as_measured_and_not_measured_again(world, tmp_path, mo
     monkeypatch.setattr(study, "measure", None)
     again = study._measured(ARMS, world, tmp_path)
     assert [{k: str(v) for k, v in r.items()} for r in rows] == again
-    table = write_report(again, tmp_path / "report", {"steps": 3})
+    table = write_report(again, tmp_path / "report", {"steps": 3, "vocab": VOCAB})
     assert "| warm | todi K=8+2 |" in table
     with (tmp_path / "report.csv").open(newline="") as opened:
         assert list(csv.DictReader(opened)) == again
