@@ -14,12 +14,28 @@ from tiny_models import llama, save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from todi_offline.cache.reader import Cache
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
-from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError, ModelError, TargetsError
+from todi_offline.data import DataConfig, load_examples
+from todi_offline.errors import (
+    CacheFormatError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    ConfigError,
+    ModelError,
+    TargetsError,
+)
 from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.teacher import as_teacher
-from todi_offline.training import TrainSummary, load_train_config, train, train_from, training_arguments
+from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.training import (
+    SelectedData,
+    TrainSummary,
+    load_train_config,
+    select_data,
+    train,
+    train_from,
+    training_arguments,
+)
 
 SMALL: dict[str, Any] = {
     "use_cpu": True,
@@ -56,7 +72,7 @@ def test_the_resolved_settings_are_saved_with_the_student(folder: Path, cache: C
     assert saved["distillation"]["kd_weight"] == 0.5
     assert saved["lora"]["lora_r"] == 2
     assert saved["trainer"] == SMALL | {"max_steps": 1}
-    assert (saved["student"]["student"], saved["cache"]) == (str(folder), str(cache.root))
+    assert (saved["student"]["student"], saved["cache"]) == (str(folder), [cache.root])
 
 
 def test_an_opened_cache_and_a_loaded_model_serve_as_well(
@@ -234,3 +250,35 @@ def test_distillation_ends_closer_to_the_teacher_than_fine_tuning(tmp_path: Path
 @pytest.mark.slow
 def test_distillation_from_a_better_teacher_ends_closer_to_it_than_fine_tuning(tmp_path: Path) -> None:
     assert_todi_ends_closer(learnt(tmp_path, hidden=128, teacher_steps=400, num_examples=256, steps=128))
+
+
+def test_of_several_caches_all_is_trained_on_once(folder: Path, cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    places = (cache.root, heldout.root, cache.root)
+    summary = train(str(folder), places, tmp_path / "run", num_train_epochs=1, **SMALL)
+    assert summary.num_tokens == int(cache.num_tokens.sum() + heldout.num_tokens.sum())
+
+
+def test_exactly_the_examples_of_a_data_set_are_found_by_their_content(
+    folder: Path, teacher: Teacher, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {word}", "completion": f"{word} it is"} for word in ("one", "two", "three", "four")]
+    write_jsonl(tmp_path / "all.jsonl", rows)
+    write_jsonl(tmp_path / "some.jsonl", [rows[2], rows[0]])
+    write_jsonl(tmp_path / "more.jsonl", [rows[1], {"prompt": "Say five", "completion": "five it is"}])
+    capture(teacher, load_examples(DataConfig(data=str(tmp_path / "all.jsonl")), teacher.tokenizer), tmp_path / "cache")
+    whole = open_cache(tmp_path / "cache")
+    found = select_data(whole, SelectedData(data=str(tmp_path / "some.jsonl")), teacher.tokenizer)
+    assert found.content_keys.tolist() == whole.content_keys[[2, 0]].tolist()
+    data = str(tmp_path / "some.jsonl")
+    summary = train(str(folder), whole.root, tmp_path / "run", data=data, num_train_epochs=1, **SMALL)
+    assert summary.num_tokens == int(found.num_tokens.sum())
+    with pytest.raises(CacheIncompleteError, match=r"1 of the 2 examples of .*more.jsonl are not in .*more.jsonl:1; "):
+        select_data(whole, SelectedData(data=str(tmp_path / "more.jsonl")), teacher.tokenizer)
+    with pytest.raises(CacheMismatchError, match="the tokenizer of the student is not"):
+        select_data(whole, SelectedData(data=data), tiny_tokenizer(vocab_size=400))
+    with pytest.raises(ModelError, match="the student's tokenizer is needed"):
+        select_data(whole, SelectedData(data=data), None)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -106,8 +106,8 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _coerce(value, next(arg for arg in args if arg is not type(None)), name)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_coerce(item, args[0], name) for item in value)
+    if origin is tuple:  # a single value stands for itself alone
+        return tuple(_coerce(item, args[0], name) for item in (value if isinstance(value, list | tuple) else [value]))
     if origin is typing.Literal and value not in args:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
     if origin is typing.Literal:

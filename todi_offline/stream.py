@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.reader import Cache, CachedSequence
+from todi_offline.cache.reader import CachedSequence
 from todi_offline.cache.remote import RemoteStore
+from todi_offline.cache.view import AnyCache
 from todi_offline.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ EMPTY = -1
 class CacheDataset(Dataset[CachedSequence]):
     """A cache as torch's data loaders take it: its sequences by their numbers, and an empty one, `EMPTY`."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: AnyCache) -> None:
         """Wrap an open cache."""
         self.cache = cache
 
@@ -124,7 +125,7 @@ class WindowShuffledOrder(ShuffledOrder):
             background.shutdown(wait=False, cancel_futures=True)
 
 
-def training_order(cache: Cache, seed: int) -> ShuffledOrder:
+def training_order(cache: AnyCache, seed: int) -> ShuffledOrder:
     """Return the order in which to train: a full shuffle of a local cache, one by windows of a remote one."""
     if not isinstance(cache.store, RemoteStore):
         return ShuffledOrder(len(cache), seed)
@@ -223,7 +224,7 @@ class Collator:
         }
 
 
-def batch_targets(batch: dict[str, Tensor], cache: Cache) -> SparseTargets:
+def batch_targets(batch: dict[str, Tensor], cache: AnyCache) -> SparseTargets:
     """Return the targets of a batch, on its device; ids travel there in the few bytes that they are stored in."""
     settings = cache.manifest.settings
     tail_ids, tail_logprobs = batch.get("tail_ids"), batch.get("tail_logprobs")

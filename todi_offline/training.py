@@ -3,18 +3,24 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
-from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.fingerprint import locate, tokenizer_fingerprint
+from todi_offline.cache.manifest import require_same_tokenizer
+from todi_offline.cache.reader import open_cache
 from todi_offline.cache.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.cache.store import open_store
+from todi_offline.cache.view import AnyCache, select, union
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
-from todi_offline.errors import ConfigError
+from todi_offline.data import DataConfig, load_examples
+from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.recipes import recipe_settings
@@ -39,19 +45,37 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SelectedData:
+    """Which examples of the caches are trained on; all of them by default."""
+
+    data: str | None = None
+    """Train on exactly the examples of this data set, as `todi capture` names it; they are found by their content."""
+    split: str | None = None
+    """The split of it."""
+    limit: int | None = None
+    """Its first rows only, this many."""
+    max_length: int | None = None
+    """Tokens at which an example is cut; by default where the first cache's capture cut."""
+    max_prompt_length: int | None = None
+    """Tokens at which a prompt is cut; by default where the first cache's capture cut."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """All that decides a training run."""
 
     out: Path
     """The folder of the run: checkpoints and the trained student."""
-    cache: str
-    """The cache to train from: a folder or URL."""
+    cache: tuple[str, ...]
+    """A cache to train from: a folder or URL. Of several, all sequences, those with the same content once."""
     eval_cache: str | None = None
     """A cache of held-out data, evaluated before and after, and as [trainer] says."""
     staging: Path | None = None
     """The folder for copies of a remote cache's shards, by default ~/.cache/todi_offline/staging."""
     staging_gb: float = DEFAULT_LIMIT_GB
     """How much these may take, in GB; three windows of shards should fit."""
+    mix_teachers: bool = False
+    """Whether caches of different teachers may be used together."""
     allow_unsealed: bool = False
     """Whether the committed part of an unfinished cache may be used."""
     resume: bool = False
@@ -60,6 +84,7 @@ class TrainConfig:
     """Settings of an experiment, for all that is not set here: `paper` (the ToDi paper's GPT-2) or `paper-lora` (its
     TinyLlama)."""
     student: StudentConfig
+    data: SelectedData = field(default_factory=SelectedData)
     lora: LoraSettings = field(default_factory=LoraSettings)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -81,10 +106,10 @@ class TrainSummary:
 
 def train(
     student: str | Model,
-    cache: "str | Path | Cache",
+    cache: "str | Path | AnyCache | Sequence[str | Path]",
     out: str | Path,
     *,
-    eval_cache: "str | Path | Cache | None" = None,
+    eval_cache: "str | Path | AnyCache | None" = None,
     tokenizer: Tokenizer | None = None,
     config: Path | None = None,
     callbacks: list[Any] | None = None,
@@ -94,22 +119,27 @@ def train(
 
     `settings` are the fields of `TrainConfig`'s tables and of `transformers.TrainingArguments`, all by their own
     names (`beta=1.0`, `max_steps=500`, `learning_rate=1e-4`, ...); they win over the TOML file `config`.
-    A student that is already loaded needs its `tokenizer`.
+    A student that is already loaded needs its `tokenizer`. Of several caches the union is trained on, and with `data`
+    exactly the examples of that data set.
 
     Raises:
         TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.
     """
     named: dict[str, Any] = {"out": out, "student": student if isinstance(student, str) else "(given)"}
-    named |= {"cache": cache.root if isinstance(cache, Cache) else str(cache)}
+    named["cache"] = [cache.root] if isinstance(cache, AnyCache) else _places(cache)
     if eval_cache is not None:
-        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else str(eval_cache)
+        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, AnyCache) else str(eval_cache)
     return run(
         load_train_config(config, {**settings, **named}),
         None if isinstance(student, str) else (student, tokenizer),
-        cache if isinstance(cache, Cache) else None,
-        eval_cache if isinstance(eval_cache, Cache) else None,
+        cache if isinstance(cache, AnyCache) else None,
+        eval_cache if isinstance(eval_cache, AnyCache) else None,
         callbacks,
     )
+
+
+def _places(cache: "str | Path | Sequence[str | Path]") -> list[str]:
+    return [str(cache)] if isinstance(cache, str | Path) else list(map(str, cache))
 
 
 def train_from(path: Path | None, settings: dict[str, Any]) -> TrainSummary:
@@ -183,15 +213,21 @@ def training_arguments(config: TrainConfig) -> Any:
 def run(
     config: TrainConfig,
     student: tuple[Model, Tokenizer | None] | None = None,
-    cache: Cache | None = None,
-    eval_cache: Cache | None = None,
+    cache: AnyCache | None = None,
+    eval_cache: AnyCache | None = None,
     callbacks: list[Any] | None = None,
 ) -> TrainSummary:
     """Load what is not given, evaluate, train, evaluate, save."""
     checkpoint = _last_checkpoint(config.out) if config.resume else None
     model, tokenizer = student or load_student(config.student)
     staging = Staging(config.staging, config.staging_gb)
-    cache = cache or open_cache(open_store(config.cache, staging), allow_unsealed=config.allow_unsealed)
+    if cache is None:
+        caches = [
+            open_cache(open_store(place, staging), allow_unsealed=config.allow_unsealed) for place in config.cache
+        ]
+        cache = union(caches, mix_teachers=config.mix_teachers) if len(caches) > 1 else caches[0]
+    if config.data.data is not None:
+        cache = select_data(cache, config.data, tokenizer)
     if eval_cache is None and config.eval_cache is not None:
         eval_cache = open_cache(open_store(config.eval_cache, staging), allow_unsealed=config.allow_unsealed)
     trainer = ToDiTrainer(
@@ -220,6 +256,31 @@ def run(
         before=_without_prefix(before),
         after=_without_prefix(after),
     )
+
+
+def select_data(cache: AnyCache, data: SelectedData, tokenizer: Tokenizer | None) -> AnyCache:
+    """Return the sequences of a cache that are the examples of a data set, in its order.
+
+    Raises:
+        CacheMismatchError: the tokenizer is not the cache's.
+        CacheIncompleteError: an example is not in the cache; names the first few and what captures them.
+        DataError: the data set cannot be read.
+    """
+    if tokenizer is None:
+        raise ModelError("to find a data set in a cache, the student's tokenizer is needed; pass tokenizer")
+    require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
+    recipe = cache.manifest.parts[0].recipe
+    lengths = {name: getattr(data, name) or recipe.get(name) for name in ("max_length", "max_prompt_length")}
+    known = {name: value for name, value in lengths.items() if isinstance(value, int)}
+    examples = load_examples(DataConfig(data=data.data or "", split=data.split, limit=data.limit, **known), tokenizer)
+    found = locate(cache.content_keys, examples.content_keys())
+    if missing := np.flatnonzero(found < 0).tolist():
+        names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CacheIncompleteError(
+            f"{len(missing):,} of the {len(examples):,} examples of {data.data} are not in {cache.root}: {names}; "
+            f"`todi capture --data {data.data} --out {cache.root}` appends them"
+        )
+    return select(cache, found)
 
 
 def _last_checkpoint(out: Path) -> str:
