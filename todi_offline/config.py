@@ -123,7 +123,7 @@ def _coerce_plain(value: Any, kind: type, name: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # an integer of 400 digits
             return float(value)
-    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+    if isinstance(value, typing.get_origin(kind) or kind) and isinstance(value, bool) == (kind is bool):
         return value
     raise ConfigError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
 
