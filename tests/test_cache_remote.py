@@ -387,7 +387,7 @@ def test_a_missing_bucket_server_or_key_is_one_line(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nowhere = {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": ONE_TRY}
-    missing = "The specified bucket does not exist; make it, or mend the URL"
+    missing = "The specified bucket does not exist; make the bucket, or mend the URL"
     attempts: list[tuple[str, Callable[[], Any]]] = [
         (f"cannot look for s3://nobucket/c/zarr.json: {missing}", lambda: open_cache("s3://nobucket/c")),
         (f"cannot list s3://nobucket/c/: {missing}", lambda: open_store("s3://nobucket/c").find()),

@@ -43,7 +43,7 @@ class RemoteStore:
         """Name the place; `storage_options` go to fsspec's file system of its protocol.
 
         Raises:
-            ConfigError: there is no such protocol, or its package is not installed.
+            ConfigError: there is no such protocol, its package is not installed, or it does not take the options.
         """
         self.url = url.rstrip("/")
         self.storage_options = dict(storage_options or {})
@@ -139,9 +139,9 @@ class RemoteStore:
 
         try:
             files, root = url_to_fs(self.url, **{"use_listings_cache": False, **self.storage_options})
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # they have no common class
             extra = _EXTRAS.get(self.url.partition(":")[0])
-            advice = f"; pip install 'todi-offline[{extra}]'" if extra else ""
+            advice = f"; pip install 'todi-offline[{extra}]'" if extra and isinstance(error, ImportError) else ""
             raise ConfigError(f"cannot open {self}: {first_line(error)}{advice}") from error
         return files, root.rstrip("/") + "/"
 
@@ -153,8 +153,10 @@ class RemoteStore:
         try:
             yield files, root + key
         except FileNotFoundError as error:
-            if "bucket does not exist" in str(error):
-                raise CacheError(f"cannot {doing} {where}: {_reason(error)}; make it, or mend the URL") from error
+            if doing in ("write", "list") or "bucket does not exist" in str(error):
+                raise CacheError(
+                    f"cannot {doing} {where}: {_reason(error)}; make the bucket, or mend the URL"
+                ) from error
             raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
         except Exception as error:  # they have no common class
             raise CacheError(
