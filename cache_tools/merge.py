@@ -5,6 +5,7 @@ import json
 
 import click
 
+from cache_tools.progress import progress_bar
 from todi_offline.cache.merge import merge_caches
 
 
@@ -19,7 +20,8 @@ def command(caches: tuple[str, ...], out: str, as_json: bool) -> None:
 
     Example: todi-cache merge a/ b/ --out both/
     """
-    summary = merge_caches(caches, out)
+    with progress_bar("shards") as progress:
+        summary = merge_caches(caches, out, progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=1))
         return

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 
 import click
 
+Progress = Callable[[int, int], None]
+"""Called with the number done and all."""
+
 
 @contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what is called with the number done and all; the bar is on stderr."""
+def progress_bar(label: str) -> Iterator[Progress]:
+    """Yield what moves a bar on stderr."""
     with click.progressbar(length=1, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 import numpy as np
 
+from cache_tools.progress import progress_bar
 from todi_offline.cache.fingerprint import as_keys
 from todi_offline.cache.layout import CODECS, ENCODINGS
 from todi_offline.cache.reader import Cache, open_cache
@@ -43,7 +44,8 @@ def command(cache: str, out: str, allow_unsealed: bool, as_json: bool, **options
     criteria = {name: options.pop(name) for name in ("ids", "keys", "like", "expression", "limit")}
     chosen, recipe = choose(opened, **criteria)
     settings = {name: value for name, value in options.items() if value not in (None, ())}
-    subset_cache(opened, out, chosen, recipe, **settings)
+    with progress_bar("shards") as progress:
+        subset_cache(opened, out, chosen, recipe, progress, **settings)
     written = open_cache(out)
     summary = {
         "sequences": len(written),
@@ -56,6 +58,9 @@ def command(cache: str, out: str, allow_unsealed: bool, as_json: bool, **options
         return
     click.echo(f"{out} holds {summary['sequences']:,} of {summary['of']:,} sequences, {summary['targets']:,} targets")
     click.echo(f"{summary['bytes_per_target']:.1f} bytes a target")
+    before, after = opened.manifest.settings.encoding, written.manifest.settings.encoding
+    if before != after:
+        click.echo(f"log-probs are rounded twice, as {before} and as {after}; all else is exact")
 
 
 def choose(

@@ -1,5 +1,6 @@
 """`todi-cache merge`, `subset` and `diff`: caches made of caches hold what they should, each sequence once."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,14 +10,15 @@ import pytest
 from fake_cache import manifest, sequence, settings, write_cache
 from test_cache_tools import run
 
+from cache_tools.diff import bucketed_kl
 from todi_offline.cache.fingerprint import content_key
-from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.layout import ENCODINGS, CacheSettings
 from todi_offline.cache.merge import merge_caches
 from todi_offline.cache.narrow import narrow
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.subset import where
 from todi_offline.cache.writer import CacheWriter
-from todi_offline.errors import CacheMismatchError, ConfigError
+from todi_offline.errors import CacheMismatchError, ConfigError, TargetsError
 
 
 def write_shards(root: Path, shards: list[range], **changes: object) -> Path:
@@ -173,3 +175,51 @@ def test_diff_says_what_two_caches_say_and_hold(tmp_path: Path) -> None:
     assert 0 < found["targets"]["largest_difference"] <= 1 / 32 + 0.01
     text = run("diff", first, other, code=1).output
     assert "only in the first: 4 sequences: fake:0, fake:1, fake:2, fake:3" in text
+
+
+def test_the_mean_kl_of_two_caches_is_that_of_their_distributions(tmp_path: Path) -> None:
+    """Over the ids that both keep and one entry for the rest; here they keep others, in another order."""
+    first, second = sequence(3, settings(k=40)).targets, sequence(3, settings(k=44), scale=2).targets
+    beyond = np.logaddexp.reduce(second.logprobs[:, :4], axis=1, keepdims=True)
+    second = dataclasses.replace(
+        second,
+        ids=second.ids[:, :3:-1],
+        logprobs=second.logprobs[:, :3:-1],
+        tail_logsumexp=np.logaddexp(second.tail_logsumexp, beyond),
+    )
+    for target, kl in enumerate(bucketed_kl(first, second)):
+        p, q = (
+            dict(zip(rows.ids[target].tolist(), np.exp(np.float64(rows.logprobs[target])), strict=True))
+            for rows in (first, second)
+        )
+        shared = p.keys() & q.keys()
+        assert 30 < len(shared) < 40
+        rest_p, rest_q = (1 - sum(mass[number] for number in shared) for mass in (p, q))
+        expected = sum(p[n] * np.log(p[n] / q[n]) for n in shared) + rest_p * np.log(rest_p / rest_q)
+        assert kl == pytest.approx(expected, rel=1e-4)
+    assert bucketed_kl(first, first) == pytest.approx(0, abs=1e-12)
+
+
+def test_an_encoding_that_needs_what_the_cache_has_not_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    with pytest.raises(TargetsError, match="log-partition, which bf16_logit needs"):
+        run("subset", root, "--encoding", "bf16_logit", "--out", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_from_the_encoding_of_logits_all_others_can_be_had(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache", encoding="bf16_logit")
+    for encoding in ENCODINGS:
+        text = run("subset", root, "--encoding", encoding, "--k", 4, "--out", tmp_path / encoding).output
+        assert ("rounded twice" in text) == (encoding != "bf16_logit")
+        assert "is whole" in run("verify", tmp_path / encoding).output
+        assert json.loads(run("diff", root, tmp_path / encoding, "--json", code=1).stdout)["targets"]["mean_kl"] < 0.02
+
+
+def test_progress_ends_at_the_end(tmp_path: Path) -> None:
+    first, second = write_cache(tmp_path / "a"), write_shards(tmp_path / "b", [range(20, 30)])
+    calls: list[tuple[int, int]] = []
+    merge_caches([str(first), str(second)], str(tmp_path / "c"), lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    merge_caches([str(first), str(second)], str(tmp_path / "c"), lambda done, total: calls.append((done, total)))
+    assert calls[4:] == [(0, 0)]

@@ -1,7 +1,7 @@
 """Caches in, one cache that holds the sequences of all out, each once; shards are linked where nothing is left out."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ from todi_offline.cache.manifest import Manifest, Part
 from todi_offline.cache.reader import Cache, open_cache, read_shard_record, read_table
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.errors import CacheMismatchError
+
+Progress = Callable[[int, int], None]
+"""Called with the shards written so far and all that are to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class _Piece:
     is_whole: bool
 
 
-def merge_caches(places: Sequence[str], out: str) -> MergeSummary:
+def merge_caches(places: Sequence[str], out: str, progress: Progress = lambda *_: None) -> MergeSummary:
     """Write a cache of all sequences of some caches; of those with the same content, the first.
 
     A shard that is kept whole is linked, or copied by the object store that holds both; of another one what is kept
@@ -57,10 +60,13 @@ def merge_caches(places: Sequence[str], out: str) -> MergeSummary:
     tokenizer = first.read(TOKENIZER_KEY).decode() if first.size(TOKENIZER_KEY) is not None else None
     pieces = [piece for piece in pieces if len(piece.kept)]
     with CacheWriter(out, manifest, tokenizer) as writer:
-        for number in writer.missing_shards():
+        missing = writer.missing_shards()
+        for done, number in enumerate(missing):
+            progress(done, len(missing))
             _write(writer, number, pieces[number])
         if not writer.sealed:
             writer.seal()
+        progress(len(missing), len(missing))
     merged = open_cache(out)
     num_linked = sum(piece.is_whole for piece in pieces)
     return MergeSummary(

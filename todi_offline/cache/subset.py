@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from todi_offline.cache.encoding import encode_rows
 from todi_offline.cache.fingerprint import Keys, content_key, hash_bytes, hash_json
 from todi_offline.cache.layout import TOKENIZER_KEY, CacheSettings
 from todi_offline.cache.manifest import Manifest, Part
-from todi_offline.cache.narrow import narrow, require_enough
+from todi_offline.cache.narrow import narrow
 from todi_offline.cache.plan import ShardPlan, plan_shards
 from todi_offline.cache.reader import Cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows
@@ -21,6 +22,8 @@ from todi_offline.errors import CacheMismatchError, ConfigError
 
 Selection = npt.NDArray[np.bool_]
 """[sequence]: which are chosen."""
+Progress = Callable[[int, int], None]
+"""Called with the shards written so far and all that are to be."""
 
 _OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.And: np.logical_and,
@@ -41,7 +44,14 @@ _OPERATORS: Mapping[type, Callable[..., Any]] = {
 _COLUMNS = ("id", "source", "num_tokens", "num_targets", "teacher_nll", "topk_mass")
 
 
-def subset_cache(cache: Cache, out: str, chosen: Selection, criteria: Mapping[str, Any], **settings: Any) -> Manifest:
+def subset_cache(
+    cache: Cache,
+    out: str,
+    chosen: Selection,
+    criteria: Mapping[str, Any],
+    progress: Progress = lambda *_: None,
+    **settings: Any,
+) -> Manifest:
     """Write the chosen sequences of a cache to another, in their order; return its manifest.
 
     `settings` are fields of `CacheSettings` that differ from the cache's: fewer entries, temperatures or samples,
@@ -50,12 +60,14 @@ def subset_cache(cache: Cache, out: str, chosen: Selection, criteria: Mapping[st
 
     Raises:
         CacheMismatchError: nothing is chosen, or the cache holds less than is asked for.
+        TargetsError: the encoding needs what the cache has not.
         CacheError: `out` cannot be written or holds something else.
     """
     if not chosen.any():
         raise CacheMismatchError(f"of the {len(cache):,} sequences of {cache.root} none is chosen; ask for others")
     asked = dataclasses.replace(cache.manifest.settings, **settings)
-    require_enough(cache[0].targets[:0], asked)
+    sample = narrow(cache[0].targets[:1], asked, b"")
+    encode_rows(sample, asked.encoding)  # before anything is written: it may ask for what the cache has not
     indices = np.flatnonzero(chosen)
     plan = plan_shards(cache.num_tokens[indices].tolist(), asked.shard_tokens)
     part = Part(
@@ -68,10 +80,13 @@ def subset_cache(cache: Cache, out: str, chosen: Selection, criteria: Mapping[st
     manifest = dataclasses.replace(cache.manifest, settings=asked, parts=(part,))
     has_tokenizer = cache.store.size(TOKENIZER_KEY) is not None
     with CacheWriter(out, manifest, cache.store.read(TOKENIZER_KEY).decode() if has_tokenizer else None) as writer:
-        for number in writer.missing_shards():
+        missing = writer.missing_shards()
+        for done, number in enumerate(missing):
+            progress(done, len(missing))
             writer.write_shard(number, _rows(cache, indices, plan[number], asked))
         if not writer.sealed:
             writer.seal()
+        progress(len(missing), len(missing))
     return manifest
 
 
