@@ -412,8 +412,16 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         open_store("nonsense://x")
 
 
+def test_a_url_that_pathlib_has_shortened_is_no_folder() -> None:
+    with pytest.raises(ConfigError, match="s3:/bucket/c is no folder, and a URL has two slashes; give it as a string"):
+        open_store(Path("s3://bucket/c"))
+
+
 def test_a_folder_needs_no_package_and_may_be_a_url(tmp_path: Path) -> None:
-    assert open_store(f"file://{tmp_path}").find() == open_store(tmp_path).find() == []
+    for place in (f"file://{tmp_path}", tmp_path, str(tmp_path)):
+        store = open_store(place)
+        assert isinstance(store, LocalStore)
+        assert store.root == tmp_path
     code = (
         "import sys, todi_offline, cache_tools.__main__, todi_offline.cache.remote\n"
         "sys.exit(bool({'fsspec', 's3fs', 'botocore'} & sys.modules.keys()))"

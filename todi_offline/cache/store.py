@@ -6,6 +6,7 @@ A `Store` is a folder here, and what lies below a URL in `remote`.
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import socket
 import stat
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError
+from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, ConfigError
 
 if TYPE_CHECKING:
     from todi_offline.cache.staging import Staging
@@ -91,10 +92,12 @@ def open_store(place: "str | Path | Store", staging: "Staging | None" = None) ->
     `staging` is where copies of a URL's objects are kept; a folder needs none.
 
     Raises:
-        ConfigError: what a URL's protocol needs is not installed.
+        ConfigError: what a URL's protocol needs is not installed; or a URL has lost a slash, as in a `Path`.
     """
     if isinstance(place, Store):
         return place
+    if re.match(r"[a-z][a-z0-9]+:/(?!/)", str(place)):
+        raise ConfigError(f"{place} is no folder, and a URL has two slashes; give it as a string, not as a Path")
     protocol, separator, rest = str(place).partition("://")
     if not separator or protocol in ("file", "local"):
         return LocalStore(Path(rest or place).expanduser())
