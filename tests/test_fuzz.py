@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from todi_offline.cache import shard as shard_module
 from todi_offline.cache.commit import ObjectSum, read_record
-from todi_offline.cache.layout import SEQUENCE_SCHEMA, record_key, sequences_key
+from todi_offline.cache.layout import SEQUENCE_SCHEMA, ArraySpec, record_key, sequences_key
 from todi_offline.cache.reader import open_cache, read_manifest
-from todi_offline.cache.shard import chunk_sums, encode_shard
+from todi_offline.cache.shard import ShardFile, encode_shard
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.verify import verify_cache
-from todi_offline.errors import CacheError, CacheFormatError, TodiError
+from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, TodiError
 from todi_offline.stream import CacheDataset, Collator
 
 Files = dict[str, bytes]
@@ -64,13 +64,17 @@ class Fuzzed:
 
     def survives(self, changed: Files) -> None:
         """Whatever reads the cache with these files raises nothing but errors of ours, and takes little memory."""
+        for read in (self.verify, self.train, self.open_unsealed):
+            with bounded_memory(), contextlib.suppress(TodiError):
+                self.with_files(changed, read)
+
+    def with_files(self, changed: Files, read: Callable[[], None]) -> None:
+        """Read with other files, then put them back."""
         for key, data in changed.items():
             (self.root / key).write_bytes(data)
+        shard_module._read_index.cache_clear()  # files of one name, size and instant
         try:
-            for read in (self.verify, self.train, self.open_unsealed):
-                shard_module._read_index.cache_clear()  # files of one name, size and instant
-                with bounded_memory(), contextlib.suppress(TodiError):
-                    read()
+            read()
         finally:
             for key in changed:
                 (self.root / key).write_bytes(self.files[key])
@@ -101,8 +105,15 @@ class Fuzzed:
 
     def _sum(self, key: str, changed: Files) -> Any:
         data, spec = changed.get(key, self.files[key]), self.manifest.arrays.get(key.partition("/")[0])
-        whole = spec is not None and "/c/" in key and len(data) > spec.chunks_per_shard * 16 + 4
-        return ObjectSum.of(data, chunk_sums(spec, data) if whole and spec is not None else b"").to_json()
+        return ObjectSum.of(data, sums_at_any_place(spec, data) if spec and "/c/" in key else b"").to_json()
+
+
+def sums_at_any_place(spec: ArraySpec, data: bytes) -> bytes:
+    """Return the last four bytes of each chunk, or zeros where its index leads out of the object."""
+    size = spec.chunks_per_shard * 16
+    index = np.frombuffer(data[-size - 4 : -4].rjust(size, b"\0"), "<u8").reshape(-1, 2)
+    stops = [start + length for start, length in index.tolist()]
+    return b"".join(data[stop - 4 : stop] if 4 <= stop <= len(data) else bytes(4) for stop in stops)
 
 
 @contextlib.contextmanager
@@ -299,27 +310,35 @@ def test_few_bytes_of_parquet_do_not_unfold_to_many(cache: Fuzzed) -> None:
     plain = pq.read_table(pa.BufferReader(cache.files[sequences_key(0)]))
     repeated = plain.take([0] * 4096).set_column(0, "id", pa.array(["x" * 100_000] * 4096))
     compressed = plain.set_column(0, "id", pa.array(["x" * 2**27, "b", "c"]))
-    for table, layout in ((repeated, {}), (compressed, {"compression": "zstd", "use_dictionary": False})):
-        data = parquet(table, **layout)
+    bombs = {
+        "unfolds from": parquet(repeated),
+        "uncompressed": parquet(compressed, compression="zstd", use_dictionary=False),
+    }
+    del repeated, compressed
+    pa.default_memory_pool().release_unused()
+    for message, data in bombs.items():
         assert len(data) < 600_000
         record = json.loads(cache.files[record_key(0)])
-        record["num_sequences"] = len(table)
+        record["num_sequences"] = pq.read_metadata(pa.BufferReader(data)).num_rows
         record["objects"][sequences_key(0)] = ObjectSum.of(data).to_json()
-        changed = {sequences_key(0): data, record_key(0): json.dumps(record).encode()}
-        cache.survives(cache.with_right_sums(changed))
-        with pytest.raises(CacheFormatError, match=r"unfolds from|uncompressed"):
-            raise_of(cache, cache.with_right_sums(changed))
+        changed = cache.with_right_sums({sequences_key(0): data, record_key(0): json.dumps(record).encode()})
+        cache.survives(changed)
+        with pytest.raises(CacheFormatError, match=message):
+            cache.with_files(changed, cache.train)
 
 
-def raise_of(cache: Fuzzed, changed: Files) -> None:
-    """Open a cache with these files, and let its error out."""
-    for key, data in changed.items():
-        (cache.root / key).write_bytes(data)
-    try:
-        open_cache(cache.root)
-    finally:
-        for key in changed:
-            (cache.root / key).write_bytes(cache.files[key])
+def test_text_that_is_none_is_refused(cache: Fuzzed) -> None:
+    data = cache.files[sequences_key(0)].replace(b"fake:1", b"fake\xff1")
+    assert data != cache.files[sequences_key(0)]
+    with pytest.raises(CacheCorruptError, match=r"000000.parquet cannot be read: .*UTF8"):
+        cache.with_files(cache.with_right_sums({sequences_key(0): data}), cache.train)
+
+
+def test_a_table_of_another_shard_is_refused(cache: Fuzzed) -> None:
+    table = pq.read_table(pa.BufferReader(cache.files[sequences_key(0)]))
+    other = table.set_column(table.column_names.index("shard"), "shard", pa.array([0, 1, 0], pa.uint32()))
+    with pytest.raises(CacheFormatError, match=r"the sequence table of shard 0 of .* names other shards"):
+        cache.with_files(cache.with_right_sums({sequences_key(0): parquet(other)}), cache.train)
 
 
 ARRAYS = ("token_ids", "target_mask", "topk_ids", "topk_logprobs", "label_logprob", "tail_logprobs")
@@ -370,6 +389,20 @@ def test_rows_of_any_numbers(any_cache: Fuzzed) -> None:
     any_cache.survives(any_cache.with_right_sums(changed))
 
 
+def test_a_mask_that_supervises_the_last_position_is_refused(any_cache: Fuzzed) -> None:
+    spec = any_cache.manifest.arrays["target_mask"]
+    mask = (
+        ShardFile(any_cache.root / spec.object_key(0), spec, any_cache.manifest.settings.codec)
+        .read_rows(0, 4096)
+        .copy()
+    )
+    first = pq.read_table(pa.BufferReader(any_cache.files[sequences_key(0)]))["num_tokens"][0].as_py()
+    mask[0], mask[first - 1] = 0, 1
+    data = encode_shard(spec, mask, any_cache.manifest.settings.codec)
+    with pytest.raises(CacheCorruptError, match=r"sequence 0 of .* supervises its last position"):
+        any_cache.with_files(any_cache.with_right_sums({spec.object_key(0): data}), any_cache.train)
+
+
 @few_or_many
 def test_a_chunk_whose_header_says_anything(any_cache: Fuzzed, count: int) -> None:
     """The first 16 bytes are where blosc says how much it holds, and pcodec what and how much."""
@@ -410,12 +443,8 @@ def test_a_chunk_that_holds_more_or_less_than_its_place_is_refused(any_cache: Fu
     changed = with_first_chunk(any_cache, spec.name, lambda _: body)
     del values
     any_cache.survives(changed)
-    (any_cache.root / spec.object_key(0)).write_bytes(changed[spec.object_key(0)])
-    try:
-        (found,) = [problem for problem in verify_cache(any_cache.root) if problem.where == spec.object_key(0)]
-    finally:
-        (any_cache.root / spec.object_key(0)).write_bytes(any_cache.files[spec.object_key(0)])
-    assert "damaged are the chunks [0" in found.what
+    with pytest.raises(CacheCorruptError, match=r"chunk 0 .*tail_logsumexp/c/0/0 is damaged: "):
+        any_cache.with_files(changed, any_cache.train)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +488,7 @@ def test_a_record_or_seal_that_leads_outside_the_folder_is_refused(cache: Fuzzed
             values = json.loads(cache.files[name])
             values["objects"][key] = ObjectSum.of(b"secret").to_json()
             with pytest.raises(CacheFormatError, match="leaves the cache's folder"):
-                raise_of(cache, cache.with_right_sums({name: json.dumps(values).encode()}))
+                cache.with_files(cache.with_right_sums({name: json.dumps(values).encode()}), cache.train)
 
 
 def test_objects_may_be_symbolic_links_but_no_pipes_or_devices(cache: Fuzzed, tmp_path: Path) -> None:
@@ -496,5 +525,5 @@ def verify_cache_or_error(root: Path) -> list[Any]:
 def test_a_record_of_another_shard_is_refused(cache: Fuzzed) -> None:
     values = json.loads(cache.files[record_key(1)])
     with pytest.raises(CacheFormatError, match=r"000000.json is not the record of shard 0"):
-        raise_of(cache, cache.with_right_sums({record_key(0): json.dumps(values).encode()}))
+        cache.with_files(cache.with_right_sums({record_key(0): json.dumps(values).encode()}), cache.train)
     assert read_record(LocalStore(cache.root), record_key(0)).shard == 0
