@@ -128,8 +128,9 @@ def _decoder(cache: Cache) -> Any:
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     manifest, settings = found["manifest"], found["manifest"]["settings"]
     teacher = manifest["teacher"]
-    size = f"{teacher.get('num_parameters', 0):,} parameters"
-    yield f"teacher      {teacher.get('model_type')}, {size}, {teacher.get('dtype')}"
+    size = f"{teacher['num_parameters']:,} parameters" if "num_parameters" in teacher else None
+    known = (teacher.get("model_type"), teacher.get("name"), size, teacher.get("dtype"))
+    yield "teacher      " + ", ".join(str(fact) for fact in known if fact is not None)
     for part in manifest["parts"]:
         recipe = ", ".join(f"{name} {value}" for name, value in part["recipe"].items() if value is not None)
         yield f"data         {part['num_sequences']:,} sequences: {recipe}"

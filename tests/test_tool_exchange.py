@@ -17,7 +17,7 @@ from todi_offline.cache.importing import fewest_entries, import_table, imported_
 from todi_offline.cache.layout import ENCODINGS
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.tokenizer_files import read_tokenizer_files
-from todi_offline.errors import DataError, TargetsError
+from todi_offline.errors import CacheMismatchError, DataError, TargetsError
 
 DESCRIBED = imported_manifest(settings(temperatures=(1.0,), tail_samples=0), VOCAB, "elsewhere", {"vocabulary": "a"})
 
@@ -160,13 +160,17 @@ def test_an_import_that_was_stopped_goes_on(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "rows.parquet", plain_rows(range(90)))
     calls: list[tuple[int, int]] = []
     import_table(table, str(tmp_path / "cache"), DESCRIBED, progress=lambda done, total: calls.append((done, total)))
-    assert len(calls) == 2
-    assert calls[-1] == (90, 90)
+    assert calls[-1] == (180, 180)
+    assert calls == sorted(calls)
     whole = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     for name in ("sealed.json", "commits/000001.json"):
         (tmp_path / "cache" / name).unlink()
     import_table(table, str(tmp_path / "cache"), DESCRIBED)
     assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()} == whole
+    rows = plain_rows(range(90))
+    rows[0]["label_logprob"] = [value / 1.0001 for value in rows[0]["label_logprob"]]
+    with pytest.raises(CacheMismatchError, match=r"parts\.0\.recipe\.table"):
+        import_table(write_rows(table, rows), str(tmp_path / "cache"), DESCRIBED)
 
 
 def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(tmp_path: Path) -> None:
@@ -204,6 +208,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, column: str, change: Any, message:
     change(rows[1][column])
     with pytest.raises(DataError, match=message):
         import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_label_that_is_not_kept_needs_its_own_log_prob(tmp_path: Path) -> None:

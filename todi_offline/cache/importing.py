@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.errors import CacheFormatError, DataError, TargetsError, first_line
 
 _BATCH_ROWS = 64
+_BLOCK_BYTES = 2**20
 
 Row = Mapping[str, Any]
 """A row of the table: its cells as Arrow scalars, by column."""
 Numbers = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
-"""Called with the rows done so far and all of them."""
+"""Called with the rows done so far and all of them; each is looked at, then written."""
 
 
 def import_table(
@@ -53,7 +55,8 @@ def import_table(
       it cannot be had.
     - Without label_logprob, it is that of the same id among the entries, which must have it.
 
-    The same call again goes on where it was stopped.
+    All rows are looked at before anything is written. The same call again goes on where it was stopped; the manifest
+    has the hash of a table that brought none, so that a changed one is not taken for it.
 
     Raises:
         DataError: the table cannot be read, is not described, or has a wrong row, which is named.
@@ -61,7 +64,9 @@ def import_table(
     """
     with _opened(path) as table:
         own, tokenizer = _metadata(table, str(path))
-        if (described := described or own) is None:
+        if described is not None:
+            described = _with_recipe(described, {"source": "imported", "table": _hash_file(path)})
+        elif (described := own) is None:
             raise DataError(f"{path} brings no manifest; say its teacher and tokenizer")
         _require_columns(table, described.settings, str(path))
         return _write(table, str(path), out, described, tokenizer_json or tokenizer, progress)
@@ -70,7 +75,7 @@ def import_table(
 def imported_manifest(settings: CacheSettings, vocab_size: int, teacher: str, tokenizer: Mapping[str, str]) -> Manifest:
     """Describe targets from elsewhere: of their teacher, a name is all that is known."""
     fingerprint = {"model_type": "imported", "name": teacher}
-    part = Part(recipe={"source": "imported"}, content="", num_sequences=1, num_shards=1, versions={})
+    part = Part(recipe={}, content="", num_sequences=1, num_shards=1, versions={})
     return Manifest(settings=settings, vocab_size=vocab_size, teacher=fingerprint, tokenizer=tokenizer, parts=(part,))
 
 
@@ -101,6 +106,15 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"cannot read {path} as Parquet: {first_line(error)}") from error
 
 
+def _with_recipe(manifest: Manifest, recipe: Mapping[str, Any]) -> Manifest:
+    return dataclasses.replace(manifest, parts=(dataclasses.replace(manifest.parts[0], recipe=recipe),))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hash_bytes(iter(partial(file.read, _BLOCK_BYTES), b""))
+
+
 def _write(
     table: pq.ParquetFile,
     where: str,
@@ -109,17 +123,19 @@ def _write(
     tokenizer_json: str | None,
     progress: Progress,
 ) -> Manifest:
+    columns, total = [*PLAIN_SCHEMA.names, "positions"], 2 * table.metadata.num_rows
     lengths, keys = [], []
-    for number, row in _rows(table, ["input_ids", "target_mask", "positions"]):
-        ids, mask = _tokens(number, row, where)
-        lengths.append(len(ids))
-        keys.append(content_key(ids, mask))
+    for number, row in _rows(table, columns):
+        sequence = _sequence(number, row, where, described)
+        lengths.append(len(sequence.token_ids))
+        keys.append(content_key(sequence.token_ids, sequence.target_mask))
+        progress(number + 1, total)
     plan = plan_shards(lengths, described.settings.shard_tokens)
     part = dataclasses.replace(
         described.parts[0], content=hash_bytes(keys), num_sequences=len(keys), num_shards=len(plan)
     )
     manifest = dataclasses.replace(described, parts=(part,))
-    rows = _rows(table, [*PLAIN_SCHEMA.names, "positions"])
+    rows = _rows(table, columns)
     with CacheWriter(out, manifest, tokenizer_json) as writer:
         missing = set(writer.missing_shards())
         for shard in plan:
@@ -128,7 +144,7 @@ def _write(
                 writer.write_shard(shard.index, [_sequence(number, row, where, manifest) for number, row in members])
             else:
                 list(members)
-            progress(shard.stop, len(keys))
+            progress(len(keys) + shard.stop, total)
         if not writer.sealed:
             writer.seal()
     return manifest

@@ -122,8 +122,9 @@ def where(cache: Cache, expression: str) -> Selection:
         tree = ast.parse(expression, mode="eval")
         chosen = np.asarray(_evaluate(tree.body, cache.sequences))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else error
         raise ConfigError(
-            f"cannot choose by {expression!r}: {error}; expected comparisons of {', '.join(_COLUMNS)}, "
+            f"cannot choose by {expression!r}: {why}; expected comparisons of {', '.join(_COLUMNS)}, "
             "e.g. teacher_nll < 2.5 and topk_mass > 0.9"
         ) from error
     if chosen.dtype != np.bool_ or chosen.shape != (len(cache),):
