@@ -14,7 +14,7 @@ from fake_cache import forge, forge_rows, forge_table, sequence, write_cache
 
 from todi_offline import open_cache
 from todi_offline.cache.encoding import bounds
-from todi_offline.cache.layout import CODECS, ENCODINGS
+from todi_offline.cache.layout import CODECS, ENCODINGS, SEQUENCE_SCHEMA
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
 
 
@@ -203,6 +203,20 @@ def test_a_folder_in_the_place_of_an_object_is_one_line(tmp_path: Path) -> None:
     (root / "topk_ids/c/0/0").mkdir()
     with pytest.raises(CacheError, match=r"sequence 'fake:0' .*topk_ids/c/0/0"):
         cache[0]
+
+
+def test_columns_are_the_sequence_tables_without_their_text(tmp_path: Path) -> None:
+    cache = open_cache(write_cache(tmp_path / "cache", num_shards=7, per_shard=3, codec="fast"))
+    assert {*cache.columns, "id", "source"} == set(SEQUENCE_SCHEMA.names)
+    for name, values in cache.columns.items():
+        expected = cache.sequences[name]
+        if name == "content_key":
+            assert values.tobytes() == b"".join(expected.to_pylist())
+        else:
+            assert (values == expected.to_numpy()).all()
+            assert values.dtype == expected.to_numpy().dtype
+    assert cache.sequences.schema == SEQUENCE_SCHEMA
+    assert cache.sequences["id"].to_pylist() == [f"fake:{number}" for number in range(21)]
 
 
 def test_bytes_are_counted_by_array(tmp_path: Path) -> None:

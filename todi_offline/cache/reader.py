@@ -112,8 +112,9 @@ class Cache:
             raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again to go on")
         self.store = store
         self.manifest = manifest
-        parts = _map(partial(_read_columns, store, manifest), records)
-        self.columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+        with ThreadPoolExecutor(_READERS) as pool:
+            self.columns = _joined(pool.map(partial(_read_columns, store, manifest), records))
+        pa.default_memory_pool().release_unused()  # what the threads leave behind is as much again
         """The sequence table but for its text, [sequence] each: a large cache has 52 bytes a sequence in memory."""
         self._records = records
         self._objects = {key: found for record in records for key, found in record.objects.items()}
@@ -239,6 +240,22 @@ def _read_columns(store: Store, manifest: Manifest, record: CommitRecord) -> dic
     require_places(str(store), table, manifest, record.shard)
     numbers = {name: np.array(table[name].to_numpy()) for name in table.column_names if name not in (*_TEXT, _KEY)}
     return {_KEY: keys_of(table), **numbers}
+
+
+def _joined(parts: Iterable[dict[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
+    """Join columns as they come: many small arrays, kept until the end, would leave holes in the memory."""
+    columns: dict[str, npt.NDArray[Any]] = {}
+    length = 0
+    for part in parts:
+        length += len(part[_KEY])
+        for name, piece in part.items():
+            whole = columns.setdefault(name, np.empty(0, piece.dtype))
+            if length > len(whole):
+                whole.resize(max(length, len(whole) * 5 // 4), refcheck=False)
+            whole[length - len(piece) : length] = piece
+    for whole in columns.values():
+        whole.resize(length, refcheck=False)
+    return columns
 
 
 def keys_of(table: pa.Table) -> Keys:
