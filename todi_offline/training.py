@@ -17,7 +17,7 @@ from todi_offline.cache.manifest import require_same_tokenizer
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.cache.store import open_store
-from todi_offline.cache.view import AnyCache, select, union
+from todi_offline.cache.view import AnyCache, CacheView, select, union
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError
@@ -276,9 +276,12 @@ def select_data(cache: AnyCache, data: SelectedData, tokenizer: Tokenizer | None
     found = locate(cache.content_keys, examples.content_keys())
     if missing := np.flatnonzero(found < 0).tolist():
         names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        members = cache.members if isinstance(cache, CacheView) else [cache]
+        reuse = "".join(f" --reuse {member.root}" for member in members)
+        command = f"todi capture --teacher ... --data {data.data}"
         raise CacheIncompleteError(
             f"{len(missing):,} of the {len(examples):,} examples of {data.data} are not in {cache.root}: {names}; "
-            f"`todi capture --data {data.data} --out {cache.root}` appends them"
+            f"`{command} --out {members[0].root}` appends them, `{command}{reuse} --out NEW` copies what is there"
         )
     return select(cache, found)
 
