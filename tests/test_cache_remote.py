@@ -1,5 +1,6 @@
 """A cache in an object store is the cache that a folder would hold, and what can go wrong there is one line."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -75,6 +76,16 @@ def memory(tmp_path: Path) -> Iterator[str]:
     """A URL with nothing below it."""
     yield f"memory:/{tmp_path}"
     fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture(scope="module")
+def dead() -> bytes:
+    """The lock of a process of this machine that was killed."""
+    code = (
+        "from todi_offline.cache.remote import RemoteLock, RemoteStore\n"
+        "lock = RemoteLock(RemoteStore('memory://x'))\nprint(lock._mine.decode(), end='')"
+    )
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -229,13 +240,8 @@ def test_a_second_writer_is_told_who_holds_the_place(store: RemoteStore) -> None
     assert store.size(".lock") is None
 
 
-def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over(store: RemoteStore, tmp_path: Path) -> None:
-    left = (
-        "import os, sys\nfrom todi_offline.cache.remote import RemoteStore, RemoteLock\n"
-        "lock = RemoteLock(RemoteStore('memory://x'))\nprint(lock._mine.decode())"
-    )
-    dead = subprocess.run([sys.executable, "-c", left], check=True, capture_output=True, text=True).stdout
-    store.write(".lock", dead.encode())
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over(store: RemoteStore, dead: bytes) -> None:
+    store.write(".lock", dead)
     with store.lock():
         assert json.loads(store.read(".lock"))["process"] == os.getpid()
     assert store.find() == []
@@ -243,6 +249,24 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over(store: RemoteS
         store.write(".lock", json.dumps(foreign).encode() if foreign else b"\xff")
         with pytest.raises(CacheLockedError, match=r"is being written by process (\d+|\?) on (host7|\?); wait"):
             store.lock().__enter__()
+
+
+def test_one_of_those_who_find_a_process_dead_takes_over(proxy: Proxy, tmp_path: Path, dead: bytes) -> None:
+    store, together = RemoteStore(f"s3://bucket{tmp_path}"), threading.Barrier(4)
+    store.write(".lock", dead)
+    locks, taken = [store.lock() for _ in range(4)], []
+
+    def take(lock: Any) -> None:
+        together.wait()
+        with contextlib.suppress(CacheLockedError):
+            taken.append(lock.__enter__())
+
+    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [lock._mine for lock in taken] == [store.read(".lock")]
 
 
 def test_a_lock_that_somebody_else_has_taken_is_left_to_them(store: RemoteStore) -> None:

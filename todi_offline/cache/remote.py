@@ -237,17 +237,25 @@ class RemoteLock:
         """Replace the lock of a dead process of this machine; processes of this machine do so one after the other."""
         name = hashlib.sha256(f"{os.getuid()} {self._store}".encode()).hexdigest()[:32]
         path = Path(tempfile.gettempdir()) / f"todi_offline-{name}.lock"
-        with locked_file(path) as current:
-            if current:
-                path.unlink()
-            holder = _holder(self._store)
-            if not current or not _is_dead(holder):
-                raise CacheLockedError(
-                    f"{self._store} is being written by process {holder.get('process', '?')} on "
-                    f"{holder.get('host', '?')}; wait or stop it; if it is gone, delete {self._store}/{LOCK_KEY}"
-                )
-            self._store.delete(LOCK_KEY)
-            self._store.create(LOCK_KEY, self._mine)
+        try:
+            with locked_file(path) as current:
+                try:
+                    self._replace(may=current)
+                finally:
+                    if current:
+                        path.unlink()  # who waits for it will find that it has lost its name
+        except OSError as error:
+            raise CacheError(f"cannot take over the lock of {self._store}: {error.strerror}: {path}") from error
+
+    def _replace(self, *, may: bool) -> None:
+        holder = _holder(self._store)
+        if not may or not _is_dead(holder):
+            raise CacheLockedError(
+                f"{self._store} is being written by process {holder.get('process', '?')} on "
+                f"{holder.get('host', '?')}; wait or stop it; if it is gone, delete {self._store}/{LOCK_KEY}"
+            )
+        self._store.delete(LOCK_KEY)
+        self._store.create(LOCK_KEY, self._mine)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
