@@ -16,6 +16,7 @@ from todi_offline.cache.layout import ENCODINGS, CacheSettings
 from todi_offline.cache.merge import merge_caches
 from todi_offline.cache.narrow import narrow
 from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.store import open_store
 from todi_offline.cache.subset import where
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheMismatchError, ConfigError, TargetsError
@@ -223,3 +224,23 @@ def test_progress_ends_at_the_end(tmp_path: Path) -> None:
     assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
     merge_caches([str(first), str(second)], str(tmp_path / "c"), lambda done, total: calls.append((done, total)))
     assert calls[4:] == [(0, 0)]
+
+
+def test_the_tools_work_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
+    place = f"memory://{tmp_path.name}"
+    root = write_cache(tmp_path / "cache", num_shards=3, per_shard=8)
+    run("subset", root, "--limit", 16, "--shard-tokens", 4096, "--out", f"{place}/a")
+    run("merge", f"{place}/a", root, "--out", f"{place}/b")
+    found = json.loads(run("diff", root, f"{place}/b", "--json", code=1).stdout)
+    assert (found["only_first"], found["only_second"], found["targets"]["differing"]) == (0, 0, 0)
+    store = open_store(f"{place}/b")
+    store.write("topk_ids/c/0/0", b"nothing")
+    store.write("stray", b"")
+    assert "topk_ids/c/0/0" in run("verify", f"{place}/b", code=1).output
+    assert "makes anew the shards 0" in run("repair", f"{place}/b").output
+    run("merge", f"{place}/a", root, "--out", f"{place}/b")
+    assert "is whole: 24 sequences" in run("verify", f"{place}/b").output
+    run("export", f"{place}/b", "--out", tmp_path / "rows.parquet")
+    run("import", tmp_path / "rows.parquet", "--out", f"{place}/c")
+    assert "is whole: 24 sequences" in run("verify", f"{place}/c").output
