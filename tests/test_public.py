@@ -71,7 +71,7 @@ def test_the_functions_of_both_stages_take_these() -> None:
         "*progress": None,
         "settings": ...,
     }
-    assert parameters(todi_offline.open_cache) == {"path": ..., "*allow_unsealed": False}
+    assert parameters(todi_offline.open_cache) == {"place": ..., "*allow_unsealed": False}
     assert parameters(todi_offline.train) == {
         "student": ...,
         "cache": ...,
