@@ -1,7 +1,8 @@
 """Does a cache of a hundred million targets open, read and train as one of a million does?
 
 The caches are one shard's sequences again and again (real ones with `--set cache=CACHE`); the shards are hard links to
-the same files, so that what is read comes from the page cache at every size. Each size is looked at in a process of its own:
+the same files, so that what is read comes from the page cache at every size. Each size is looked at in a process of
+its own:
 
     open            seconds until the cache is open
     memory          resident bytes that the open cache and 2,000 random reads of it add
