@@ -17,7 +17,7 @@ forward KL, by seed, then averaged. Bytes a target are those of the arrays that 
 predictions; for random draws, of their ids in pcodec.
 
     --quick               a teacher trained on the spot, one seed, some of the arms: reckoned, not measured: 10 minutes
-    --set grid=bars       the same teacher, three seeds, the arms that the project set itself bars for, reckoned: an hour
+    --set grid=bars       the same teacher, three seeds, those arms with bars of the project, reckoned: an hour
     (neither)             1,692 runs: for a GPU. Name a teacher with --set teacher=FOLDER, else SmolLM2-135M-Instruct
                           is fetched, and text with --set data=FILE and heldout=FILE, else Python's documentation
     --set vocab=512       another tokenizer for the teacher that is trained on the spot
