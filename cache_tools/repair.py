@@ -43,5 +43,6 @@ def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
         yield f"{cache} is whole"
     if not repair.is_sealed and all(problem.where != "zarr.json" for problem in repair.left):
         whose = "; ".join(map(described, repair.parts))
-        what = f"makes anew the shards {', '.join(map(str, repair.shards))}" if repair.shards else "finishes the cache"
+        shards = ", ".join(map(str, repair.shards))
+        what = f"makes anew shard{'s' * (len(repair.shards) > 1)} {shards}" if shards else "finishes the cache"
         yield f"to go on, run what wrote it again{f' ({whose})' if whose else ''}: it {what}"

@@ -69,6 +69,8 @@ def capture(run: Run, config: dict[str, Any], seconds: float, measured: Any) -> 
         if fault not in (None, "teacher") and count == at:
             happen(fault, asked, Path(run["out"]))
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever nohup or a shell's & made of them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if fault == "kill" and at < 1:
         threading.Timer(at * seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
     started = perf_counter()

@@ -144,7 +144,7 @@ def test_a_dry_run_deletes_nothing_and_says_what_it_would(tmp_path: Path) -> Non
     assert set(begun) - set(found["deleted"]) == set(files_in(root))
     assert said[:2] == ["would delete sealed.json", "would delete commits/000001.json"]
     assert [line.removeprefix("would delete ") for line in said[:-1]] == found["deleted"]
-    assert said[-1] == "to go on, run what wrote it again (source fake): it makes anew the shards 1"
+    assert said[-1] == "to go on, run what wrote it again (source fake): it makes anew shard 1"
     assert (found["dry_run"], found["shards"], found["is_sealed"]) == (False, [1], False)
 
 
