@@ -143,7 +143,7 @@ def fuzz(check: Callable[..., None], count: int, *strategies: Any) -> None:
     )()
 
 
-few_or_many = pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
+few_or_many = pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.slow)])
 
 EDITS = st.lists(
     st.tuples(st.sampled_from(["flip", "write", "insert", "cut", "end"]), st.floats(0, 1), st.binary(max_size=12)),

@@ -108,6 +108,7 @@ def test_a_capture_killed_again_and_again_ends_with_the_same_bytes(captures: Cap
         assert files_of(root) == captures.whole
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -123,10 +124,10 @@ def test_a_capture_killed_again_and_again_ends_with_the_same_bytes(captures: Cap
     ],
 )
 def test_what_stops_a_capture_is_one_line_and_leaves_nothing_behind(
-    captures: Captures, tmp_path: Path, fault: str, message: str
+    captures: Captures, tmp_path: Path, fault: str, message: str, count: int
 ) -> None:
     rng = np.random.default_rng(list(map(ord, fault)))
-    for number in range(2):
+    for number in range(count):
         root = tmp_path / str(number)
         at = int(rng.integers(2, 9) if fault == "teacher" else rng.integers(10, captures.num_operations - 10))
         found = captures.run(root, fault, at)
