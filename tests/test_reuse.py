@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Row, tokenised
+from fake_cache import forge_rows
 from tiny import tiny_tokenizer
 from tiny_models import llama
 
@@ -208,6 +209,17 @@ def test_the_cache_of_another_teacher_tokenizer_or_vocabulary_is_refused(
     with pytest.raises(CacheFormatError, match="is no cache"):
         capture(teacher, whole, tmp_path / "out", reuse=[str(tmp_path / "nothing")], **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_with_other_tokens_under_a_content_key_is_not_copied_from(
+    teacher: Teacher, examples: Examples, tmp_path: Path
+) -> None:
+    capture(teacher, examples, tmp_path / "earlier", **SMALL)
+    forge_rows(tmp_path / "earlier", "token_ids", lambda rows: rows.__setitem__(0, rows[0] ^ 1))
+    with pytest.raises(
+        CacheCorruptError, match=f"earlier has other tokens under the content key of '{examples[0].id}'"
+    ):
+        capture(teacher, examples, tmp_path / "out", reuse=[str(tmp_path / "earlier")], **SMALL)
 
 
 def test_a_damaged_cache_is_not_copied_from(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:

@@ -272,8 +272,12 @@ def test_exactly_the_examples_of_a_data_set_are_found_by_their_content(
     data = str(tmp_path / "some.jsonl")
     summary = train(str(folder), whole.root, tmp_path / "run", data=data, num_train_epochs=1, **SMALL)
     assert summary.num_tokens == int(found.num_tokens.sum())
-    with pytest.raises(CacheIncompleteError, match=r"1 of the 2 examples of .*more.jsonl are not in .*more.jsonl:1; "):
-        select_data(whole, SelectedData(data=str(tmp_path / "more.jsonl")), teacher.tokenizer)
+    more = SelectedData(data=str(tmp_path / "more.jsonl"), limit=2)
+    message = r"1 of the 2 examples of .*more.jsonl are not in .*more.jsonl:1; `todi capture .*more.jsonl --limit 2 "
+    with pytest.raises(
+        CacheIncompleteError, match=message + r".*--out \S+cache` appends them, .*--reuse \S+cache --out"
+    ):
+        select_data(whole, more, teacher.tokenizer)
     with pytest.raises(CacheMismatchError, match="the tokenizer of the student is not"):
         select_data(whole, SelectedData(data=data), tiny_tokenizer(vocab_size=400))
     with pytest.raises(ModelError, match="the student's tokenizer is needed"):

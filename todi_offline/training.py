@@ -278,7 +278,9 @@ def select_data(cache: AnyCache, data: SelectedData, tokenizer: Tokenizer | None
         names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
         members = cache.members if isinstance(cache, CacheView) else [cache]
         reuse = "".join(f" --reuse {member.root}" for member in members)
-        command = f"todi capture --teacher ... --data {data.data}"
+        options = {"data": data.data, "split": data.split, "limit": data.limit, **known}
+        shown = (f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
+        command = f"todi capture --teacher ... {' '.join(shown)}"
         raise CacheIncompleteError(
             f"{len(missing):,} of the {len(examples):,} examples of {data.data} are not in {cache.root}: {names}; "
             f"`{command} --out {members[0].root}` appends them, `{command}{reuse} --out NEW` copies what is there"

@@ -114,8 +114,8 @@ class Cache:
         self.manifest = manifest
         with ThreadPoolExecutor(_READERS) as pool:
             self.columns = _joined(pool.map(partial(_read_columns, store, manifest), records))
+            """The sequence table but for its text, [sequence] each: 52 bytes a sequence in memory."""
         pa.default_memory_pool().release_unused()  # what the threads leave behind is as much again
-        """The sequence table but for its text, [sequence] each: a large cache has 52 bytes a sequence in memory."""
         self._records = records
         self._objects = {key: found for record in records for key, found in record.objects.items()}
 
