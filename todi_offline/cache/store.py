@@ -221,6 +221,8 @@ class LocalStore:
         """Make the folder and return its lock; see `Store`."""
         try:
             self._make_folder(self.root)
+            for folder in (self.root, *filter(Path.is_dir, self.root.iterdir())):
+                _sync(folder)  # a killed process may have renamed there what now passes for committed
         except OSError as error:
             raise CacheError(f"cannot create {self}: {error.strerror}; choose another folder") from error
         return CacheLock(self.root)
