@@ -61,17 +61,17 @@ REFERENCES = [
     Arm(targets="random", samples=NUM_DRAWS),
     Arm(targets="random", samples=NUM_DRAWS, kd_weight=MATCHED),
 ]
-HEAVIER_TAIL = [cached(64, 8, tail_weight=2.5)]
 BARS = {(64, 8): 0.97, (16, 8): 0.92, (8, 4): 0.88}
 """Share recovered that is asked of K kept ids and S samples, for a vocabulary of 4,096 or more."""
 BARS_OF_SMALL_VOCABULARY = {(8, 4): 0.98}
+HEAVIER_TAILS = [cached(*key, tail_weight=weight) for key in BARS for weight in (2.5, 3.0)]
 
 
 def arms_of(grid: str, seeds: int) -> list[Arm]:
     """Return the arms of a grid, the seeds outermost: what is measured first compares the most."""
     starts: dict[str, list[Arm]] = {
         "quick": [*_each(_quick(), "warm"), *_each([SFT, DENSE, cached(16, 8), cached(8)], "cold")],
-        "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *HEAVIER_TAIL, *DENSE_FORWARD_KL], "warm"),
+        "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *HEAVIER_TAILS, *DENSE_FORWARD_KL], "warm"),
         "full": [*_each(_full(), "warm"), *_each(_full(), "cold")],
     }
     return [dataclasses.replace(arm, seed=seed) for seed in range(seeds) for arm in starts[grid]]

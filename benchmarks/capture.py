@@ -27,7 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, Examples, load_examples
 from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.teacher import Teacher, TeacherConfig, as_teacher, length_batches, load_teacher, teacher_fingerprint
+from todi_offline.teacher import (
+    Teacher,
+    TeacherConfig,
+    as_teacher,
+    length_batches,
+    load_teacher,
+    padded_length,
+    teacher_fingerprint,
+)
 
 VOCAB, BATCH_TOKENS, CHUNK_ROWS = 49_152, 4096, 256
 BAR = 0.95
@@ -76,8 +84,7 @@ def _batches(examples: Examples) -> list[list[int]]:
 def _padding(examples: Examples) -> float:
     """Return the share of padding in all batches."""
     lengths = examples.num_tokens
-    padded = sum(len(batch) * int(lengths[batch].max()) for batch in _batches(examples))
-    return 1 - int(lengths.sum()) / padded
+    return 1 - int(lengths.sum()) / sum(map(padded_length, lengths.tolist()))
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def _bare(teacher: Teacher, examples: Examples) -> None:
     assert teacher.head is not None, "these teachers have a plain head"
     for batch in _batches(examples):
         members = [examples[index] for index in batch]
-        length = max(len(example.token_ids) for example in members)
+        length = padded_length(max(len(example.token_ids) for example in members))
         input_ids = np.zeros((len(members), length), np.int64)
         for row, example in enumerate(members):
             input_ids[row, : len(example.token_ids)] = example.token_ids

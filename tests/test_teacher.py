@@ -59,11 +59,16 @@ def some_examples(*lengths: int) -> list[Example]:
 def test_a_padded_length_is_a_step_at_or_above_and_little_of_it_is_padding() -> None:
     for number in range(1, 3000):
         padded = padded_length(number)
-        assert padded % 16 == 0
-        assert number <= padded <= max(16, number * 9 // 8 + 16)
+        assert padded % 8 == 0
+        assert number <= padded <= max(16, number * 9 // 8 + 8)
         assert padded_length(padded) == padded
-    assert [padded_length(number) for number in (1, 16, 17, 128, 129, 257, 1000)] == [16, 16, 32, 128, 144, 288, 1024]
+    assert [padded_length(number) for number in (1, 16, 17, 128, 129, 257, 1000)] == [16, 16, 24, 128, 144, 288, 1024]
     assert [padded_length(number, 1000) for number in (990, 1000, 1001)] == [1000, 1000, 1001]
+
+
+def test_padding_is_less_than_a_twentieth_of_what_instructions_are_long() -> None:
+    lengths = np.random.default_rng(0).lognormal(np.log(200), 0.8, 2000).astype(int) + 8
+    assert sum(map(padded_length, lengths.tolist())) < lengths.sum() / 0.95
 
 
 def test_length_batches_hold_every_sequence_once_within_the_limit() -> None:

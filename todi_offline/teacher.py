@@ -33,7 +33,7 @@ from todi_offline.targets import SparseTargets, teacher_targets
 logger = logging.getLogger(__name__)
 
 _LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
-_HEAD_ROWS = 16  # of logits at least, and always a multiple: a product of a few rows is summed in another order
+_ROWS = 16  # of a product at least, and of logits always a multiple: a few rows are summed in another order
 _SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
 _BLOCK_BYTES = 2**20
 _NOT_IDENTITY = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
@@ -107,11 +107,11 @@ def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
 def padded_length(num_tokens: int, num_positions: int | None = None) -> int:
     """Return the length that a sequence is padded to: of eight steps from one power of two to the next, the one above.
 
-    A step is 16 tokens at least. It follows from the sequence's own length alone, for how a kernel rounds may depend on
-    it. A model that has fewer positions is not asked for more.
+    A step is 8 tokens at least, the length 16. It follows from the sequence's own length alone, for how a kernel rounds
+    may depend on it. A model that has fewer positions is not asked for more.
     """
-    step = 1 << max(4, (num_tokens - 1).bit_length() - 4)
-    padded = -(-num_tokens // step) * step
+    step = 1 << max(3, (num_tokens - 1).bit_length() - 4)
+    padded = max(-(-num_tokens // step) * step, _ROWS)
     return padded if num_positions is None else max(num_tokens, min(padded, num_positions))
 
 
@@ -212,13 +212,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
 def _filled_up(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """Return rows end to end, the last one repeated to a multiple of those that the head takes."""
     rows = np.concatenate(parts)
-    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _HEAD_ROWS, axis=0)])
+    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _ROWS, axis=0)])
 
 
 def _logit_chunks(
     teacher: Teacher, input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, " target"]
 ) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    rows = max(1, _LOGIT_BYTES // (4 * teacher.vocab_size) // _HEAD_ROWS) * _HEAD_ROWS
+    rows = max(1, _LOGIT_BYTES // (4 * teacher.vocab_size) // _ROWS) * _ROWS
     if teacher.head is None:
         with head_at(teacher.model, positions):
             logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]
