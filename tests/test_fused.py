@@ -1,5 +1,8 @@
 import dataclasses
 import itertools
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -263,6 +266,32 @@ def test_backward_may_run_twice_where_the_graph_is_kept():
     once = torch.autograd.grad(loss, inputs[:3], torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
     twice = torch.autograd.grad(loss, inputs[:3])
     torch.testing.assert_close([gradient / 2 for gradient in once], list(twice))
+
+
+COMPILED = """
+import torch
+from todi_offline.losses import fused
+
+compiled = torch.compile(fused._exponentiate, dynamic=True)
+for num_targets in (1, 7, 12):
+    logits = 10 * torch.randn(num_targets, 301, generator=torch.Generator().manual_seed(num_targets))
+    logits[:, 5] = -torch.inf
+    plain, largest = logits.clone(), logits.amax(-1)
+    sums = compiled(logits, largest)
+    torch.testing.assert_close(sums, fused._exponentiate(plain, largest))
+    torch.testing.assert_close(logits, plain)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for the CPU what is compiled for CUDA elsewhere")
+def test_what_is_compiled_for_cuda_does_what_it_says() -> None:
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)  # without the checks of shapes, which are not compiled
+
+
+def test_nothing_is_compiled_for_a_cpu() -> None:
+    assert todi_offline.losses.fused._exponentiate_for("cpu") is todi_offline.losses.fused._exponentiate
 
 
 @pytest.mark.parametrize("settings", [{"k": K + 1}, {"temperature": 3.0}])

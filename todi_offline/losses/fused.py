@@ -14,7 +14,10 @@ q. So it is the softmax inside the tail times one scalar a row, but for K + S co
 readable `entry_divergence` by autograd: [chunk, K + 1 + S] is small, and no divergence is written twice.
 """
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +210,7 @@ def _overwrite_with_gradient(
     label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
     warm = logits if config.temperature == 1 else logits / config.temperature
     split = _split(warm, targets)
-    log_partition, mass = (split.log_partition, None) if warm is logits else _exponentiate(logits)
+    log_partition, mass = (split.log_partition, None) if warm is logits else _softmax(logits)
     cross_entropy = (log_partition - label_logits).sum()
     teacher = teacher_entries(targets, config.temperature)
     kd, by_entry = _divergence(teacher, split.student, config, backward)
@@ -237,11 +240,23 @@ def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | No
     return slope
 
 
-def _exponentiate(logits: Float[Tensor, "target vocab"]) -> tuple[Float[Tensor, " target"], Float[Tensor, " target"]]:
+def _softmax(logits: Float[Tensor, "target vocab"]) -> tuple[Float[Tensor, " target"], Float[Tensor, " target"]]:
     """Return log sum of exp(logits); the logits become a multiple of their softmax, whose sum is returned too."""
     largest = logits.amax(-1)
-    mass = logits.sub_(largest[:, None]).exp_().sum(-1)
+    mass = _exponentiate_for(logits.device.type)(logits, largest)
     return largest + mass.log(), mass
+
+
+def _exponentiate(logits: Tensor, largest: Tensor) -> Tensor:
+    """Return the sums of exp(logits - largest) over rows; the logits become what is summed."""
+    return logits.sub_(largest[:, None]).exp_().sum(-1)
+
+
+@functools.cache
+def _exponentiate_for(device: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `_exponentiate`; on CUDA compiled, so that each logit is read and written once and not thrice."""
+    compiles = device == "cuda" and importlib.util.find_spec("triton") is not None
+    return torch.compile(_exponentiate, dynamic=True) if compiles else _exponentiate
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +288,7 @@ def _split(scaled: Float[Tensor, "target vocab"], targets: SparseTargets) -> _Sp
     floor = torch.maximum(kept.amax(-1, keepdim=True), largest) + FLOOR
     largest = torch.maximum(largest, floor)
     # The kept ids count as the floor in the tail, so that it has a logarithm: see `student_entries`.
-    rest = scaled.sub_(largest).exp_().sum(-1, keepdim=True)
+    rest = _exponentiate_for(scaled.device.type)(scaled, largest.squeeze(-1))[:, None]
     mass = rest + kept.shape[1] * (floor - largest).exp()
     tail = largest + mass.log()
     kept_exist = kept != -math.inf
