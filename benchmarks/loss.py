@@ -9,6 +9,22 @@ float32. Compared are, in one process and in turns:
     readable        distillation_loss of all logits: the same numbers as fused
     dense           CE and ToDi over the whole vocabulary, the teacher's logits given
 
+and, where they are installed, public libraries that run on a CPU:
+
+    trl, dense      GKDTrainer's loss: forward KL over the whole vocabulary, no CE; the teacher's logits given
+    trl, tiled      DistillationTrainer's: the same from hidden states and head of student and teacher, logits in tiles
+    liger           LigerFusedLinearJSDLoss: CE and forward KL over the whole vocabulary; given as trl, tiled
+    axolotl         its top-k loss: CE and forward KL among the K ids, renormalised, no tail; given K ids and log-probs
+
+Forward KL (beta = 0 in each) is less work than ToDi, which is forward and reverse KL with weights. `trl, tiled` and
+liger make the teacher's logits within the step: it is a matrix product more, and stands for a teacher in memory, of the
+student's width here. liger and axolotl go by chunks of 1,024 targets unless told otherwise, which here is all of them:
+`by 128` is a chunk of 128, `compiled` is torch.compile, whose compilation is not counted.
+
+    pip install --no-deps trl==1.16.0 liger-kernel==0.8.5 axolotl==0.19.0
+    pip install addict pydantic peft    # what axolotl's loss imports; trl needs what this project needs
+
+Vocabularies are 32,000, 49,152 and 128,256 ids; `--set vocab=49152` measures one, `--set repetitions=3` is quicker.
 Time is the median over repetitions of the ratio to another method's time in the same repetition, as the clock on the
 wall has it and as the processor does (all threads; less disturbed by other processes). Memory is the most that
 torch's allocator handed out at once during the step, gradients included: not what the step is given (the dense
@@ -17,8 +33,8 @@ teacher's logits are given), nor what the matrix library works in.
 On a machine that does other work at the same time, run it on one thread (OMP_NUM_THREADS=1, as the results kept here):
 with more, each of the fused step's many short operations waits for the thread that was interrupted.
 
-Not claimed: anything of a GPU, of more threads than the results name, of bfloat16, of other sizes, or of a whole
-training step; the targets are random.
+Not claimed: anything of a GPU, for which the peers are made, of more threads than the results name, of bfloat16, of
+other sizes, or of a whole training step; the targets are random.
 """
 
 import itertools
@@ -31,13 +47,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks._peak import peak_bytes
+from benchmarks._peers import Given, Step, peer_steps, peers
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss, fused_linear_distill
 from todi_offline.targets import SparseTargets, sparsify
 
-Step = Callable[[], object]
+Measured = dict[str, dict[str, list[float]]]
+"""By measure, then by method."""
 
-WIDTH, VOCAB, K, NUM_SAMPLES = 576, 49_152, 64, 8
-REFERENCES = ("products", "cross_entropy", "dense")
+WIDTH, K, NUM_SAMPLES = 576, 64, 8
+VOCABS = (32_000, 49_152, 128_256)
+REFERENCES = ("products", "cross_entropy", "dense", "fused, samples")
+BARS_VOCAB = 49_152
 BARS = [
     ("wall_seconds", "products", 1.15),
     ("wall_seconds", "cross_entropy", 1.0),
@@ -47,42 +67,63 @@ BARS = [
 """What the fused step is to take at most: of which measure, as a multiple of whose, how much."""
 
 
-def run(quick: bool) -> dict[str, object]:
-    num_targets, repetitions = (128, 3) if quick else (1024, 7)
-    steps = _steps(num_targets)
-    measured = _times(steps, repetitions)
-    measured["peak_bytes"] = {name: [peak_bytes(step)] for name, step in steps.items()}
-    _print_ratios(measured)
-    if not quick:  # the bars are for the full size
-        _print_bars(measured)
+def run(quick: bool, vocab: str | None = None, repetitions: str = "7") -> dict[str, object]:
+    num_targets, num_repetitions = (128, 3) if quick else (1024, int(repetitions))
+    vocabs = (int(vocab),) if vocab else VOCABS[:1] if quick else VOCABS
+    found = peers()
+    print(f"{torch.get_num_threads()} threads, {num_targets} targets")
+    print("\n".join(f"{name}: {version}" for name, version in found.items()))
+    by_vocab = {}
+    for size in vocabs:
+        measured = _measured(num_targets, size, num_repetitions)
+        _print_ratios(size, measured)
+        if size == BARS_VOCAB and not quick:  # the bars are for the full size
+            _print_bars(measured)
+        by_vocab[str(size)] = _summary(measured)
     return {
-        "sizes": {"targets": num_targets, "d": WIDTH, "vocab": VOCAB, "k": K, "samples": NUM_SAMPLES},
+        "sizes": {"targets": num_targets, "d": WIDTH, "k": K, "samples": NUM_SAMPLES},
+        "peers": found,
         "threads": torch.get_num_threads(),
-        "repetitions": repetitions,
-        "medians": _each(statistics.median, measured),
-        "least": _each(min, measured),
-        "ratios": {
-            f"{measure} / {other}": {name: round(_ratio(by_name, name, other), 3) for name in by_name}
-            for (measure, by_name), other in itertools.product(measured.items(), REFERENCES)
-        },
+        "repetitions": num_repetitions,
+        "vocabs": by_vocab,
     }
 
 
-def _steps(num_targets: int) -> dict[str, Step]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(num_targets, WIDTH, generator=generator).requires_grad_()
-    weight = (torch.randn(VOCAB, WIDTH, generator=generator) / 10).requires_grad_()
-    labels = torch.randint(VOCAB, (num_targets,), generator=generator)
-    teacher = torch.randn(num_targets, VOCAB, generator=generator) * 3
-    bucket = sparsify(teacher, K)
-    sampled = sparsify(teacher, K, num_tail_samples=NUM_SAMPLES, generator=generator)
+def _measured(num_targets: int, vocab: int, repetitions: int) -> Measured:
+    given = _given(num_targets, vocab)
+    steps = _steps(given) | peer_steps(given)
+    measured = _times(steps, repetitions)
+    measured["peak_bytes"] = {name: [peak_bytes(step)] for name, step in steps.items()}
+    torch.compiler.reset()  # else the next vocabulary is compiled for any size
+    return measured
 
-    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, (hidden, weight))
+
+def _given(num_targets: int, vocab: int) -> Given:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(num_rows: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(num_rows, WIDTH, generator=generator) * scale
+
+    teacher_hidden, teacher_weight = normal(num_targets), normal(vocab, 1 / 8)
+    teacher_logits = teacher_hidden @ teacher_weight.T
+    return Given(
+        hidden=normal(num_targets).requires_grad_(),
+        weight=normal(vocab, 1 / 10).requires_grad_(),
+        labels=torch.randint(vocab, (num_targets,), generator=generator),
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_logits=teacher_logits,
+        bucket=sparsify(teacher_logits, K),
+        sampled=sparsify(teacher_logits, K, num_tail_samples=NUM_SAMPLES, generator=generator),
+    )
+
+
+def _steps(given: Given) -> dict[str, Step]:
+    hidden, weight, labels = given.hidden, given.weight, given.labels
 
     def fused(targets: SparseTargets, temperature: float = 1.0) -> Step:
         config = DistillationConfig(temperature=temperature)
-        return lambda: gradients(fused_linear_distill(hidden, weight, labels, targets, config)[0])
+        return lambda: given.gradients(fused_linear_distill(hidden, weight, labels, targets, config)[0])
 
     def products() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -91,20 +132,21 @@ def _steps(num_targets: int) -> dict[str, Step]:
 
     def dense() -> tuple[Tensor, ...]:
         logits = hidden @ weight.T
-        return gradients((cross_entropy(logits, labels) + dense_divergence(logits, teacher).mean()) / 2)
+        divergence = dense_divergence(logits, given.teacher_logits).mean()
+        return given.gradients((cross_entropy(logits, labels) + divergence) / 2)
 
     return {
         "products": products,
-        "cross_entropy": lambda: gradients(cross_entropy(hidden @ weight.T, labels)),
-        "fused": fused(bucket),
-        "fused, samples": fused(sampled),
-        "fused, samples, T = 2": fused(sampled, 2.0),
-        "readable, samples": lambda: gradients(distillation_loss(hidden @ weight.T, labels, sampled)[0]),
+        "cross_entropy": lambda: given.gradients(cross_entropy(hidden @ weight.T, labels)),
+        "fused": fused(given.bucket),
+        "fused, samples": fused(given.sampled),
+        "fused, samples, T = 2": fused(given.sampled, 2.0),
+        "readable, samples": lambda: given.gradients(distillation_loss(hidden @ weight.T, labels, given.sampled)[0]),
         "dense": dense,
     }
 
 
-def _times(steps: dict[str, Step], repetitions: int) -> dict[str, dict[str, list[float]]]:
+def _times(steps: dict[str, Step], repetitions: int) -> Measured:
     """Return wall and processor seconds of each step, all steps in turns; a first round is not counted."""
     wall: dict[str, list[float]] = {name: [] for name in steps}
     processor: dict[str, list[float]] = {name: [] for name in steps}
@@ -120,9 +162,18 @@ def _times(steps: dict[str, Step], repetitions: int) -> dict[str, dict[str, list
     }
 
 
-def _each(
-    summary: Callable[[list[float]], float], measured: dict[str, dict[str, list[float]]]
-) -> dict[str, dict[str, float]]:
+def _summary(measured: Measured) -> dict[str, object]:
+    return {
+        "medians": _each(statistics.median, measured),
+        "least": _each(min, measured),
+        "ratios": {
+            f"{measure} / {other}": {name: round(_ratio(by_name, name, other), 3) for name in by_name}
+            for (measure, by_name), other in itertools.product(measured.items(), REFERENCES)
+        },
+    }
+
+
+def _each(summary: Callable[[list[float]], float], measured: Measured) -> dict[str, dict[str, float]]:
     return {
         measure: {name: round(summary(values), 3) for name, values in by_name.items()}
         for measure, by_name in measured.items()
@@ -133,23 +184,23 @@ def _ratio(values: dict[str, list[float]], name: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(values[name], values[other], strict=True))
 
 
-def _print_ratios(measured: dict[str, dict[str, list[float]]]) -> None:
-    print(f"{torch.get_num_threads()} threads")
-    print(f"{'':22}" + "".join(f"{column:>14}" for column in ("wall s", *REFERENCES, "peak MiB", "of dense")))
+def _print_ratios(vocab: int, measured: Measured) -> None:
+    columns = ("wall s", *REFERENCES, "peak MiB", "of dense")
+    print(f"\n{f'vocabulary {vocab:,}':22}" + "".join(f"{column:>15}" for column in columns))
     wall, peak = measured["wall_seconds"], measured["peak_bytes"]
     for name in wall:
-        ratios = "".join(f"{_ratio(wall, name, other):13.2f}x" for other in REFERENCES)
-        memory = f"{peak[name][0] / 2**20:14.0f}{_ratio(peak, name, 'dense'):13.2f}x"
-        print(f"{name:22}{statistics.median(wall[name]):14.2f}{ratios}{memory}")
+        ratios = "".join(f"{_ratio(wall, name, other):14.2f}x" for other in REFERENCES)
+        memory = f"{peak[name][0] / 2**20:15.0f}{_ratio(peak, name, 'dense'):14.2f}x"
+        print(f"{name:22}{statistics.median(wall[name]):15.2f}{ratios}{memory}")
 
 
-def _print_bars(measured: dict[str, dict[str, list[float]]]) -> None:
+def _print_bars(measured: Measured) -> None:
     print()
     for measure, other, bar in BARS:
         ratio = _ratio(measured[measure], "fused, samples", other)
         verdict = "met" if ratio <= bar else "MISSED"
         print(f"fused, samples: {measure} {ratio:.3f} x {other}, at most {bar}: {verdict}")
     cpu = measured["cpu_seconds"]
-    for other in REFERENCES:
+    for other in REFERENCES[:-1]:
         least = min(cpu["fused, samples"]) / min(cpu[other])
         print(f"fused, samples: cpu_seconds {_ratio(cpu, 'fused, samples', other):.3f} x {other}, least {least:.3f} x")
