@@ -19,6 +19,10 @@ from todi_offline.targets import SparseTargets
 Step = Callable[[], object]
 Losses = dict[str, Callable[[], Any]]
 
+FORMS: dict[str, dict[str, object]] = {"": {"compiled": False}, ", by 128": {"compiled": False, "chunk_size": 128}}
+"""How the losses that go by chunks are called: by their own 1,024 targets, and by fewer."""
+COMPILED: dict[str, dict[str, object]] = {", compiled": {"compiled": True}} if shutil.which("g++") else {}
+
 
 @dataclass(frozen=True, slots=True)
 class Given:
@@ -43,10 +47,9 @@ def peers() -> dict[str, str]:
     found = {}
     for name, (needed, _) in PEERS.items():
         missing = [module for module in needed if find_spec(module) is None]
-        found[name] = (
-            f"not measured, without {', '.join(missing)}" if missing else importlib.metadata.version(needed[0])
-        )
-    if shutil.which("g++") is None:
+        version = None if missing else importlib.metadata.version(needed[0])
+        found[name] = version or f"not measured, without {', '.join(missing)}"
+    if not COMPILED:
         found["compiled"] = "not measured, without g++"
     return found
 
@@ -63,12 +66,6 @@ def peer_steps(given: Given) -> dict[str, Step]:
 
 def _step(given: Given, loss: Callable[[], Any]) -> object:
     return given.gradients(loss())
-
-
-def _forms() -> dict[str, dict[str, object]]:
-    """Return how the chunked losses are called: as they come, which is 1,024 targets a chunk, and in two other ways."""
-    forms: dict[str, dict[str, object]] = {"": {"compiled": False}, ", by 128": {"compiled": False, "chunk_size": 128}}
-    return forms | ({", compiled": {"compiled": True}} if shutil.which("g++") else {})
 
 
 def _trl(given: Given) -> Losses:
@@ -89,7 +86,7 @@ def _trl(given: Given) -> Losses:
 def _liger(given: Given) -> Losses:
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
     arguments = given.hidden, given.weight, given.teacher_hidden, given.teacher_weight, given.labels
-    return {f"liger{name}": partial(loss(beta=0.0, **form), *arguments) for name, form in _forms().items()}
+    return {f"liger{name}": partial(loss(beta=0.0, **form), *arguments) for name, form in (FORMS | COMPILED).items()}
 
 
 def _axolotl(given: Given) -> Losses:
@@ -101,7 +98,7 @@ def _axolotl(given: Given) -> Losses:
         total = kernel(beta=0.0, **form)(given.weight, given.hidden[None], ids, logprobs, mask, labels)
         return total / len(given.labels)
 
-    return {f"axolotl{name}": partial(loss, form) for name, form in _forms().items()}
+    return {f"axolotl{name}": partial(loss, form) for name, form in FORMS.items()}
 
 
 PEERS: dict[str, tuple[tuple[str, ...], Callable[[Given], Losses]]] = {
