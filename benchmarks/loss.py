@@ -17,10 +17,11 @@ and, where they are installed, public libraries that run on a CPU:
     axolotl         its top-k loss: CE and forward KL among the K ids, renormalised, no tail; given K ids and log-probs
 
 Forward KL (beta = 0 in each) is less work than ToDi, which is forward and reverse KL with weights. `trl, tiled` and
-liger make the teacher's logits within the step: it is a matrix product more, and stands for a teacher in memory, of the
-student's width here. liger and axolotl go by chunks of 1,024 targets unless told otherwise, which here is all of them:
-`by 128` is a chunk of 128. `compiled` is torch.compile, compilation not counted; axolotl has it too, but its mask
-breaks the graph: memory came out the same and time no shorter, so it is not in the table.
+liger make the teacher's logits within the step, which stands for a teacher in memory, of the student's width here: one
+matrix product more, and for `trl, tiled` three, as it makes all logits again for the gradients. liger and axolotl go by
+chunks of 1,024 targets unless told otherwise, which here is all of them: `by 128` is a chunk of 128. `compiled` is
+torch.compile, compilation not counted; axolotl has it too, but its mask breaks the graph: memory came out the same and
+time no shorter, so it is not in the table.
 
     pip install --no-deps trl==1.16.0 liger-kernel==0.8.5 axolotl==0.19.0
     pip install addict pydantic peft    # what axolotl's loss imports; trl needs what this project needs
