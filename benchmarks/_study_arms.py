@@ -8,11 +8,17 @@ from typing import Any, Literal
 
 LOSSES = ("todi", "forward_kl", "reverse_kl", "js", "skew_forward_kl", "adaptive_kl")
 WEIGHTS = (0.3, 0.5, 0.7)
-MATCHED = 0.6
-"""The weight w' at which forward KL pulls as ToDi does at w = 1/2 near q = p, beside cross-entropy:
-w' / (1 - w') = (1 + beta / 2) w / (1 - w), beta = 1."""
 NUM_DRAWS = 12
 """Of random-sampling KD."""
+
+
+def matched(kd_weight: float) -> float:
+    """Return the weight at which forward KL pulls as ToDi does at `kd_weight`, near q = p and beside cross-entropy.
+
+    Its odds are 1 + beta / 2 times ToDi's, beta = 1.
+    """
+    odds = 1.5 * kd_weight / (1 - kd_weight)
+    return round(odds / (1 + odds), 3)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,23 +61,23 @@ def cached(k: int, samples: int = 0, loss: str = "todi", **settings: Any) -> Arm
 
 SFT = Arm(targets="none", loss="", kd_weight=0.0)
 DENSE = Arm(targets="dense", loss="todi")
-DENSE_FORWARD_KL = [Arm(targets="dense"), Arm(targets="dense", kd_weight=MATCHED)]
+DENSE_FORWARD_KL = [Arm(targets="dense"), Arm(targets="dense", kd_weight=matched(0.5))]
 REFERENCES = [
     Arm(targets="renormalised", k=8),
     Arm(targets="random", samples=NUM_DRAWS),
-    Arm(targets="random", samples=NUM_DRAWS, kd_weight=MATCHED),
+    Arm(targets="random", samples=NUM_DRAWS, kd_weight=matched(0.5)),
 ]
 BARS = {(64, 8): 0.97, (16, 8): 0.92, (8, 4): 0.88}
 """Share recovered that is asked of K kept ids and S samples, for a vocabulary of 4,096 or more."""
 BARS_OF_SMALL_VOCABULARY = {(8, 4): 0.98}
-HEAVIER_TAILS = [cached(*key, tail_weight=weight) for key in BARS for weight in (2.5, 3.0)]
 
 
 def arms_of(grid: str, seeds: int) -> list[Arm]:
     """Return the arms of a grid, the seeds outermost: what is measured first compares the most."""
     starts: dict[str, list[Arm]] = {
         "quick": [*_each(_quick(), "warm"), *_each([SFT, DENSE, cached(16, 8), cached(8)], "cold")],
-        "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *HEAVIER_TAILS, *DENSE_FORWARD_KL], "warm"),
+        "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *DENSE_FORWARD_KL], "warm"),
+        "choice": [*_each(_choice(), "warm"), *_each(_choice_when_cold(), "cold")],
         "full": [*_each(_full(), "warm"), *_each(_full(), "cold")],
     }
     return [dataclasses.replace(arm, seed=seed) for seed in range(seeds) for arm in starts[grid]]
@@ -87,17 +93,37 @@ def _quick() -> Iterator[Arm]:
     yield from (REFERENCES[0], REFERENCES[2])
 
 
+def _choice() -> Iterator[Arm]:
+    """What tells which k, tail, temperature, weight and divergence to choose, one of them varied at a time."""
+    yield from (SFT, DENSE, *(cached(*key) for key in BARS))
+    yield from (cached(k, samples) for k in (4, 8, 16, 32, 64) for samples in (0, 4, 8))
+    yield from (cached(k, tail="none") for k in (8, 64))
+    yield from REFERENCES
+    yield from (
+        dataclasses.replace(DENSE, temperature=2.0),
+        *(cached(16, samples, temperature=2.0) for samples in (0, 8)),
+    )
+    yield from (dataclasses.replace(DENSE, kd_weight=weight) for weight in WEIGHTS)
+    yield from (Arm(targets="dense", kd_weight=weight) for weight in (*WEIGHTS, *map(matched, WEIGHTS)))
+    yield from (cached(16, 8, loss, kd_weight=w) for w in (0.5, matched(0.5)) for loss in LOSSES)
+    yield from (cached(16, 8, tail_weight=weight) for weight in (1.5, 2.5, 3.0))
+
+
+def _choice_when_cold() -> Iterator[Arm]:
+    yield from (SFT, DENSE, *DENSE_FORWARD_KL, cached(64, 8), cached(16, 8), cached(16), cached(8, 4), cached(8))
+
+
 def _full() -> Iterator[Arm]:
     yield SFT
     yield from (
         Arm(targets="dense", loss=loss, temperature=temperature, kd_weight=weight)
-        for loss, temperature, weight in itertools.product(LOSSES[:2], (1.0, 2.0), (*WEIGHTS, MATCHED))
+        for loss, temperature, weight in itertools.product(LOSSES[:2], (1.0, 2.0), (*WEIGHTS, *map(matched, WEIGHTS)))
     )
     for k in (4, 8, 16, 32, 64):
         for loss, temperature in itertools.product(LOSSES, (1.0, 2.0)):
             yield cached(k, loss=loss, temperature=temperature, tail="none")
             yield from (cached(k, samples, loss, temperature=temperature) for samples in (0, 4, 8))
         yield Arm(targets="renormalised", k=k)
-    for loss, weight in itertools.product(LOSSES, (*WEIGHTS, MATCHED)):
+    for loss, weight in itertools.product(LOSSES, (*WEIGHTS, *map(matched, WEIGHTS))):
         yield cached(16, 8, loss, kd_weight=weight)
     yield from REFERENCES

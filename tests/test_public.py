@@ -45,6 +45,7 @@ def test_the_public_names_are_these_and_each_resolves() -> None:
         "SparseTargets",
         "ToDiTrainer",
         "capture",
+        "evaluate",
         "open_cache",
         "sparsify",
         "train",
@@ -80,6 +81,18 @@ def test_the_functions_of_both_stages_take_these() -> None:
         "*tokenizer": None,
         "*config": None,
         "*callbacks": None,
+        "settings": ...,
+    }
+
+
+def test_the_evaluation_takes_these() -> None:
+    assert parameters(todi_offline.evaluate) == {
+        "student": ...,
+        "*cache": None,
+        "*data": None,
+        "*tokenizer": None,
+        "*config": None,
+        "*progress": None,
         "settings": ...,
     }
 

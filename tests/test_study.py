@@ -42,14 +42,14 @@ def row(start="warm", seed=0, arm=SFT, forward_kl=1.0):
     return fields | {"start": start, "seed": str(seed)} | measures
 
 
-@pytest.mark.parametrize("grid", ["quick", "bars", "full"])
+@pytest.mark.parametrize("grid", ["quick", "bars", "choice", "full"])
 def test_no_two_arms_of_a_grid_are_the_same_row_of_a_table(grid):
     arms = arms_of(grid, 2)
     assert len({(arm.start, arm.seed, arm.label) for arm in arms}) == len(arms)
 
 
 def test_every_grid_has_what_shares_are_counted_from():
-    for grid in ("quick", "bars", "full"):
+    for grid in ("quick", "bars", "choice", "full"):
         arms = arms_of(grid, 1)
         for start in {arm.start for arm in arms}:
             labels = {arm.label for arm in arms if arm.start == start}

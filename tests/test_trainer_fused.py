@@ -1,6 +1,7 @@
 """Training through the model's own forward pass, against training on the logits that it returns: the same numbers."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def assert_same_runs(
 def test_losses_and_gradients_are_those_of_the_logits(model: str, cache: Cache, tmp_path: Path) -> None:
     config = DistillationConfig(temperature=2.0, kd_weight=0.7) if model in ("llama", "scaled", "capped") else None
     assert_same_runs(tmp_path, cache, MODELS[model], distillation=config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # inductor's own
+def test_so_they_are_where_the_model_is_compiled(cache: Cache, tmp_path: Path) -> None:
+    compiled, gradients = run(tmp_path / "compiled", cache, MODELS["llama"], readable=False, torch_compile=True)
+    plain, expected = run(tmp_path / "plain", cache, MODELS["llama"], readable=False)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        for (_, found), (_, wanted) in zip(sorted(mine.items()), sorted(theirs.items()), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("model", ["llama", "tied"])

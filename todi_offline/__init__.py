@@ -19,6 +19,7 @@ The modules stand in the order in which data flows:
     losses                 student logits and targets -> loss
     student, trainer       what is trained, and by what
     training               stage 2: cache -> student
+    evaluation             a student -> its distance to a cached teacher, its ROUGE-L
     demo, cli              the whole of it, as commands
 
 This file imports nothing until a name is used, so that it costs nothing.
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from todi_offline.cache.reader import Cache, open_cache
     from todi_offline.capturing import capture
+    from todi_offline.evaluation import evaluate
     from todi_offline.losses import DistillationConfig
     from todi_offline.targets import SparseTargets, sparsify
     from todi_offline.trainer import ToDiTrainer
@@ -43,6 +45,7 @@ __all__ = [
     "SparseTargets",
     "ToDiTrainer",
     "capture",
+    "evaluate",
     "open_cache",
     "sparsify",
     "train",
@@ -54,6 +57,7 @@ _HOMES = {
     "SparseTargets": "targets",
     "ToDiTrainer": "trainer",
     "capture": "capturing",
+    "evaluate": "evaluation",
     "open_cache": "cache.reader",
     "sparsify": "targets",
     "train": "training",

@@ -129,6 +129,7 @@ class ToDiTrainer(Trainer):
         vocab_size, head, sums = self._cache.manifest.vocab_size, self.head, {}
         targets = batch_targets(inputs, self._cache)
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # its gradients are made by hand
         def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             loss, found = fused_linear_distill(
                 hidden,
