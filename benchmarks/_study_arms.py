@@ -38,6 +38,8 @@ class Arm:
     kd_weight: float = 0.5
     tail_weight: float = 0.0
     """Of the sampled tail; 0 is the divergence's own."""
+    encoding: str = "f16"
+    """Of what is cached."""
 
     @property
     def label(self) -> str:
@@ -50,6 +52,7 @@ class Arm:
         parts += [f"T={self.temperature:g}"] if self.temperature != 1 else []
         parts += [f"w={self.kd_weight:g}"] if self.kd_weight != 0.5 else []
         parts += [f"tail weight {self.tail_weight:g}"] if self.tail_weight else []
+        parts += [self.encoding] if self.encoding != "f16" else []
         return " ".join(parts)
 
 
@@ -98,6 +101,7 @@ def _choice() -> Iterator[Arm]:
     yield from (SFT, DENSE, *(cached(*key) for key in BARS))
     yield from (cached(k, samples) for k in (4, 8, 16, 32, 64) for samples in (0, 4, 8))
     yield from (cached(k, tail="none") for k in (8, 64))
+    yield from (cached(*key, encoding="root8") for key in (*BARS, (16, 0)))
     yield from REFERENCES
     yield from (
         dataclasses.replace(DENSE, temperature=2.0),

@@ -127,7 +127,7 @@ def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequ
     if arm.targets == "random":
         sequences, num_bytes = _random_draws(world, _captured(world, folder, "train"), arm.samples, arm.seed)
         return sequences, num_bytes, functools.partial(_random_draws_loss, arm)
-    cache = _captured(world, folder, "train", arm.k or 8, arm.samples)
+    cache = _captured(world, folder, "train", arm.k or 8, arm.samples, arm.encoding)
     if arm.targets in ("none", "dense"):
         return cache, 0.0, functools.partial(_dense_loss, arm, world)
     used = {"topk_ids", "topk_logprobs"}
@@ -206,11 +206,20 @@ def _random_draws_loss(arm: Arm, logits: Tensor, batch: Batch) -> Tensor:
     return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
 
 
-def _captured(world: World, folder: Path, split: str, k: int = 8, samples: int = 0) -> Cache:
+def _captured(world: World, folder: Path, split: str, k: int = 8, samples: int = 0, encoding: str = "f16") -> Cache:
     """Return a cache of a split, captured once."""
-    out = folder / f"{split}-{k}+{samples}"
+    out = folder / f"{split}-{k}+{samples}-{encoding}"
     examples = world.train if split == "train" else world.heldout
-    capture(world.teacher, examples, out, k=k, tail_samples=samples, temperatures=(1.0, 2.0), shard_tokens=65_536)
+    capture(
+        world.teacher,
+        examples,
+        out,
+        k=k,
+        tail_samples=samples,
+        temperatures=(1.0, 2.0),
+        encoding=encoding,
+        shard_tokens=65_536,
+    )
     return open_cache(out)
 
 
