@@ -32,7 +32,7 @@ wall has it and as the processor does (all threads; less disturbed by other proc
 torch's allocator handed out at once during the step, gradients included: not what the step is given (the dense
 teacher's logits are given), nor what the matrix library works in.
 
-On a machine that does other work at the same time, run it on one thread (OMP_NUM_THREADS=1, as the results kept here):
+On a machine that does other work at the same time, run it on one thread (OMP_NUM_THREADS=1):
 with more, each of the fused step's many short operations waits for the thread that was interrupted.
 
 Not claimed: anything of a GPU, for which the peers are made, of more threads than the results name, of bfloat16, of
