@@ -28,7 +28,7 @@ def main(name: str | None, quick: bool, options: tuple[str, ...]) -> None:
     benchmark = _load(name)
     click.echo(f"{benchmark.__doc__}\n{listed(environment())}\n")
     measured = benchmark.run(quick, **dict(option.split("=", 1) for option in options))
-    if not quick:
+    if measured and not quick:  # the study keeps its own
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"benchmark": name, **environment(), **measured}, indent=1)
         (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._environment import environment, listed
-from benchmarks._study_arms import BARS, BARS_OF_SMALL_VOCABULARY, DENSE, SFT, Arm, cached
+from benchmarks._study_arms import BARS, BARS_OF_SMALL_VOCABULARY, DENSE, DENSE_FORWARD_KL, SFT, Arm, cached
 
 Row = dict[str, Any]
 
@@ -101,30 +101,59 @@ def _bars(means: Sequence[Row], bars: dict[tuple[int, int], float]) -> list[str]
 
 
 def _draw(means: Sequence[Row], file: Path) -> None:
-    """Draw forward KL against bytes a target, a panel a start, dense ToDi and SFT as lines."""
+    """Draw forward KL against bytes a target, a panel a start: a line for each tail over K, what is dense as levels.
+
+    Only arms of ToDi at T = 1 and w = 0.5, and the references of the field; the table has the others.
+    """
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none"}
+    matplotlib.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 8}
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     starts = sorted({mean["start"] for mean in means}, reverse=True)
-    figure, panels = pyplot.subplots(1, len(starts), figsize=(6.5 * len(starts), 4.5), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(starts), figsize=(6 * len(starts), 4.2), squeeze=False)
     for panel, start in zip(panels[0], starts, strict=True):
         shown = [mean for mean in means if mean["start"] == start]
-        for mean in shown:
-            if mean["label"] in (SFT.label, DENSE.label):
-                panel.axhline(mean["forward_kl"], linestyle="--", linewidth=1, color="grey")
-                panel.annotate(
-                    mean["label"], (0.01, mean["forward_kl"]), xycoords=("axes fraction", "data"), fontsize=8
-                )
-            elif mean["bytes_per_target"]:
+        _draw_levels(panel, shown)
+        for number, (name, members) in enumerate(sorted(_series(shown).items())):
+            x, y, error = zip(
+                *((m["bytes_per_target"], m["forward_kl"], m["forward_kl_deviation"]) for m in members), strict=True
+            )
+            style = "o-" if members[0]["arm"].targets == "cached" else "x"
+            panel.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, label=name, color=f"C{number}")
+            for mean in members if style == "o-" else ():
                 at = mean["bytes_per_target"], mean["forward_kl"]
-                style = {"cached": "o", "renormalised": "x", "random": "^"}[mean["arm"].targets]
-                panel.errorbar(*at, yerr=mean["forward_kl_deviation"], marker=style, markersize=5, capsize=2)
-                panel.annotate(mean["label"], at, xytext=(5, 3), textcoords="offset points", fontsize=7)
-        panel.set(title=f"{start} student", xlabel="bytes a target", ylabel="held-out forward KL to the teacher, nats")
-        panel.margins(x=0.2)
+                panel.annotate(mean["arm"].k, at, xytext=(2, 4), textcoords="offset points", fontsize=6)
+        panel.set(title=f"{start} student", xlabel="bytes a target (numbers at points: K)", xscale="log")
+        panel.set_ylabel("held-out forward KL to the teacher, nats")
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.set_xticks([10, 20, 50, 100, 200])
+        panel.minorticks_off()
+        panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _draw_levels(panel: Any, means: Sequence[Row]) -> None:
+    for mean in means:
+        if mean["label"] in (SFT.label, DENSE.label, *(arm.label for arm in DENSE_FORWARD_KL)):
+            panel.axhline(mean["forward_kl"], linestyle="--", linewidth=0.8, color="grey")
+            at = (0.99, mean["forward_kl"])
+            panel.annotate(mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+
+
+def _series(means: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return what is drawn as one line or as one point, by name, K rising."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for mean in sorted(means, key=lambda mean: mean["arm"].k):
+        arm: Arm = mean["arm"]
+        plain = cached(arm.k, arm.samples, tail=arm.tail, encoding=arm.encoding, start=arm.start, seed=arm.seed)
+        if arm == plain:
+            tail = f"{arm.samples} samples" if arm.tail == "sampled" else arm.tail.replace("none", "no tail")
+            found[f"ToDi, {tail}" + (f", {arm.encoding}" if arm.encoding != "f16" else "")].append(mean)
+        elif arm.targets in ("renormalised", "random"):
+            found[arm.label].append(mean)
+    return found

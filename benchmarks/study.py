@@ -76,7 +76,7 @@ def run(quick: bool, *, grid: str = "", seeds: str = "", work: str = "", **optio
     rows = _measured(arms, make_world(settings, folder), folder)
     name = "-".join(["study", grid, *(f"{key}-{Path(value).stem}" for key, value in sorted(options.items()))])
     print(write_report(rows, RESULTS / name, dataclasses.asdict(settings)))
-    return {"settings": dataclasses.asdict(settings), "rows": len(rows), "files": f"{name}.csv .md .svg"}
+    return {}
 
 
 def _settings(grid: str, options: dict[str, str]) -> Settings:
