@@ -139,10 +139,10 @@ def _draw(means: Sequence[Row], file: Path) -> None:
 
 def _draw_levels(panel: Any, means: Sequence[Row]) -> None:
     for mean in means:
-        if mean["label"] in (SFT.label, DENSE.label, *(arm.label for arm in DENSE_FORWARD_KL)):
+        if mean["label"] in (SFT.label, DENSE.label, DENSE_FORWARD_KL[0].label):
             panel.axhline(mean["forward_kl"], linestyle="--", linewidth=0.8, color="grey")
-            at = (0.99, mean["forward_kl"])
-            panel.annotate(mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+            at = (0.01, mean["forward_kl"])
+            panel.annotate(mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
 
 
 def _series(means: Sequence[Row]) -> dict[str, list[Row]]:

@@ -14,11 +14,11 @@ and from the Python beside them beta = 1 and no factor T^2 (code/criterions/vari
 code/utils.py of github.com/songmzhang/DSKD, on which that code says it is based. These are the scripts' numbers; they
 were not compared with those printed in the paper.
 
-Capture has its part in it: --temperature 1 --temperature 2 --max-length 512 --max-prompt-length 256, on Dolly with its
-ready-made prompts, by a teacher that was fine-tuned on the same data. What is not the same: the scripts' targets are
-dense; they keep the epoch with the best ROUGE-L on held-out data (here every epoch is kept, and `todi evaluate --data`
-tells which it is); their weights are in bf16 beside a copy in float32, here in float32 under autocast; they leave out
-the last, incomplete step of an epoch.
+Capture has its part in it: --temperature 1 --temperature 2 --tail-temperature 2 --max-length 512 --max-prompt-length
+256, on Dolly with its ready-made prompts, by a teacher that was fine-tuned on the same data. What is not the same:
+the scripts' targets are dense; they keep the epoch with the best ROUGE-L on held-out data (here every epoch is kept,
+and `todi evaluate --data` tells which it is); their weights are in bf16 beside a copy in float32, here in float32
+under autocast; they leave out the last, incomplete step of an epoch.
 """
 
 import os
