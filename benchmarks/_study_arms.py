@@ -40,6 +40,8 @@ class Arm:
     """Of the sampled tail; 0 is the divergence's own."""
     encoding: str = "f16"
     """Of what is cached."""
+    drawn_at: float = 1.0
+    """The temperature of the samples."""
 
     @property
     def label(self) -> str:
@@ -53,6 +55,7 @@ class Arm:
         parts += [f"w={self.kd_weight:g}"] if self.kd_weight != 0.5 else []
         parts += [f"tail weight {self.tail_weight:g}"] if self.tail_weight else []
         parts += [self.encoding] if self.encoding != "f16" else []
+        parts += [f"drawn at T={self.drawn_at:g}"] if self.drawn_at != 1 else []
         return " ".join(parts)
 
 
@@ -103,10 +106,9 @@ def _choice() -> Iterator[Arm]:
     yield from (cached(k, tail="none") for k in (8, 64))
     yield from (cached(*key, encoding="root8") for key in (*BARS, (16, 0)))
     yield from REFERENCES
-    yield from (
-        dataclasses.replace(DENSE, temperature=2.0),
-        *(cached(16, samples, temperature=2.0) for samples in (0, 8)),
-    )
+    yield dataclasses.replace(DENSE, temperature=2.0)
+    yield from (cached(16, samples, temperature=2.0) for samples in (0, 8))
+    yield cached(16, 8, temperature=2.0, drawn_at=2.0)
     yield from (dataclasses.replace(DENSE, kd_weight=weight) for weight in WEIGHTS)
     yield from (Arm(targets="dense", kd_weight=weight) for weight in (*WEIGHTS, *map(matched, WEIGHTS)))
     yield from (cached(16, 8, loss, kd_weight=w) for w in (0.5, matched(0.5)) for loss in LOSSES)
@@ -126,7 +128,8 @@ def _full() -> Iterator[Arm]:
     for k in (4, 8, 16, 32, 64):
         for loss, temperature in itertools.product(LOSSES, (1.0, 2.0)):
             yield cached(k, loss=loss, temperature=temperature, tail="none")
-            yield from (cached(k, samples, loss, temperature=temperature) for samples in (0, 4, 8))
+            yield cached(k, 0, loss, temperature=temperature)
+            yield from (cached(k, samples, loss, temperature=temperature, drawn_at=temperature) for samples in (4, 8))
         yield Arm(targets="renormalised", k=k)
     for loss, weight in itertools.product(LOSSES, (*WEIGHTS, *map(matched, WEIGHTS))):
         yield cached(16, 8, loss, kd_weight=weight)

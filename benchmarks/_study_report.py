@@ -35,7 +35,8 @@ def arm_of(row: Row) -> Arm:
     fields = Arm.__dataclass_fields__
     texts: Row = {name: row[name] for name in fields}
     numbers = {name: int(texts[name]) for name in ("seed", "k", "samples")}
-    return Arm(**texts | numbers | {name: float(texts[name]) for name in ("temperature", "kd_weight", "tail_weight")})
+    settings = {name: float(texts[name]) for name in ("temperature", "kd_weight", "tail_weight", "drawn_at")}
+    return Arm(**texts | numbers | settings)
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:

@@ -127,7 +127,7 @@ def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequ
     if arm.targets == "random":
         sequences, num_bytes = _random_draws(world, _captured(world, folder, "train"), arm.samples, arm.seed)
         return sequences, num_bytes, functools.partial(_random_draws_loss, arm)
-    cache = _captured(world, folder, "train", arm.k or 8, arm.samples, arm.encoding)
+    cache = _captured(world, folder, "train", arm.k or 8, arm.samples, arm.encoding, arm.drawn_at)
     if arm.targets in ("none", "dense"):
         return cache, 0.0, functools.partial(_dense_loss, arm, world)
     used = {"topk_ids", "topk_logprobs"}
@@ -206,9 +206,11 @@ def _random_draws_loss(arm: Arm, logits: Tensor, batch: Batch) -> Tensor:
     return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
 
 
-def _captured(world: World, folder: Path, split: str, k: int = 8, samples: int = 0, encoding: str = "f16") -> Cache:
+def _captured(
+    world: World, folder: Path, split: str, k: int = 8, samples: int = 0, encoding: str = "f16", drawn_at: float = 1.0
+) -> Cache:
     """Return a cache of a split, captured once."""
-    out = folder / f"{split}-{k}+{samples}-{encoding}"
+    out = folder / f"{split}-{k}+{samples}-{encoding}-{drawn_at:g}"
     examples = world.train if split == "train" else world.heldout
     capture(
         world.teacher,
@@ -216,6 +218,7 @@ def _captured(world: World, folder: Path, split: str, k: int = 8, samples: int =
         out,
         k=k,
         tail_samples=samples,
+        tail_temperature=drawn_at,
         temperatures=(1.0, 2.0),
         encoding=encoding,
         shard_tokens=65_536,
