@@ -125,7 +125,10 @@ def test_rows_are_written_as_measured_and_not_measured_again(world, tmp_path, mo
     assert "| warm | todi K=8+2 |" in table
     with (tmp_path / "report.csv").open(newline="") as opened:
         assert list(csv.DictReader(opened)) == again
-    assert (tmp_path / "report.svg").read_text().count("todi K=8+2") == 1
+    picture = (tmp_path / "report.svg").read_text()
+    for name in ("SFT", "todi dense", "ToDi, 2 samples", "ToDi, bucket", "forward_kl top 8 renormalised"):
+        assert picture.count(f">{name}<") == 1, name
+    assert "no tail" not in picture  # whose arm is at another temperature
 
 
 def test_the_same_arm_gives_the_same_row_twice(world, tmp_path):
