@@ -134,16 +134,6 @@ def test_a_packed_row_is_read_without_a_cache_and_without_a_mask(cache: Cache, h
         assert set(kwargs) - {"use_cache"} == {"input_ids", "position_ids"}
 
 
-def test_samples_that_serve_no_loss_at_its_temperature_are_named(
-    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for temperature, tail in ((1.0, "auto"), (2.0, "sampled"), (2.0, "bucket")):
-        trainer_of(tmp_path, cache, distillation=DistillationConfig(temperature=temperature, tail=tail))
-    assert not caplog.text
-    trainer_of(tmp_path, cache, distillation=DistillationConfig(temperature=2.0))
-    assert "drawn at T = 1 and serve no loss at T = 2" in caplog.text
-
-
 def test_a_model_that_lets_packed_sequences_meet_gets_a_row_for_each(
     cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

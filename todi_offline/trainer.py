@@ -70,7 +70,6 @@ class ToDiTrainer(Trainer):
             require_same_tokenizer(found, cache.manifest, "the student")
             _require_alike(cache, caches[0])
             self._require_targets(cache)
-        self._say_which_tail(train_dataset)
         args.remove_unused_columns = False  # a batch is no row of a table
         args.dataloader_pin_memory &= args.device.type not in ("cpu", "mps")  # nothing to pin for: torch warns
         super().__init__(
@@ -221,24 +220,6 @@ class ToDiTrainer(Trainer):
         targets = SparseTargets.from_numpy(cache[0].targets[:0])
         logits, labels = torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long)
         distillation_loss(logits, labels, targets, self.distillation)
-
-    def _say_which_tail(self, cache: AnyCache | None) -> None:
-        """Log that samples are stored and not used, where `auto` says so."""
-        settings = None if cache is None else cache.manifest.settings
-        used = self.distillation.temperature
-        if (
-            settings
-            and settings.tail_samples
-            and self.distillation.tail == "auto"
-            and settings.tail_temperature != used
-        ):
-            logger.warning(
-                "the cache's tail samples were drawn at T = %g and serve no loss at T = %g, which takes the tail as a "
-                "bucket; capture with --tail-temperature %g to have samples for it",
-                settings.tail_temperature,
-                used,
-                used,
-            )
 
 
 class _Meter:

@@ -61,7 +61,7 @@ class CacheSettings:
     tail_samples: int = 8
     """Ids drawn a position from everything else; 0 for none."""
     tail_temperature: float = 1.0
-    """The temperature at which they are drawn, and at which they serve; one of `temperatures`."""
+    """The temperature at which they are drawn, best that of the loss; one of `temperatures`."""
     tail_seed: int = 0
     """Seed of these draws."""
     encoding: Literal["f16", "q8", "bf16_logit", "root8"] = "f16"

@@ -26,8 +26,7 @@ class DistillationConfig:
     k: int | None = None
     """Entries of the teacher used a position; the cache's by default."""
     tail: Tail = "auto"
-    """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored that were drawn at this
-    temperature, else `bucket`."""
+    """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
     tail_weight: float | None = None
     """Weight of the sampled tail's term; by default the divergence's value over forward KL's near the teacher."""
     kd_weight: float = 0.5

@@ -3,7 +3,6 @@
 Both models are reduced to the log-probs of a position's entries, on which every divergence is defined.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -70,9 +69,7 @@ def sparse_divergence(
       1 + beta for ToDi, and 1 for a function that is not in `DIVERGENCES`. For ToDi the sum has a bias: the
       tail is given forward KL's direction, not ToDi's own, which no few samples estimate well.
     - "none": the kept ids alone, by their true probabilities.
-    - "auto": "sampled" where samples are stored that were drawn at this temperature, else "bucket". At another one the
-      weights of a few samples outgrow all others': there is no bias, and so much variance that the gradient of
-      "sampled" drowns.
+    - "auto": "sampled" where samples are stored, else "bucket".
 
     Raises:
         ConfigError: the divergence or the tail is unknown.
@@ -83,15 +80,7 @@ def sparse_divergence(
         loss=divergence, beta=beta, temperature=temperature, k=k, tail=cast("Tail", tail), tail_weight=tail_weight
     )
     student, _ = student_entries(student_logits, targets, temperature)
-    return entry_divergence(teacher_entries(targets, temperature), student, settled(config, targets))
-
-
-def settled(config: DistillationConfig, targets: SparseTargets) -> DistillationConfig:
-    """Return the config with what `auto` means for these targets."""
-    if config.tail != "auto":
-        return config
-    drawn = targets.tail_ids is not None and targets.tail_temperature == config.temperature
-    return dataclasses.replace(config, tail="sampled" if drawn else "bucket")
+    return entry_divergence(teacher_entries(targets, temperature), student, config)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,14 +147,17 @@ def student_entries(
 
 
 def entry_divergence(teacher: Entries, student: Entries, config: DistillationConfig) -> Float[Tensor, " target"]:
-    """Return what `sparse_divergence` documents, from the entries of both models; the config is a settled one."""
+    """Return what `sparse_divergence` documents, from the entries of both models."""
     function, curvature = resolve(config.loss, config.beta)
+    tail = config.tail
+    if tail == "auto":
+        tail = "bucket" if teacher.sampled is None else "sampled"
     k = teacher.kept.shape[1] if config.k is None else config.k
     near_teacher, near_student = teacher.narrow(k), student.narrow(k)
-    if config.tail == "none":
+    if tail == "none":
         return function(near_teacher.kept, near_student.kept)
     bucket = function(near_teacher.with_bucket(), near_student.with_bucket())
-    if config.tail == "bucket":
+    if tail == "bucket":
         return bucket
     weight = curvature if config.tail_weight is None else config.tail_weight
     return bucket + weight * _tail_forward_kl(teacher, student, k)

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from todi_offline.losses.config import DistillationConfig
-from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, settled, teacher_entries
+from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teacher_entries
 from todi_offline.losses.objective import sums_to_log
 from todi_offline.targets import SparseTargets
 
@@ -69,7 +69,7 @@ def fused_linear_distill(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     num_targets = max(len(labels), 1) if num_targets is None else num_targets
     later = num_targets if dtype == torch.float16 else 1  # which has no numbers as small as the gradients of a mean
-    terms = _Terms(settled(config or DistillationConfig(), targets), num_targets / later, scale, softcap)
+    terms = _Terms(config or DistillationConfig(), num_targets / later, scale, softcap)
     gradients = _Gradients(*(_zeros_where_needed(tensor) for tensor in (hidden, weight, bias)))
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head = _Head(weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype))

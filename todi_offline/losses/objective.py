@@ -6,7 +6,7 @@ from torch import Tensor
 
 from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
-from todi_offline.losses.entries import Entries, entry_divergence, settled, student_entries, teacher_entries
+from todi_offline.losses.entries import Entries, entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets
 
 
@@ -36,7 +36,7 @@ def distillation_loss(
         TargetsError: as `sparse_divergence`.
     """
     logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-    config = settled(config or DistillationConfig(), targets)
+    config = config or DistillationConfig()
     teacher = teacher_entries(targets, config.temperature)
     student, log_partition = student_entries(logits, targets, config.temperature)
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.kd_weight != 0):
