@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 from todi_offline.losses import dense_divergence, sparse_divergence
-from todi_offline.targets import SparseTargets, sparsify, teacher_targets
+from todi_offline.targets import SparseTargets, _largest, sparsify, teacher_targets
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -61,6 +61,23 @@ def test_among_equal_logits_the_smallest_ids_win(rows, data):
     targets = sparsify(torch.tensor(rows), k)
     assert targets.ids.tolist() == [reference.top_k(np.array(row), k) for row in rows]
     assert not targets.tail_logsumexp.isnan().any()
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    vocab=st.integers(1, 300), count=st.integers(1, 9), levels=st.integers(1, 400), seed=st.integers(0, 999),
+    broken=st.sampled_from([None, math.nan, math.inf, -math.inf]),
+)  # fmt: skip
+def test_the_largest_of_a_row_are_found_by_groups_as_without(vocab, count, levels, seed, broken):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(levels, (3, vocab), generator=generator).float()
+    if broken is not None:
+        logits[1, seed % vocab] = broken
+    count = min(count, vocab)
+    values, ids = _largest(logits, count)
+    torch.testing.assert_close(values, logits.topk(count).values, equal_nan=True)
+    torch.testing.assert_close(logits.gather(-1, ids), values, equal_nan=True)
+    assert all(len(set(row)) == count for row in ids.tolist())
 
 
 @pytest.mark.parametrize("vocab", [151_936, 262_144])

@@ -20,6 +20,7 @@ from todi_offline.cache.encoding import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 
 _BLOCK = 256  # columns summed at once, of which those of a drawn block are looked at one by one
+_GROUP = 8  # columns of which the largest is looked at first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,7 +230,8 @@ def _targets(
     tail = (logits - largest).scatter_(-1, ids, -math.inf)
     weights, sums, tail_ids = torch.empty_like(tail), {}, None
     for temperature in dict.fromkeys((*temperatures, 1.0)):
-        blocks = _block_sums(torch.div(tail, temperature, out=weights).exp_())
+        scaled = tail if temperature == 1 else torch.div(tail, temperature, out=weights)
+        blocks = _block_sums(torch.exp(scaled, out=weights))
         sums[temperature] = _wide(largest) / temperature + blocks.sum(-1, keepdim=True).log()
         if uniforms is not None and temperature == tail_temperature:
             tail_ids = _draw(weights, blocks, uniforms)
@@ -291,7 +293,7 @@ def _top_k(
     torch.topk promises nothing about equal values, and a bfloat16 head makes many. A stable sort restores
     the order among them; where the k-th and the next are equal, the choice among them is made anew.
     """
-    values, ids = logits.topk(min(k + 1, logits.shape[1]))
+    values, ids = _largest(logits, min(k + 1, logits.shape[1]))
     following = values[:, k:] if values.shape[1] > k else torch.full_like(values[:, :1], -math.inf)
     ambiguous = (following == values[:, k - 1 : k]).any(-1).nonzero().flatten()
     ids, order = ids[:, :k].sort(-1)
@@ -300,6 +302,27 @@ def _top_k(
     if len(ambiguous):
         ids[ambiguous] = _smallest_tied_ids(logits[ambiguous], values[ambiguous], ids[ambiguous])
     return values, ids, following
+
+
+def _largest(
+    logits: Float[Tensor, "target vocab"], count: int
+) -> tuple[Float[Tensor, "target count"], Int[Tensor, "target count"]]:
+    """Return the `count` largest logits and their ids, as topk does: among equal ones any.
+
+    Of groups of columns those with the `count` largest maxima hold them: no other group has a larger one, and these
+    have `count` already. So only the maxima and the columns of a few groups are sorted.
+    """
+    num_groups = logits.shape[1] // _GROUP
+    if num_groups < 8 * count:
+        return logits.topk(count)
+    whole = num_groups * _GROUP
+    maxima = logits[:, :whole].unflatten(-1, (_GROUP, num_groups)).amax(1)
+    groups = maxima.topk(count, sorted=False).indices[:, :, None]
+    members = (groups + torch.arange(0, whole, num_groups, device=logits.device)).flatten(1)
+    others = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)
+    columns = torch.cat([members, others], dim=-1)
+    values, places = logits.gather(-1, columns).topk(count)
+    return values, columns.gather(-1, places)
 
 
 def _smallest_tied_ids(
