@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import todi_offline.targets
 from todi_offline.cache.encoding import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 from todi_offline.losses import dense_divergence, sparse_divergence
@@ -220,6 +221,16 @@ def test_a_row_is_the_same_whatever_stands_beside_it():
         assert apart.tail_ids.equal(together[rows].tail_ids)
         torch.testing.assert_close(apart.logprobs, together[rows].logprobs, atol=1e-6, rtol=0)
         torch.testing.assert_close(apart.tail_logsumexp, together[rows].tail_logsumexp, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_targets_are_the_same_bits_however_few_rows_are_copied_together(rows, monkeypatch):
+    logits, uniforms = random_logits(5, 700), torch.rand(5, 3, dtype=torch.float64)
+    whole = sparsify(logits, 4, uniforms=uniforms)
+    monkeypatch.setattr(todi_offline.targets, "_PIECE_BYTES", rows * logits.itemsize * 700)
+    found = sparsify(logits, 4, uniforms=uniforms)
+    for name in ("ids", "logprobs", "tail_logsumexp", "tail_ids", "tail_logprobs"):
+        assert getattr(found, name).equal(getattr(whole, name))
 
 
 def test_a_generator_decides_the_samples():

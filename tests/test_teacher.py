@@ -196,18 +196,6 @@ def test_the_head_runs_at_the_targets_alone_and_in_chunks(
     assert all(size % 16 == 0 and size <= max(16, chunk_rows) for size in sizes)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
-def test_targets_are_the_same_bits_however_few_rows_are_looked_at_together(
-    teacher: Teacher, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    members = some_examples(40, 25, 33)
-    whole = targets_of(teacher, members, SETTINGS)
-    monkeypatch.setattr(todi_offline.teacher, "_PIECE_BYTES", rows * 4 * VOCAB)
-    for found, expected in zip(targets_of(teacher, members, SETTINGS), whole, strict=True):
-        for name, values in expected.arrays().items():
-            np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 def test_a_broken_logit_is_located_by_example_and_position(
@@ -225,7 +213,6 @@ def test_a_broken_logit_is_located_by_example_and_position(
         seen += len(rows)
 
     monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
-    monkeypatch.setattr(todi_offline.teacher, "_PIECE_BYTES", 5 * 4 * VOCAB)
     handle = output_head(teacher.model).register_forward_hook(breaking)
     try:
         with pytest.raises(TeacherOutputError, match=r"example '1' at position 7 hold NaN or \+inf"):

@@ -7,7 +7,7 @@ optionally a few ids drawn from it stand for its shape.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,9 @@ from todi_offline.errors import TargetsError, TeacherOutputError
 
 _BLOCK = 256  # columns summed at once, of which those of a drawn block are looked at one by one
 _GROUP = 8  # columns of which the largest is looked at first
+_PIECE_BYTES = (
+    8 * 2**20
+)  # of logits of which a CPU makes copies: they stay in its cache, and are no new pages each time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +172,7 @@ def sparsify(
     Among equal log-probs the smallest ids win, on every device. A logit of -inf is a probability of zero.
     `uniforms`, numbers in [0, 1), decide the samples in place of `num_tail_samples` and `generator`,
     so that a row's samples do not depend on the rows beside it.
-    Beside the logits it needs about two float32 copies of them.
+    Beside the logits it needs about two float32 copies of them, on a CPU of 8 MiB of them.
 
     Raises:
         TargetsError: k or a temperature is out of range; samples are asked of a tail that is empty.
@@ -227,26 +230,57 @@ def _targets(
     _require_softmax(values[:, 0])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     largest = following.masked_fill(following == -math.inf, 0).to(dtype)
-    tail = (logits - largest).scatter_(-1, ids, -math.inf)
-    weights, sums, tail_ids = torch.empty_like(tail), {}, None
-    for temperature in dict.fromkeys((*temperatures, 1.0)):
-        scaled = tail if temperature == 1 else torch.div(tail, temperature, out=weights)
-        blocks = _block_sums(torch.exp(scaled, out=weights))
-        sums[temperature] = _wide(largest) / temperature + blocks.sum(-1, keepdim=True).log()
-        if uniforms is not None and temperature == tail_temperature:
-            tail_ids = _draw(weights, blocks, uniforms)
-    log_partition = torch.logaddexp(_wide(values).logsumexp(-1, keepdim=True), sums[1.0])
-    shift = (log_partition - _wide(largest)).to(tail)
+    summed = tuple(dict.fromkeys((*temperatures, 1.0)))
+    parts = [
+        _sum_and_draw(piece, summed, None if uniforms is None else uniforms[rows], tail_temperature)
+        for rows, piece in _tails(logits, ids, largest)
+    ]
+    sums, tail_ids, tail_values = (torch.cat(part) for part in zip(*parts, strict=True))
+    scales = torch.tensor(summed, dtype=torch.float64, device=sums.device)
+    sums = _wide(largest) / scales + sums.log()
+    log_partition = torch.logaddexp(_wide(values).logsumexp(-1, keepdim=True), sums[:, [summed.index(1.0)]])
+    shift = (log_partition - _wide(largest)).to(largest)
     targets = SparseTargets(
         ids=ids,
-        logprobs=(_wide(values) - log_partition).to(tail),
-        tail_logsumexp=torch.cat([sums[t] - log_partition / t for t in temperatures], dim=-1).to(tail),
+        logprobs=(_wide(values) - log_partition).to(largest),
+        tail_logsumexp=(sums - log_partition / scales)[:, : len(temperatures)].to(largest),
         temperatures=temperatures,
-        tail_ids=tail_ids,
-        tail_logprobs=None if tail_ids is None else tail.gather(-1, tail_ids) - shift,
+        tail_ids=None if uniforms is None else tail_ids,
+        tail_logprobs=None if uniforms is None else tail_values - shift,
         tail_temperature=tail_temperature,
     )
     return targets, log_partition.to(logits.device)
+
+
+def _tails(
+    logits: Float[Tensor, "target vocab"], ids: Int[Tensor, "target k"], largest: Float[Tensor, "target 1"]
+) -> Iterator[tuple[slice, Float[Tensor, "piece vocab"]]]:
+    """Yield the logits less the largest of the tail, -inf at the kept ids, some rows at a time, in the same memory."""
+    step = max(len(logits), 1)
+    if logits.device.type == "cpu":
+        step = min(step, max(1, _PIECE_BYTES // (largest.itemsize * logits.shape[1])))
+    buffer = largest.new_empty(step, logits.shape[1])
+    for start in range(0, max(len(logits), 1), step):  # once where there are no rows
+        rows = slice(start, start + step)
+        piece = torch.sub(logits[rows], largest[rows], out=buffer[: len(logits[rows])])
+        yield rows, piece.scatter_(-1, ids[rows], -math.inf)
+
+
+def _sum_and_draw(
+    tail: Float[Tensor, "piece vocab"],
+    temperatures: tuple[float, ...],
+    uniforms: Float[Tensor, "piece sample"] | None,
+    tail_temperature: float,
+) -> tuple[Float[Tensor, "piece temperature"], Int[Tensor, "piece sample"], Float[Tensor, "piece sample"]]:
+    """Return the sums of exp(tail / T), and the samples with their values; no columns of them without uniforms."""
+    weights, sums, drawn = torch.empty_like(tail), [], tail.new_empty(len(tail), 0, dtype=torch.long)
+    for temperature in temperatures:
+        scaled = tail if temperature == 1 else torch.div(tail, temperature, out=weights)
+        blocks = _block_sums(torch.exp(scaled, out=weights))
+        sums.append(blocks.sum(-1, keepdim=True))
+        if uniforms is not None and temperature == tail_temperature:
+            drawn = _draw(weights, blocks, uniforms)
+    return torch.cat(sums, dim=-1), drawn, tail.gather(-1, drawn)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -316,7 +350,7 @@ def _largest(
     if num_groups < 8 * count:
         return logits.topk(count)
     whole = num_groups * _GROUP
-    maxima = logits[:, :whole].unflatten(-1, (_GROUP, num_groups)).amax(1)
+    maxima = logits[:, :whole].view(len(logits), _GROUP, num_groups).amax(1)
     groups = maxima.topk(count, sorted=False).indices[:, :, None]
     members = (groups + torch.arange(0, whole, num_groups, device=logits.device)).flatten(1)
     others = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)

@@ -33,7 +33,6 @@ from todi_offline.targets import SparseTargets, teacher_targets
 logger = logging.getLogger(__name__)
 
 _LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
-_PIECE_BYTES = 8 * 2**20  # of those that a CPU looks at together: the memory of larger copies is new to it every time
 _ROWS = 16  # of a product at least, and of logits always a multiple: a few rows are summed in another order
 _SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
 _BLOCK_BYTES = 2**20
@@ -224,16 +223,10 @@ def _logit_chunks(
         with head_at(teacher.model, positions):
             logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]
         for chunk in torch.split(logits, rows):
-            yield from _pieces(chunk[:, : teacher.vocab_size])
+            yield chunk[:, : teacher.vocab_size]
         return
     for hidden in torch.split(teacher.head.hidden_states(positions, input_ids=input_ids), rows):
-        yield from _pieces(teacher.head.logits(hidden)[:, : teacher.vocab_size])
-
-
-def _pieces(logits: Float[Tensor, "chunk vocab"]) -> Sequence[Float[Tensor, "piece vocab"]]:
-    if logits.device.type != "cpu":
-        return (logits,)
-    return torch.split(logits, max(1, _PIECE_BYTES // (4 * logits.shape[1])))
+        yield teacher.head.logits(hidden)[:, : teacher.vocab_size]
 
 
 def _sparsify_chunks(
