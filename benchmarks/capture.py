@@ -43,7 +43,7 @@ BAR = 0.95
 
 
 def run(quick: bool, teacher: str | None = None) -> dict[str, object]:
-    repetitions, limit = (1, 4) if quick else (3, 48)
+    repetitions, limit = (1, 4) if quick else (9, 12)
     loaded = _made_up_teacher(2 if quick else 30) if teacher is None else load_teacher(TeacherConfig(teacher=teacher))
     examples = load_examples(DataConfig(limit=limit), loaded.tokenizer)
     num_tokens = int(examples.num_tokens.sum())
