@@ -21,9 +21,7 @@ from todi_offline.errors import TargetsError, TeacherOutputError
 
 _BLOCK = 256  # columns summed at once, of which those of a drawn block are looked at one by one
 _GROUP = 8  # columns of which the largest is looked at first
-_PIECE_BYTES = (
-    8 * 2**20
-)  # of logits of which a CPU makes copies: they stay in its cache, and are no new pages each time
+_PIECE_BYTES = 8 * 2**20  # of logits that a CPU copies at a time: larger copies are new pages, and leave its cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
