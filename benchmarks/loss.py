@@ -26,7 +26,7 @@ time no shorter, so it is not in the table.
     pip install --no-deps trl==1.16.0 liger-kernel==0.8.5 axolotl==0.19.0
     pip install addict pydantic peft    # what axolotl's loss imports; trl needs what this project needs
 
-Vocabularies are 32,000, 49,152 and 128,256 ids; `--set vocab=32000,49152` measures some, `--set repetitions=3` is quicker.
+Vocabularies are 32,000, 49,152 and 128,256 ids; `--set vocab=32000,49152` takes some, `--set repetitions=3` is less.
 Time is the median over repetitions of the ratio to another method's time in the same repetition, as the clock on the
 wall has it and as the processor does (all threads; less disturbed by other processes). Memory is the most that
 torch's allocator handed out at once during the step, gradients included: not what the step is given (the dense
