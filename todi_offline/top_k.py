@@ -1,0 +1,62 @@
+"""Logits in, the k largest of each row and their ids out, in an order that no device changes."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_GROUP = 8  # columns of which the largest is looked at first
+
+
+def top_k(
+    logits: Float[Tensor, "target vocab"], k: int
+) -> tuple[Float[Tensor, "target k"], Int[Tensor, "target k"], Float[Tensor, "target 1"]]:
+    """Return the k largest logits and their ids, sorted by (logit descending, id ascending), and the next one or -inf.
+
+    torch.topk promises nothing about equal values, and a bfloat16 head makes many. A stable sort restores
+    the order among them; where the k-th and the next are equal, the choice among them is made anew.
+    """
+    values, ids = _largest(logits, min(k + 1, logits.shape[1]))
+    following = values[:, k:] if values.shape[1] > k else torch.full_like(values[:, :1], -math.inf)
+    ambiguous = (following == values[:, k - 1 : k]).any(-1).nonzero().flatten()
+    ids, order = ids[:, :k].sort(-1)
+    values, order = values[:, :k].gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    if len(ambiguous):
+        ids[ambiguous] = _smallest_tied_ids(logits[ambiguous], values[ambiguous], ids[ambiguous])
+    return values, ids, following
+
+
+def _largest(
+    logits: Float[Tensor, "target vocab"], count: int
+) -> tuple[Float[Tensor, "target count"], Int[Tensor, "target count"]]:
+    """Return the `count` largest logits and their ids, as topk does: among equal ones any.
+
+    Of groups of columns those with the `count` largest maxima hold them: no other group has a larger one, and these
+    have `count` already. So only the maxima and the columns of a few groups are sorted.
+    """
+    num_groups = logits.shape[1] // _GROUP
+    if num_groups < 8 * count:
+        return logits.topk(count)
+    whole = num_groups * _GROUP
+    maxima = logits[:, :whole].view(len(logits), _GROUP, num_groups).amax(1)
+    groups = maxima.topk(count, sorted=False).indices[:, :, None]
+    members = (groups + torch.arange(0, whole, num_groups, device=logits.device)).flatten(1)
+    others = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)
+    columns = torch.cat([members, others], dim=-1)
+    values, places = logits.gather(-1, columns).topk(count)
+    return values, columns.gather(-1, places)
+
+
+def _smallest_tied_ids(
+    logits: Float[Tensor, "row vocab"], values: Float[Tensor, "row k"], ids: Int[Tensor, "row k"]
+) -> Int[Tensor, "row k"]:
+    """Replace the ids whose logit is the k-th by the smallest ones that share it."""
+    vocab, k = logits.shape[1], ids.shape[1]
+    threshold = values[:, -1:]
+    countdown = torch.arange(vocab, 0, -1, dtype=torch.int32, device=ids.device)
+    tied_ids = vocab - torch.where(logits == threshold, countdown, 0).topk(k).values.long()
+    num_above = (values > threshold).sum(-1, keepdim=True)
+    rank_among_tied = torch.arange(k, device=ids.device) - num_above
+    return torch.where(rank_among_tied < 0, ids, tied_ids.gather(-1, rank_among_tied.clamp(min=0)))
