@@ -50,12 +50,12 @@ def fused(hidden, weight, bias, labels, targets, **options):
     return fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **options)
 
 
-def assert_equal(inputs, chunk_targets=3, **options):
+def assert_equal(inputs, chunk_targets=3, precision=None, **options):
     """Compare loss, sums and gradients of the fused and the readable form."""
     given = [x for x in inputs[:3] if x is not None and x.requires_grad]
     loss, sums = fused(*inputs, chunk_targets=chunk_targets, **options)
     expected, expected_sums = readable(*inputs, **options)
-    precision = PRECISION[inputs[0].dtype]
+    precision = precision or PRECISION[inputs[0].dtype]
     torch.testing.assert_close(loss, expected, rtol=precision, atol=0)
     assert sums.keys() == expected_sums.keys()
     for name, value in expected_sums.items():
@@ -160,12 +160,24 @@ def test_an_id_that_cannot_occur_gets_no_gradient(divergence, temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("nats", [200.0, 800.0, 2000.0])
-def test_a_tail_far_below_the_kept_ids_keeps_its_mass(nats, dtype):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_tail_far_below_the_kept_ids_keeps_its_mass(temperature, nats, dtype):
     hidden, weight, bias, labels, targets = case(num_targets=1, dtype=dtype)
     with torch.no_grad():
         hidden.mul_(0.1)
         bias[targets.ids[0]] += nats
-    assert_equal((hidden, weight, bias, labels, targets), loss="forward_kl")
+    assert_equal((hidden, weight, bias, labels, targets), loss="forward_kl", temperature=temperature)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.5, 4.0, 10.0])
+def test_any_temperature_will_do(temperature, dtype, precision):
+    hidden, weight, bias, labels, _ = case(dtype=dtype)
+    with torch.no_grad():
+        bias.mul_(8)  # far enough apart for exp(logit / T) to be 0 where exp(logit) is not
+    teacher = 2 * torch.randn(NUM_TARGETS, VOCAB, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    targets = sparsify(teacher, K, (1.0, temperature), 3, torch.Generator().manual_seed(2))
+    assert_equal((hidden, weight, bias, labels, targets), temperature=temperature, precision=precision)
 
 
 def test_every_id_may_be_kept():
@@ -272,14 +284,20 @@ COMPILED = """
 import torch
 from todi_offline.losses import fused
 
-compiled = torch.compile(fused._exponentiate, dynamic=True)
-for num_targets in (1, 7, 12):
-    logits = 10 * torch.randn(num_targets, 301, generator=torch.Generator().manual_seed(num_targets))
-    logits[:, 5] = -torch.inf
-    plain, largest = logits.clone(), logits.amax(-1)
-    sums = compiled(logits, largest)
-    torch.testing.assert_close(sums, fused._exponentiate(plain, largest))
-    torch.testing.assert_close(logits, plain)
+for temperature in (1.0, 2.0, 0.7):
+    exponentiate, combine = (torch.compile(f, dynamic=True) for f in (fused._exponentiate, fused._combine))
+    power = max(temperature, 1 / temperature)
+    for num_targets in (1, 7, 12):
+        generator = torch.Generator().manual_seed(num_targets)
+        logits = 10 * torch.randn(num_targets, 301, generator=generator)
+        logits[:, 5] = -torch.inf
+        plain, least, factors = logits.clone(), logits[:, 0].clone(), torch.randn(2, num_targets, generator=generator)
+        found = exponentiate(logits, least, max(temperature, 1.0), power)
+        torch.testing.assert_close(found, fused._exponentiate(plain, least, max(temperature, 1.0), power))
+        torch.testing.assert_close(logits, plain)
+        combine(logits, *factors, power)
+        fused._combine(plain, *factors, power)
+        torch.testing.assert_close(logits, plain)
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 """
 
@@ -291,7 +309,8 @@ def test_what_is_compiled_for_cuda_does_what_it_says() -> None:
 
 
 def test_nothing_is_compiled_for_a_cpu() -> None:
-    assert todi_offline.losses.fused._exponentiate_for("cpu") is todi_offline.losses.fused._exponentiate
+    fused_module = todi_offline.losses.fused
+    assert fused_module._compiled_for_cuda(fused_module._combine, "cpu") is fused_module._combine
 
 
 @pytest.mark.parametrize("settings", [{"k": K + 1}, {"temperature": 3.0}])
@@ -314,18 +333,37 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 2), ({"softcap": 3.0}, 2)])
+@pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 1), ({"softcap": 3.0}, 2)])
 def test_what_is_as_large_as_a_chunk_is_counted_into_its_bytes(options, num_copies, monkeypatch):
     monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 8 * VOCAB * 4)
     rows, split = [], todi_offline.losses.fused._split
 
-    def watched(logits, targets):
+    def watched(logits, *others):
         rows.append(len(logits))
-        return split(logits, targets)
+        return split(logits, *others)
 
     monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
     fused(*case(num_targets=8, dtype=torch.float32), **options)
     assert rows == [8 // num_copies] * num_copies
+
+
+def test_no_chunk_is_much_smaller_than_the_others(monkeypatch):
+    monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 4 * VOCAB * 8)
+    rows, split = [], todi_offline.losses.fused._split
+
+    def watched(logits, *others):
+        rows.append(len(logits))
+        return split(logits, *others)
+
+    monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
+    assert_equal(case(num_targets=9), chunk_targets=None)
+    assert rows == [3, 3, 3]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_size_of_the_pieces_does_not_matter(temperature, monkeypatch):
+    monkeypatch.setattr(todi_offline.losses.fused, "CPU_PIECE_BYTES", 2 * VOCAB * 8)
+    assert_equal(case(), temperature=temperature, chunk_targets=5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -30,13 +30,17 @@ from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teache
 from todi_offline.losses.objective import sums_to_log
 from todi_offline.targets import SparseTargets
 
-CPU_CHUNK_BYTES = 64 * 2**20
-"""Logits of a chunk on a CPU, and all else of their size. Of 24 to 64 MiB tried with a head of [49152, 576] the largest
-was the fastest: fewer rows make the matrix products slower, which costs more than logits in the cache save."""
+CPU_CHUNK_BYTES = 72 * 2**20
+"""Logits of a chunk on a CPU, and all else of their size. Of 24 to 96 MiB tried with a head of [49152, 576] the largest
+was the fastest: every chunk reads the head and adds to all of its gradient."""
 
 DEVICE_CHUNK_BYTES = 512 * 2**20
 """Elsewhere. A chunk reads the head twice and its gradient once, so there should be about as many rows as a device
 does operations a byte it reads: several hundred. A reckoning, not a measurement."""
+
+CPU_PIECE_BYTES = 4 * 2**20
+"""Logits that a CPU turns into exponentials at a time. Of 0.5 to 128 MiB tried, with half and with twice as much about
+as fast; all of a chunk at once takes twice as long at T = 2."""
 
 
 def fused_linear_distill(
@@ -70,7 +74,7 @@ def fused_linear_distill(
     num_targets = max(len(labels), 1) if num_targets is None else num_targets
     later = num_targets if dtype == torch.float16 else 1  # which has no numbers as small as the gradients of a mean
     terms = _Terms(config or DistillationConfig(), num_targets / later, scale, softcap)
-    gradients = _Gradients(*(_zeros_where_needed(tensor) for tensor in (hidden, weight, bias)))
+    gradients = _Gradients(*(_empty_where_needed(tensor) for tensor in (hidden, weight, bias)))
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head = _Head(weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype))
         loss, sums = _accumulate(hidden.to(dtype), head, labels, targets, terms, chunk_targets, gradients)
@@ -97,7 +101,7 @@ class _Terms:
 
 @dataclass(frozen=True, slots=True)
 class _Gradients:
-    """Buffers to add to, in float32 or float64; None where no gradient is needed."""
+    """Buffers, in float32 or float64, which the first chunk fills and the others add to; None where none is needed."""
 
     hidden: Float[Tensor, "target d"] | None
     weight: Float[Tensor, "all_vocab d"] | None
@@ -131,10 +135,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _zeros_where_needed(tensor: Tensor | None) -> Tensor | None:
+def _empty_where_needed(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or not (tensor.requires_grad and torch.is_grad_enabled()):
         return None
-    return torch.zeros_like(tensor, dtype=_wide(tensor.dtype), requires_grad=False)
+    return torch.empty_like(tensor, dtype=_wide(tensor.dtype), requires_grad=False)
 
 
 def _accumulate(
@@ -148,7 +152,7 @@ def _accumulate(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return loss and sums, and add to the gradients, a chunk of rows at a time."""
     vocab, dtype = len(head.weight), _wide(hidden.dtype)
-    step = chunk_targets or _chunk_targets(hidden.device, vocab, dtype, terms)
+    step = chunk_targets or _chunk_targets(len(hidden), hidden.device, vocab, dtype, terms)
     buffer = hidden.new_empty(min(step, len(hidden)), vocab)
     loss = hidden.new_zeros((), dtype=dtype)
     sums: dict[str, Tensor] = {}
@@ -161,13 +165,19 @@ def _accumulate(
         sums = {name: value + sums.get(name, 0) for name, value in part.items()}
         if gradients.needed():
             _add_gradients(gradients, some, head, logits.to(head.weight.dtype), rows)
+    _zero_beyond(vocab, gradients)
     return loss / terms.num_targets, sums
 
 
-def _chunk_targets(device: torch.device, vocab: int, dtype: torch.dtype, terms: _Terms) -> int:
+def _chunk_targets(num_targets: int, device: torch.device, vocab: int, dtype: torch.dtype, terms: _Terms) -> int:
+    """Return the rows of a chunk: as many as are allowed, fewer where the last chunk would be a small one.
+
+    Each chunk reads the whole head and adds to all of its gradient, however few its rows are.
+    """
     num_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
-    num_copies = 1 + (terms.config.temperature != 1) + (terms.softcap is not None)  # see _overwrite_with_gradient
-    return max(num_bytes // (vocab * dtype.itemsize * num_copies), 1)
+    num_copies = 1 + (terms.softcap is not None)  # see _scale_and_cap
+    most = max(num_bytes // (vocab * dtype.itemsize * num_copies), 1)
+    return math.ceil(num_targets / max(math.ceil(num_targets / most), 1)) or 1
 
 
 def _project(hidden: Tensor, head: _Head, out: Tensor) -> Float[Tensor, "target vocab"]:
@@ -178,20 +188,34 @@ def _project(hidden: Tensor, head: _Head, out: Tensor) -> Float[Tensor, "target 
 
 def _add_gradients(gradients: _Gradients, hidden: Tensor, head: _Head, logits: Tensor, rows: slice) -> None:
     """Multiply the gradient of a chunk's logits into those of what the logits are made of."""
-    vocab = len(head.weight)
+    vocab, first = len(head.weight), rows.start == 0
     if gradients.hidden is not None:
-        _add_product(gradients.hidden[rows], logits, head.weight)
+        _add_product(gradients.hidden[rows], logits, head.weight, first=True)
     if gradients.weight is not None:
-        _add_product(gradients.weight[:vocab], logits.T, hidden)
+        _add_product(gradients.weight[:vocab], logits.T, hidden, first)
     if gradients.bias is not None:
-        gradients.bias[:vocab].add_(logits.sum(0, dtype=gradients.bias.dtype))
+        _add(gradients.bias[:vocab], logits.sum(0, dtype=gradients.bias.dtype), first)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
     else:
-        total.add_(left @ right)
+        _add(total, left @ right, first)
+
+
+def _add(total: Tensor, values: Tensor, first: bool) -> None:
+    if first:
+        total.copy_(values)
+    else:
+        total.add_(values)
+
+
+def _zero_beyond(vocab: int, gradients: _Gradients) -> None:
+    """Zero the gradients of the ids that do not exist, which no chunk writes."""
+    for gradient in (gradients.weight, gradients.bias):
+        if gradient is not None:
+            gradient[vocab:] = 0
 
 
 def _overwrite_with_gradient(
@@ -208,19 +232,14 @@ def _overwrite_with_gradient(
     config = terms.config
     slope = _scale_and_cap(logits, terms, backward)
     label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
-    warm = logits if config.temperature == 1 else logits / config.temperature
-    split = _split(warm, targets)
-    log_partition, mass = (split.log_partition, None) if warm is logits else _softmax(logits)
-    cross_entropy = (log_partition - label_logits).sum()
+    split = _split(logits, targets, config.temperature)
+    cross_entropy = (split.log_partition - label_logits).sum()
     teacher = teacher_entries(targets, config.temperature)
     kd, by_entry = _divergence(teacher, split.student, config, backward)
     if backward:
-        unit = logits.new_tensor(terms.scale) / terms.num_targets
+        unit = logits.new_full((), terms.scale) / terms.num_targets  # no copy from the host, for which a GPU waits
         ce_unit = (1 - config.kd_weight) * unit
-        kd_unit = config.kd_weight * unit / config.temperature
-        _overwrite(warm, split, targets, by_entry, kd_unit, ce_unit if mass is None else None)
-        if mass is not None:
-            torch.addcmul(warm, logits, ce_unit / mass[:, None], out=logits)
+        _overwrite(logits, split, targets, config, by_entry, config.kd_weight * unit / config.temperature, ce_unit)
         logits.scatter_add_(-1, labels[:, None], -ce_unit.expand(len(labels), 1))
         if slope is not None:
             logits.mul_(slope)
@@ -240,66 +259,107 @@ def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | No
     return slope
 
 
-def _softmax(logits: Float[Tensor, "target vocab"]) -> tuple[Float[Tensor, " target"], Float[Tensor, " target"]]:
-    """Return log sum of exp(logits); the logits become a multiple of their softmax, whose sum is returned too."""
-    largest = logits.amax(-1)
-    mass = _exponentiate_for(logits.device.type)(logits, largest)
-    return largest + mass.log(), mass
-
-
-def _exponentiate(logits: Tensor, largest: Tensor) -> Tensor:
-    """Return the sums of exp(logits - largest) over rows; the logits become what is summed."""
-    return logits.sub_(largest[:, None]).exp_().sum(-1)
-
-
-@functools.cache
-def _exponentiate_for(device: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `_exponentiate`; on CUDA compiled, so that each logit is read and written once and not thrice."""
-    compiles = device == "cuda" and importlib.util.find_spec("triton") is not None
-    return torch.compile(_exponentiate, dynamic=True) if compiles else _exponentiate
-
-
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """A softmax as entries, whose log-probs are known, and the rest of its row, which is the tail's softmax times mass.
+    """A softmax at a temperature T as entries, whose log-probs are known, and the rest of its row.
+
+    The rest is exp(logit - largest of the tail), 0 at the kept ids, at the larger of T and 1; to the power of `_power`
+    it is what it would be at the other of the two.
 
     Attributes:
         student: the entries, as `student_entries` has them.
-        log_partition: log sum of exp of the row.
-        mass: the sum of the rest of the row.
+        mass: the sum of the rest of the row at T.
         kept_exist, sampled_exist: where the logit is not -inf; elsewhere the log-prob does not depend on it.
+        log_partition: log sum of exp(logit), at T = 1.
+        kept_probs, rest_prob: of the kept ids, and of an id that is 1 in the rest, at T = 1.
     """
 
     student: Entries
-    log_partition: Float[Tensor, " target"]
     mass: Float[Tensor, " target"]
     kept_exist: Bool[Tensor, "target k"]
     sampled_exist: Bool[Tensor, "target sample"] | None
+    log_partition: Float[Tensor, " target"]
+    kept_probs: Float[Tensor, "target k"]
+    rest_prob: Float[Tensor, " target"]
 
 
-def _split(scaled: Float[Tensor, "target vocab"], targets: SparseTargets) -> _Split:
-    """Take the entries out of the logits, which become exp(logit - largest of the tail), 0 at the kept ids.
+def _split(logits: Float[Tensor, "target vocab"], targets: SparseTargets, temperature: float) -> _Split:
+    """Take the entries out of the logits, which become the rest.
 
     By the largest of the tail and not of the row, for a tail that is far below the kept ids.
     """
-    kept = scaled.gather(-1, targets.ids)
-    sampled = None if targets.tail_ids is None else scaled.gather(-1, targets.tail_ids)
-    largest = scaled.scatter_(-1, targets.ids, -math.inf).amax(-1, keepdim=True)
-    floor = torch.maximum(kept.amax(-1, keepdim=True), largest) + FLOOR
-    largest = torch.maximum(largest, floor)
+    kept = logits.gather(-1, targets.ids)
+    sampled = None if targets.tail_ids is None else logits.gather(-1, targets.tail_ids)
+    least = kept.amax(-1) + temperature * FLOOR
+    largest, *sums = _exponentiate_rows(logits.scatter_(-1, targets.ids, -math.inf), least, temperature)
+    rest, rest_at_1 = sums if temperature >= 1 else reversed(sums)
+    log_partition = torch.logaddexp(kept.logsumexp(-1), largest + rest_at_1.log())
+    kept_probs, rest_prob = (kept - log_partition[:, None]).exp(), (largest - log_partition).exp()
+    floor = torch.maximum(kept.amax(-1), largest) + temperature * FLOOR
     # The kept ids count as the floor in the tail, so that it has a logarithm: see `student_entries`.
-    rest = _exponentiate_for(scaled.device.type)(scaled, largest.squeeze(-1))[:, None]
-    mass = rest + kept.shape[1] * (floor - largest).exp()
-    tail = largest + mass.log()
+    mass = rest + kept.shape[1] * ((floor - largest) / temperature).exp()
+    tail = largest / temperature + mass.log()
     kept_exist = kept != -math.inf
-    kept = torch.where(kept_exist, kept, floor)
-    log_partition = torch.logaddexp(kept.logsumexp(-1, keepdim=True), tail)
+    kept = torch.where(kept_exist, kept, floor[:, None]) / temperature
+    at_temperature = torch.logaddexp(kept.logsumexp(-1), tail)[:, None]
     sampled_exist = None
     if sampled is not None:
         sampled_exist = sampled != -math.inf
-        sampled = torch.where(sampled_exist, sampled, floor) - log_partition
-    student = Entries(kept - log_partition, (tail - log_partition).squeeze(-1), sampled)
-    return _Split(student, log_partition.squeeze(-1), mass.squeeze(-1), kept_exist, sampled_exist)
+        sampled = torch.where(sampled_exist, sampled, floor[:, None]) / temperature - at_temperature
+    student = Entries(kept - at_temperature, tail - at_temperature.squeeze(-1), sampled)
+    return _Split(student, mass, kept_exist, sampled_exist, log_partition, kept_probs, rest_prob)
+
+
+def _power(temperature: float) -> float:
+    """Return what takes exp(x / larger) to exp(x / smaller) of T and 1; at least 1, so that no more of it is 0."""
+    return max(temperature, 1 / temperature)
+
+
+def _exponentiate_rows(
+    logits: Float[Tensor, "target vocab"], least: Float[Tensor, " target"], temperature: float
+) -> tuple[Float[Tensor, " target"], ...]:
+    """Do what `_exponentiate` does, some rows at a time."""
+    exponentiate = _compiled_for_cuda(_exponentiate, logits.device.type)
+    settings = max(temperature, 1.0), _power(temperature)
+    parts = [exponentiate(logits[rows], least[rows], *settings) for rows in _pieces(logits)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _exponentiate(logits: Tensor, least: Tensor, temperature: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits into exp((logit - largest) / temperature); return the largest, and the sums of these and of powers.
+
+    The largest of each row is `least` at least.
+    """
+    largest = torch.maximum(logits.amax(-1), least)
+    logits.sub_(largest[:, None])
+    if temperature != 1:
+        logits.div_(temperature)
+    sums = logits.exp_().sum(-1)
+    return largest, sums, sums.clone() if power == 1 else logits.pow(power).sum(-1)
+
+
+def _combine(rest: Tensor, factor: Tensor, power_factor: Tensor, power: float) -> None:
+    """Turn the rest into factor * rest + power_factor * rest ** power, a factor a row."""
+    if power == 1:
+        rest.mul_((factor + power_factor)[:, None])
+    else:
+        powers = rest.pow(power).mul_(power_factor[:, None])
+        torch.addcmul(powers, rest, factor[:, None], out=rest)
+
+
+def _pieces(logits: Float[Tensor, "target vocab"]) -> list[slice]:
+    """Return the rows to pass over at a time: on a CPU few, which its cache holds until they are done with."""
+    step = max(len(logits), 1)
+    if logits.device.type == "cpu":
+        step = min(step, max(1, CPU_PIECE_BYTES // (logits.itemsize * logits.shape[1])))
+    return [slice(start, start + step) for start in range(0, max(len(logits), 1), step)]  # one where there are no rows
+
+
+@functools.cache
+def _compiled_for_cuda(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return the function; on CUDA compiled, so that each logit is read and written once and not thrice."""
+    compiles = device == "cuda" and importlib.util.find_spec("triton") is not None
+    return torch.compile(function, dynamic=True) if compiles else function
 
 
 def _divergence(
@@ -321,21 +381,23 @@ def _overwrite(
     rest: Float[Tensor, "target vocab"],
     split: _Split,
     targets: SparseTargets,
+    config: DistillationConfig,
     derivatives: tuple[Tensor, ...] | None,
     kd_unit: Float[Tensor, ""],
-    ce_unit: Float[Tensor, ""] | None,
+    ce_unit: Float[Tensor, ""],
 ) -> None:
     """Turn what `_split` left into kd_unit times KD's gradient, plus ce_unit times the softmax."""
-    q_kept, q_tail = split.student.kept.exp(), split.student.tail.exp()
-    kept, tail = torch.zeros_like(q_kept), torch.zeros_like(q_tail)
+    kept, tail = ce_unit * split.kept_probs, torch.zeros_like(split.mass)
     if derivatives is not None:
         g_kept, g_tail, *g_sampled = (kd_unit * g for g in derivatives)
         g = g_kept.sum(-1) + g_tail + sum(g.sum(-1) for g in g_sampled)
-        kept += torch.where(split.kept_exist, g_kept, 0) - q_kept * g[:, None]
-        tail += g_tail - q_tail * g
-    if ce_unit is not None:
-        kept += ce_unit * q_kept
-        tail += ce_unit * q_tail
-    rest.mul_((tail / split.mass)[:, None]).scatter_(-1, targets.ids, kept)
+        kept += torch.where(split.kept_exist, g_kept, 0) - split.student.kept.exp() * g[:, None]
+        tail += g_tail - split.student.tail.exp() * g
+    combine = _compiled_for_cuda(_combine, rest.device.type)
+    factors = [tail / split.mass, ce_unit * split.rest_prob]
+    factor, power_factor = factors if config.temperature >= 1 else reversed(factors)
+    for rows in _pieces(rest):
+        combine(rest[rows], factor[rows], power_factor[rows], _power(config.temperature))
+    rest.scatter_(-1, targets.ids, kept)
     if derivatives is not None and targets.tail_ids is not None and split.sampled_exist is not None:
         rest.scatter_add_(-1, targets.tail_ids, torch.where(split.sampled_exist, g_sampled[0], 0))
