@@ -169,8 +169,8 @@ def test_a_tail_far_below_the_kept_ids_keeps_its_mass(temperature, nats, dtype):
     assert_equal((hidden, weight, bias, labels, targets), loss="forward_kl", temperature=temperature)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.5, 4.0, 10.0])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.5, 4.0, 10.0])
 def test_any_temperature_will_do(temperature, dtype, precision):
     hidden, weight, bias, labels, _ = case(dtype=dtype)
     with torch.no_grad():
