@@ -50,12 +50,12 @@ def fused(hidden, weight, bias, labels, targets, **options):
     return fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **options)
 
 
-def assert_equal(inputs, chunk_targets=3, precision=None, **options):
+def assert_equal(inputs, chunk_targets=3, **options):
     """Compare loss, sums and gradients of the fused and the readable form."""
     given = [x for x in inputs[:3] if x is not None and x.requires_grad]
     loss, sums = fused(*inputs, chunk_targets=chunk_targets, **options)
     expected, expected_sums = readable(*inputs, **options)
-    precision = precision or PRECISION[inputs[0].dtype]
+    precision = PRECISION[inputs[0].dtype]
     torch.testing.assert_close(loss, expected, rtol=precision, atol=0)
     assert sums.keys() == expected_sums.keys()
     for name, value in expected_sums.items():
@@ -169,15 +169,14 @@ def test_a_tail_far_below_the_kept_ids_keeps_its_mass(temperature, nats, dtype):
     assert_equal((hidden, weight, bias, labels, targets), loss="forward_kl", temperature=temperature)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-3), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.5, 4.0, 10.0])
-def test_any_temperature_will_do(temperature, dtype, precision):
-    hidden, weight, bias, labels, _ = case(dtype=dtype)
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.5, 4.0, 10.0])
+def test_any_temperature_will_do(temperature):
+    hidden, weight, bias, labels, _ = case()
     with torch.no_grad():
         bias.mul_(8)  # far enough apart for exp(logit / T) to be 0 where exp(logit) is not
-    teacher = 2 * torch.randn(NUM_TARGETS, VOCAB, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    teacher = 2 * torch.randn(NUM_TARGETS, VOCAB, generator=torch.Generator().manual_seed(1)).double()
     targets = sparsify(teacher, K, (1.0, temperature), 3, torch.Generator().manual_seed(2))
-    assert_equal((hidden, weight, bias, labels, targets), temperature=temperature, precision=precision)
+    assert_equal((hidden, weight, bias, labels, targets), temperature=temperature)
 
 
 def test_every_id_may_be_kept():
