@@ -360,9 +360,12 @@ def test_no_chunk_is_much_smaller_than_the_others(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_size_of_the_pieces_does_not_matter(temperature, monkeypatch):
+def test_the_size_of_pieces_and_blocks_does_not_matter(temperature, monkeypatch):
     monkeypatch.setattr(todi_offline.losses.fused, "CPU_PIECE_BYTES", 2 * VOCAB * 8)
-    assert_equal(case(), temperature=temperature, chunk_targets=5)
+    monkeypatch.setattr(todi_offline.losses.fused, "CPU_BLOCK_IDS", 4)
+    hidden, weight, bias, labels, targets = case()
+    for either in (bias, None):
+        assert_equal((hidden, weight, either, labels, targets), temperature=temperature, chunk_targets=5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -42,6 +42,10 @@ CPU_PIECE_BYTES = 4 * 2**20
 """Logits that a CPU turns into exponentials at a time. Of 0.5 to 128 MiB tried, with half and with twice as much about
 as fast; all of a chunk at once takes twice as long at T = 2."""
 
+CPU_BLOCK_IDS = 1024
+"""Rows of the head that a CPU multiplies at a time. For 342 rows of hidden states and a head of [49152, 576] its matrix
+library takes 140 ms so, 169 ms at once; for 128 and [32000, 2048] 137 and 192. The other two products gain nothing."""
+
 
 def fused_linear_distill(
     hidden: Float[Tensor, "target d"],
@@ -181,9 +185,14 @@ def _chunk_targets(num_targets: int, device: torch.device, vocab: int, dtype: to
 
 
 def _project(hidden: Tensor, head: _Head, out: Tensor) -> Float[Tensor, "target vocab"]:
-    if head.bias is None:
-        return torch.mm(hidden, head.weight.T, out=out)
-    return torch.addmm(head.bias, hidden, head.weight.T, out=out)
+    step = CPU_BLOCK_IDS if hidden.device.type == "cpu" else len(head.weight)
+    for start in range(0, len(head.weight), step):
+        ids = slice(start, start + step)
+        if head.bias is None:
+            torch.mm(hidden, head.weight[ids].T, out=out[:, ids])
+        else:
+            torch.addmm(head.bias[ids], hidden, head.weight[ids].T, out=out[:, ids])
+    return out
 
 
 def _add_gradients(gradients: _Gradients, hidden: Tensor, head: _Head, logits: Tensor, rows: slice) -> None:
