@@ -88,7 +88,9 @@ def test_capture_reports_what_it_did_and_does_nothing_twice(workspace: Path, tea
 def test_train_prints_a_table_of_before_and_after(workspace: Path) -> None:
     args = ("train", "--student", workspace / "student", "--cache", workspace / "cache", "--out", workspace / "run")
     options = ("--eval-cache", workspace / "heldout", "--max-steps", "3", "--batch-size", "4", "--set", "use_cpu=true")
-    output = run(*args, *options).stdout
+    result = run(*args, *options, "--set", "logging_steps=1")
+    output = result.stdout
+    assert [line.split()[0] for line in result.stderr.splitlines() if re.search(r"\d\.\d{4} ", line)] == list("01233")
     assert re.search(r"forward_kl +\d+\.\d{4} +\d+\.\d{4}", output)
     assert (workspace / "run" / "model.safetensors").exists()
     assert json.loads((workspace / "run" / "todi_config.json").read_text())["trainer"]["max_steps"] == 3

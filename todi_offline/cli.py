@@ -40,6 +40,7 @@ def cli() -> None:
     todi evaluate --student S --cache HELDOUT           its distance to the teacher, without the teacher
     todi-cache inspect CACHE                            look into a cache
     """
+    no_bars_in_logs()
 
 
 @cli.command()
@@ -52,7 +53,6 @@ def demo(out: Path, as_json: bool) -> None:
     """
     from todi_offline.demo import demo
 
-    no_bars_in_logs()
     with progress("tokens", quiet=as_json) as report, contextlib.redirect_stdout(sys.stderr):
         summary = demo(out, stage=lambda text: click.echo(f"> {text}", err=True), progress=report)
     if as_json:
@@ -75,7 +75,6 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
     """
     from todi_offline.capturing import capture_from
 
-    no_bars_in_logs()
     with progress("tokens", quiet=as_json) as report:
         summary = capture_from(config, given(settings), report)
     if as_json:
@@ -109,7 +108,6 @@ def student(source: str, layers: int | None, keep: str, out: Path) -> None:
     """
     from todi_offline.student import make_student
 
-    no_bars_in_logs()
     try:
         numbers = [int(number) for number in keep.split(",") if number.strip()]
     except ValueError as error:
@@ -133,7 +131,6 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
     """
     from todi_offline.training import train_from
 
-    no_bars_in_logs()
     overrides = {**dict(map(argument, arguments)), **given(settings)}
     with contextlib.redirect_stdout(sys.stderr):  # where transformers' log belongs
         summary = train_from(config, overrides)
@@ -163,7 +160,6 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
     """
     from todi_offline.evaluation import evaluate_from
 
-    no_bars_in_logs()
     with progress("texts", quiet=as_json) as report:
         summary = evaluate_from(config, given(settings), report)
     if as_json:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,11 +12,9 @@ import click
 
 
 def no_bars_in_logs() -> None:
-    """Keep the bars of transformers to terminals."""
+    """Keep the bars of other libraries to terminals; called before those are imported, which is when tqdm looks."""
     if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextlib.contextmanager

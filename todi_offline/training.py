@@ -26,6 +26,7 @@ from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.recipes import recipe_settings
 from todi_offline.student import LoraSettings, add_lora
 from todi_offline.trainer import ToDiTrainer
+from todi_offline.training_log import print_rows
 
 CONFIG_NAME = "todi_config.json"
 
@@ -239,6 +240,7 @@ def run(
         distillation=config.distillation,
         callbacks=callbacks,
     )
+    print_rows(trainer)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
     before = trainer.evaluate() if eval_cache and not config.resume else {}
