@@ -236,7 +236,8 @@ def _targets(
     sums, tail_ids, tail_values = (torch.cat(part) for part in zip(*parts, strict=True))
     scales = torch.tensor(summed, dtype=torch.float64, device=sums.device)
     sums = _wide(largest) / scales + sums.log()
-    log_partition = torch.logaddexp(_wide(values).logsumexp(-1, keepdim=True), sums[:, [summed.index(1.0)]])
+    rest = sums[:, summed.index(1.0), None]
+    log_partition = torch.logaddexp(_wide(values).logsumexp(-1, keepdim=True), rest)
     shift = (log_partition - _wide(largest)).to(largest)
     targets = SparseTargets(
         ids=ids,

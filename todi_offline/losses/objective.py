@@ -62,5 +62,5 @@ def sums_to_log(teacher: Entries, student: Entries, k: int | None) -> dict[str, 
         "student_kept_mass": student.kept.exp().sum(),
         "tail_share": teacher.tail.exp().sum(),
         "share_a_above_half": (p > q).to(q.dtype).mean(-1).sum(),
-        "num_targets": q.new_tensor(len(q)),
+        "num_targets": q.new_full((), len(q)),
     }

@@ -1,0 +1,105 @@
+"""A device that is none: its tensors compute on the CPU, say that they are elsewhere, and refuse to meet a CPU's.
+
+What runs here runs where no accelerator is, and yet notices a tensor that was made on the CPU and should have been made
+beside the others, or a number that is copied to the device for an index or a literal, for which a real one waits.
+"""
+
+from typing import Any
+
+import torch
+import torch.utils.backend_registration as backends
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+MOVES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+class _Module(backends._DummyBackendModule):
+    def is_available(self) -> bool:
+        return False  # so that nobody takes it for the machine's accelerator
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+class _Hook(backends._DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return False
+
+
+backends._setup_privateuseone_for_python_backend("elsewhere", backend_module=_Module(), hook=_Hook())
+ELSEWHERE = torch.device("elsewhere", 0)
+
+
+class Elsewhere(Tensor):
+    """A tensor whose numbers are those of `inner`, on the CPU."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Elsewhere":
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
+        tensor = Tensor._make_wrapper_subclass(cls, inner.size(), **layout, dtype=inner.dtype, device=ELSEWHERE)
+        tensor.inner = inner
+        return tensor
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(function, args, kwargs or {})
+
+
+class Elsewheres(TorchDispatchMode):
+    """Where the device exists."""
+
+    def __enter__(self) -> Any:
+        self._literals = _Literals()
+        self._literals.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._literals.__exit__(*exception)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(function, args, kwargs or {})
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor`, which is not dispatched, with a device that is named."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.pop("device", None) if function is torch.tensor else None
+        made = function(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+
+def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    there = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
+    if there and strangers and function not in MOVES:
+        raise RuntimeError(f"{function} of tensors on two devices")
+    device = kwargs.get("device")
+    is_there = bool(there) if device is None else torch.device(device).type == ELSEWHERE.type
+    if device is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    if not is_there:
+        return result
+
+    def outer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return there[id(leaf)] if id(leaf) in there else Elsewhere(leaf)  # itself where it was changed in place
+
+    return tree_map(outer, result)
+
+
+def _inner(leaf: Any) -> Any:
+    return leaf.inner if isinstance(leaf, Elsewhere) else leaf
