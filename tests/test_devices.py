@@ -1,12 +1,23 @@
 """Numbers and devices on an accelerator that is none: see `elsewhere`."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.utils.backend_registration as backends
+from tiny import tiny_tokenizer
+from tiny_models import llama
+from tiny_runs import trainer_of
 from torch import Tensor
 
+from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.reader import Cache
+from todi_offline.data import DataConfig, load_examples
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.targets import SparseTargets, teacher_targets
+from todi_offline.teacher import as_teacher, targets_of
+from todi_offline.trainer import ToDiTrainer
 
 if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this release of torch knows no devices made in Python", allow_module_level=True)
@@ -23,7 +34,7 @@ LABELS = torch.arange(NUM_TARGETS)
 UNIFORMS = torch.rand(NUM_TARGETS, NUM_SAMPLES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def teacher(device: torch.device | str) -> tuple[SparseTargets, Tensor]:
+def targets_on(device: torch.device | str) -> tuple[SparseTargets, Tensor]:
     logits = 3 * normal(NUM_TARGETS, VOCAB, seed=1)
     logits[0] = logits[0].round()  # with ties, which a path of its own decides
     return teacher_targets(logits.to(device), LABELS.to(device), K, uniforms=UNIFORMS.to(device))
@@ -44,9 +55,9 @@ def test_the_device_refuses_what_is_not_on_it() -> None:
 
 
 def test_targets_are_taken_where_the_logits_are() -> None:
-    expected, expected_labels = teacher("cpu")
+    expected, expected_labels = targets_on("cpu")
     with Elsewheres():
-        targets, label_logprobs = teacher(ELSEWHERE)
+        targets, label_logprobs = targets_on(ELSEWHERE)
     for name in ("ids", "logprobs", "tail_logsumexp", "tail_ids", "tail_logprobs"):
         assert torch.equal(here(getattr(targets, name)), getattr(expected, name))
     assert torch.equal(here(label_logprobs), expected_labels)
@@ -60,7 +71,7 @@ def losses(device: torch.device | str, config: DistillationConfig) -> list[Tenso
     ]
     hidden, weight, bias = leaves
     labels, count = LABELS.to(device), torch.tensor(NUM_TARGETS).to(device)
-    targets, _ = teacher(device)
+    targets, _ = targets_on(device)
     settings = {"num_targets": count, "vocab_size": VOCAB, "chunk_targets": 4}
     loss, sums = fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **settings)
     gradients = torch.autograd.grad(loss, leaves)
@@ -78,3 +89,47 @@ def test_losses_and_gradients_are_computed_where_the_student_is(divergence, tail
         there = [here(tensor) for tensor in losses(ELSEWHERE, config)]
     for found, expected in zip(there, losses("cpu", config), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Move a model there, by new tensors: those of the CPU cannot become them in place."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(ELSEWHERE)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+def test_a_teacher_reads_where_it_is() -> None:
+    tokenizer = tiny_tokenizer()
+    examples = load_examples(DataConfig(limit=3, max_length=64, max_prompt_length=32), tokenizer)
+    batch, settings = [examples[index] for index in range(3)], CacheSettings(k=8)
+    expected = targets_of(as_teacher(llama(), tokenizer), batch, settings)
+    with Elsewheres():
+        model = llama()
+        settle(model)
+        found = targets_of(as_teacher(model, tokenizer), batch, settings)
+    for rows, same in zip(found, expected, strict=True):
+        assert np.array_equal(rows.ids, same.ids)
+        np.testing.assert_allclose(rows.logprobs, same.logprobs, atol=1e-5)
+        np.testing.assert_allclose(rows.tail_logsumexp, same.tail_logsumexp, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_step_is_made_where_the_student_is(is_fused: bool, cache: Cache, tmp_path: Path) -> None:
+    def step(trainer: ToDiTrainer, device: torch.device | str) -> list[Tensor]:
+        trainer.head = trainer.head if is_fused else None
+        batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+        inputs = {name: value.to(device) for name, value in batches[0].items()}
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count.to(device))
+        loss.backward()
+        return [loss.detach(), *(weight.grad for weight in trainer.model.parameters())]
+
+    expected = step(trainer_of(tmp_path, cache), "cpu")
+    trainer = trainer_of(tmp_path, cache)
+    with Elsewheres():
+        settle(trainer.model)
+        found = step(trainer, ELSEWHERE)
+    for there, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(here(there), same, atol=1e-5, rtol=1e-4)

@@ -174,8 +174,10 @@ class ToDiTrainer(Trainer):
         started = perf_counter()
         batches = list(itertools.islice(self._batches, num_batches))
         self._meters[True].wait_seconds += perf_counter() - started
-        counts = [[sum(batch["labels"].numel() for batch in batches), sum(int(b["num_tokens"]) for b in batches)]]
-        num_targets, num_tokens = self.accelerator.gather(torch.tensor(counts, device=device)).sum(0)
+        # Counted on the device: to read a number there would wait for the step before.
+        here = torch.full((), sum(batch["labels"].numel() for batch in batches), device=device)
+        counts = torch.stack([here, sum((batch["num_tokens"].sum() for batch in batches), torch.zeros_like(here))])
+        num_targets, num_tokens = self.accelerator.gather(counts[None]).sum(0)
         self._num_tokens += num_tokens
         return batches, num_targets
 
