@@ -281,8 +281,8 @@ def dropping_out(seed: int = 1) -> Any:
     return gpt2(seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
 
 
-@pytest.mark.parametrize("build", [llama, dropping_out])
-@pytest.mark.parametrize("stop", [2, 6, 8])
+@pytest.mark.parametrize("build", [pytest.param(llama, marks=pytest.mark.slow), dropping_out])
+@pytest.mark.parametrize("stop", [2, 6, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     build: Callable[..., Any], stop: int, cache: Cache, tmp_path: Path
 ) -> None:
