@@ -1,8 +1,5 @@
 import dataclasses
 import itertools
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -279,39 +276,6 @@ def test_backward_may_run_twice_where_the_graph_is_kept():
     torch.testing.assert_close([gradient / 2 for gradient in once], list(twice))
 
 
-COMPILED = """
-import torch
-from todi_offline.losses import fused
-
-for temperature in (1.0, 2.0, 0.7):
-    exponentiate, combine = (torch.compile(f, dynamic=True) for f in (fused._exponentiate, fused._combine))
-    power = max(temperature, 1 / temperature)
-    for num_targets in (1, 7, 12):
-        generator = torch.Generator().manual_seed(num_targets)
-        logits = 10 * torch.randn(num_targets, 301, generator=generator)
-        logits[:, 5] = -torch.inf
-        plain, least, factors = logits.clone(), logits[:, 0].clone(), torch.randn(2, num_targets, generator=generator)
-        found = exponentiate(logits, least, max(temperature, 1.0), power)
-        torch.testing.assert_close(found, fused._exponentiate(plain, least, max(temperature, 1.0), power))
-        torch.testing.assert_close(logits, plain)
-        combine(logits, *factors, power)
-        fused._combine(plain, *factors, power)
-        torch.testing.assert_close(logits, plain)
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for the CPU what is compiled for CUDA elsewhere")
-def test_what_is_compiled_for_cuda_does_what_it_says() -> None:
-    subprocess.run([sys.executable, "-c", COMPILED], check=True)  # without the checks of shapes, which are not compiled
-
-
-def test_nothing_is_compiled_for_a_cpu() -> None:
-    fused_module = todi_offline.losses.fused
-    assert fused_module._compiled_for_cuda(fused_module._combine, "cpu") is fused_module._combine
-
-
 @pytest.mark.parametrize("settings", [{"k": K + 1}, {"temperature": 3.0}])
 @pytest.mark.parametrize("num_targets", [0, NUM_TARGETS])
 def test_what_the_targets_do_not_hold_is_noticed_even_without_rows(num_targets, settings):
@@ -332,36 +296,35 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def chunks(monkeypatch):
+    """Return a list to which the number of rows of every chunk is added."""
+    num_rows, split = [], todi_offline.losses.fused._split
+
+    def watched(logits, *others):
+        num_rows.append(len(logits))
+        return split(logits, *others)
+
+    monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
+    return num_rows
+
+
 @pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 1), ({"softcap": 3.0}, 2)])
-def test_what_is_as_large_as_a_chunk_is_counted_into_its_bytes(options, num_copies, monkeypatch):
+def test_what_is_as_large_as_a_chunk_is_counted_into_its_bytes(options, num_copies, chunks, monkeypatch):
     monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 8 * VOCAB * 4)
-    rows, split = [], todi_offline.losses.fused._split
-
-    def watched(logits, *others):
-        rows.append(len(logits))
-        return split(logits, *others)
-
-    monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
     fused(*case(num_targets=8, dtype=torch.float32), **options)
-    assert rows == [8 // num_copies] * num_copies
+    assert chunks == [8 // num_copies] * num_copies
 
 
-def test_no_chunk_is_much_smaller_than_the_others(monkeypatch):
+def test_no_chunk_is_much_smaller_than_the_others(chunks, monkeypatch):
     monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 4 * VOCAB * 8)
-    rows, split = [], todi_offline.losses.fused._split
-
-    def watched(logits, *others):
-        rows.append(len(logits))
-        return split(logits, *others)
-
-    monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
     assert_equal(case(num_targets=9), chunk_targets=None)
-    assert rows == [3, 3, 3]
+    assert chunks == [3, 3, 3]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_size_of_pieces_and_blocks_does_not_matter(temperature, monkeypatch):
-    monkeypatch.setattr(todi_offline.losses.fused, "CPU_PIECE_BYTES", 2 * VOCAB * 8)
+    monkeypatch.setattr(todi_offline.losses.passes, "CPU_PIECE_BYTES", 2 * VOCAB * 8)
     monkeypatch.setattr(todi_offline.losses.fused, "CPU_BLOCK_IDS", 4)
     hidden, weight, bias, labels, targets = case()
     for either in (bias, None):

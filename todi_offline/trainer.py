@@ -175,9 +175,10 @@ class ToDiTrainer(Trainer):
         batches = list(itertools.islice(self._batches, num_batches))
         self._meters[True].wait_seconds += perf_counter() - started
         # Counted on the device: to read a number there would wait for the step before.
-        here = torch.full((), sum(batch["labels"].numel() for batch in batches), device=device)
-        counts = torch.stack([here, sum((batch["num_tokens"].sum() for batch in batches), torch.zeros_like(here))])
-        num_targets, num_tokens = self.accelerator.gather(counts[None]).sum(0)
+        num_targets = torch.full((), sum(batch["labels"].numel() for batch in batches), device=device)
+        num_tokens = sum((batch["num_tokens"].sum() for batch in batches), torch.zeros_like(num_targets))
+        counts = torch.stack([num_targets, num_tokens])[None]
+        num_targets, num_tokens = self.accelerator.gather(counts).sum(0)
         self._num_tokens += num_tokens
         return batches, num_targets
 

@@ -14,10 +14,7 @@ q. So it is the softmax inside the tail times one scalar a row, but for K + S co
 readable `entry_divergence` by autograd: [chunk, K + 1 + S] is small, and no divergence is written twice.
 """
 
-import functools
-import importlib.util
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +25,7 @@ from torch import Tensor
 from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teacher_entries
 from todi_offline.losses.objective import sums_to_log
+from todi_offline.losses.passes import combine_rows, exponentiate_rows
 from todi_offline.targets import SparseTargets
 
 CPU_CHUNK_BYTES = 72 * 2**20
@@ -37,10 +35,6 @@ was the fastest: every chunk reads the head and adds to all of its gradient."""
 DEVICE_CHUNK_BYTES = 512 * 2**20
 """Elsewhere. A chunk reads the head twice and its gradient once, so there should be about as many rows as a device
 does operations a byte it reads: several hundred. A reckoning, not a measurement."""
-
-CPU_PIECE_BYTES = 4 * 2**20
-"""Logits that a CPU turns into exponentials at a time. Of 0.5 to 128 MiB tried, with half and with twice as much about
-as fast; all of a chunk at once takes twice as long at T = 2."""
 
 CPU_BLOCK_IDS = 1024
 """Rows of the head that a CPU multiplies at a time. For 342 rows of hidden states and a head of [49152, 576] its matrix
@@ -272,8 +266,7 @@ def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | No
 class _Split:
     """A softmax at a temperature T as entries, whose log-probs are known, and the rest of its row.
 
-    The rest is exp(logit - largest of the tail), 0 at the kept ids, at the larger of T and 1; to the power of `_power`
-    it is what it would be at the other of the two.
+    The rest is the exponentials that `exponentiate_rows` leaves, by the largest of the tail, and 0 at the kept ids.
 
     Attributes:
         student: the entries, as `student_entries` has them.
@@ -300,8 +293,7 @@ def _split(logits: Float[Tensor, "target vocab"], targets: SparseTargets, temper
     kept = logits.gather(-1, targets.ids)
     sampled = None if targets.tail_ids is None else logits.gather(-1, targets.tail_ids)
     least = kept.amax(-1) + temperature * FLOOR
-    largest, *sums = _exponentiate_rows(logits.scatter_(-1, targets.ids, -math.inf), least, temperature)
-    rest, rest_at_1 = sums if temperature >= 1 else reversed(sums)
+    largest, rest, rest_at_1 = exponentiate_rows(logits.scatter_(-1, targets.ids, -math.inf), least, temperature)
     log_partition = torch.logaddexp(kept.logsumexp(-1), largest + rest_at_1.log())
     kept_probs, rest_prob = (kept - log_partition[:, None]).exp(), (largest - log_partition).exp()
     floor = torch.maximum(kept.amax(-1), largest) + temperature * FLOOR
@@ -317,58 +309,6 @@ def _split(logits: Float[Tensor, "target vocab"], targets: SparseTargets, temper
         sampled = torch.where(sampled_exist, sampled, floor[:, None]) / temperature - at_temperature
     student = Entries(kept - at_temperature, tail - at_temperature.squeeze(-1), sampled)
     return _Split(student, mass, kept_exist, sampled_exist, log_partition, kept_probs, rest_prob)
-
-
-def _power(temperature: float) -> float:
-    """Return what takes exp(x / larger) to exp(x / smaller) of T and 1; at least 1, so that no more of it is 0."""
-    return max(temperature, 1 / temperature)
-
-
-def _exponentiate_rows(
-    logits: Float[Tensor, "target vocab"], least: Float[Tensor, " target"], temperature: float
-) -> tuple[Float[Tensor, " target"], ...]:
-    """Do what `_exponentiate` does, some rows at a time."""
-    exponentiate = _compiled_for_cuda(_exponentiate, logits.device.type)
-    settings = max(temperature, 1.0), _power(temperature)
-    parts = [exponentiate(logits[rows], least[rows], *settings) for rows in _pieces(logits)]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def _exponentiate(logits: Tensor, least: Tensor, temperature: float, power: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits into exp((logit - largest) / temperature); return the largest, and the sums of these and of powers.
-
-    The largest of each row is `least` at least.
-    """
-    largest = torch.maximum(logits.amax(-1), least)
-    logits.sub_(largest[:, None])
-    if temperature != 1:
-        logits.div_(temperature)
-    sums = logits.exp_().sum(-1)
-    return largest, sums, sums.clone() if power == 1 else logits.pow(power).sum(-1)
-
-
-def _combine(rest: Tensor, factor: Tensor, power_factor: Tensor, power: float) -> None:
-    """Turn the rest into factor * rest + power_factor * rest ** power, a factor a row."""
-    if power == 1:
-        rest.mul_((factor + power_factor)[:, None])
-    else:
-        powers = rest.pow(power).mul_(power_factor[:, None])
-        torch.addcmul(powers, rest, factor[:, None], out=rest)
-
-
-def _pieces(logits: Float[Tensor, "target vocab"]) -> list[slice]:
-    """Return the rows to pass over at a time: on a CPU few, which its cache holds until they are done with."""
-    step = max(len(logits), 1)
-    if logits.device.type == "cpu":
-        step = min(step, max(1, CPU_PIECE_BYTES // (logits.itemsize * logits.shape[1])))
-    return [slice(start, start + step) for start in range(0, max(len(logits), 1), step)]  # one where there are no rows
-
-
-@functools.cache
-def _compiled_for_cuda(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Return the function; on CUDA compiled, so that each logit is read and written once and not thrice."""
-    compiles = device == "cuda" and importlib.util.find_spec("triton") is not None
-    return torch.compile(function, dynamic=True) if compiles else function
 
 
 def _divergence(
@@ -402,11 +342,7 @@ def _overwrite(
         g = g_kept.sum(-1) + g_tail + sum(g.sum(-1) for g in g_sampled)
         kept += torch.where(split.kept_exist, g_kept, 0) - split.student.kept.exp() * g[:, None]
         tail += g_tail - split.student.tail.exp() * g
-    combine = _compiled_for_cuda(_combine, rest.device.type)
-    factors = [tail / split.mass, ce_unit * split.rest_prob]
-    factor, power_factor = factors if config.temperature >= 1 else reversed(factors)
-    for rows in _pieces(rest):
-        combine(rest[rows], factor[rows], power_factor[rows], _power(config.temperature))
+    combine_rows(rest, tail / split.mass, ce_unit * split.rest_prob, config.temperature)
     rest.scatter_(-1, targets.ids, kept)
     if derivatives is not None and targets.tail_ids is not None and split.sampled_exist is not None:
         rest.scatter_add_(-1, targets.tail_ids, torch.where(split.sampled_exist, g_sampled[0], 0))

@@ -1,0 +1,40 @@
+"""What the passes over logits compute is held to the readable objective in test_fused."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from todi_offline.losses import passes
+
+COMPILED = """
+import torch
+from todi_offline.losses import passes
+
+for temperature in (1.0, 2.0, 0.7):
+    exponentiate, combine = (torch.compile(f, dynamic=True) for f in (passes.exponentiate_piece, passes.combine_piece))
+    power = max(temperature, 1 / temperature)
+    for num_targets in (1, 7, 12):
+        generator = torch.Generator().manual_seed(num_targets)
+        logits = 10 * torch.randn(num_targets, 301, generator=generator)
+        logits[:, 5] = -torch.inf
+        plain, least, factors = logits.clone(), logits[:, 0].clone(), torch.randn(2, num_targets, generator=generator)
+        found = exponentiate(logits, least, max(temperature, 1.0), power)
+        torch.testing.assert_close(found, passes.exponentiate_piece(plain, least, max(temperature, 1.0), power))
+        torch.testing.assert_close(logits, plain)
+        combine(logits, *factors, power)
+        passes.combine_piece(plain, *factors, power)
+        torch.testing.assert_close(logits, plain)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for the CPU what is compiled for CUDA elsewhere")
+def test_what_is_compiled_for_cuda_does_what_it_says() -> None:
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)  # without the checks of shapes, which are not compiled
+
+
+def test_nothing_is_compiled_for_a_cpu() -> None:
+    assert passes.compiled_for_cuda(passes.combine_piece, "cpu") is passes.combine_piece
