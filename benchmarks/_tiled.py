@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import content_key, tokenizer_fingerprint
-from todi_offline.cache.layout import CacheSettings
-from todi_offline.cache.manifest import Manifest, Part
-from todi_offline.cache.narrow import narrow
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.fingerprint import content_key, tokenizer_fingerprint
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import CachedSequence, open_cache, read_table
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 

@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 import zarr
 
 from benchmarks._tiled import tiled_cache
-from todi_offline.cache.encoding import decode_rows
+from todi_offline.cache.format.encoding import decode_rows
+from todi_offline.cache.format.shard import ShardFile
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.cache.shard import ShardFile
 
 Read = Callable[[int, int], object]
 """Reads targets start to stop, counted over the cache."""

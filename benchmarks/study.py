@@ -50,7 +50,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks._study_arms import Arm, arms_of
 from benchmarks._study_report import write_report
 from benchmarks._study_world import ON_THE_SPOT, Settings, World, batches, make_world, optimise
-from todi_offline.cache.fingerprint import hash_json
+from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
 from todi_offline.capturing import capture
 from todi_offline.demo import fetch_teacher

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.progress import Progress, progress_bar
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import differences, locate
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.fingerprint import differences, locate
 from todi_offline.cache.reader import Cache, open_cache
 
 _SHOWN = 5

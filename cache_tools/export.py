@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from cache_tools.progress import progress_bar
-from todi_offline.cache.export import LAYOUTS, export_cache
+from todi_offline.cache.convert.export import LAYOUTS, export_cache
 from todi_offline.cache.reader import open_cache
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from cache_tools.progress import progress_bar
-from todi_offline.cache.fingerprint import tokenizer_fingerprint
-from todi_offline.cache.importing import fewest_entries, import_table, imported_manifest
-from todi_offline.cache.layout import CODECS, ENCODINGS, CacheSettings
-from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.convert.importing import fewest_entries, import_table, imported_manifest
+from todi_offline.cache.convert.tokenizer_files import read_tokenizer_files
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.layout import CODECS, ENCODINGS, CacheSettings
+from todi_offline.cache.format.manifest import Manifest
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.tokenizer_files import read_tokenizer_files
 from todi_offline.config import load_config
 from todi_offline.errors import ConfigError
 

@@ -7,10 +7,10 @@ from typing import Any
 import click
 import numpy as np
 
-from todi_offline.cache.commit import read_object
-from todi_offline.cache.layout import TOKENIZER_KEY
+from todi_offline.cache.format.layout import TOKENIZER_KEY
+from todi_offline.cache.format.records import read_object
+from todi_offline.cache.format.shard import codec_name
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
-from todi_offline.cache.shard import codec_name
 from todi_offline.errors import CacheError, first_line
 
 _SAMPLED_SEQUENCES = 64

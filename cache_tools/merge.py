@@ -6,7 +6,7 @@ import json
 import click
 
 from cache_tools.progress import progress_bar
-from todi_offline.cache.merge import merge_caches
+from todi_offline.cache.convert.merge import merge_caches
 
 
 @click.command()

@@ -9,7 +9,7 @@ import click
 
 from cache_tools.progress import progress_bar
 from todi_offline.cache.appending import described
-from todi_offline.cache.repair import Repair, repair_cache
+from todi_offline.cache.check.repair import Repair, repair_cache
 
 
 @click.command()

@@ -8,10 +8,10 @@ import click
 import numpy as np
 
 from cache_tools.progress import progress_bar
-from todi_offline.cache.fingerprint import as_keys
-from todi_offline.cache.layout import CODECS, ENCODINGS
+from todi_offline.cache.convert.subset import Selection, subset_cache, where, with_content, with_ids
+from todi_offline.cache.format.fingerprint import as_keys
+from todi_offline.cache.format.layout import CODECS, ENCODINGS
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.cache.subset import Selection, subset_cache, where, with_content, with_ids
 from todi_offline.errors import ConfigError, DataError
 
 

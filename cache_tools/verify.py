@@ -7,9 +7,9 @@ import sys
 import click
 
 from cache_tools.progress import progress_bar
-from todi_offline.cache.commit import read_seal
+from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.format.records import read_seal
 from todi_offline.cache.store import open_store
-from todi_offline.cache.verify import verify_cache
 
 
 @click.command()

@@ -14,8 +14,8 @@ from jaxtyping import install_import_hook
 CHECKED = ("models", "teacher", "top_k", "targets", "losses", "trainer", "evaluation")
 install_import_hook([f"todi_offline.{name}" for name in CHECKED], "beartype.beartype")
 
-from tiny import tiny_tokenizer
-from tiny_models import llama
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama
 
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture

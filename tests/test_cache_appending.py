@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Row, tokenised
-from disk import Operation, Watch
-from tiny import tiny_tokenizer
-from tiny_models import llama
+from support.disk import Operation, Watch
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama
 
 import todi_offline.capturing
+from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.verify import verify_cache
 from todi_offline.capturing import CaptureSummary, capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError

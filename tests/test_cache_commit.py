@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_cache import write_cache
+from support.fake_cache import write_cache
 
-from todi_offline.cache.commit import ObjectSum, committed_shards, read_object, read_seal, write_object
+from todi_offline.cache.format.records import ObjectSum, committed_shards, read_object, read_seal, write_object
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError

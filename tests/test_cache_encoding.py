@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from todi_offline.cache.encoding import (
+from todi_offline.cache.format.encoding import (
     TargetRows,
     bounds,
     decode_logprobs,

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cache import VOCAB, sequence, settings
+from support.fake_cache import VOCAB, sequence, settings
 
-from todi_offline.cache.encoding import TargetRows, decode_rows, encode_rows
-from todi_offline.cache.invariants import faults, mass_bounds
-from todi_offline.cache.layout import ENCODINGS
+from todi_offline.cache.check.invariants import faults, mass_bounds
+from todi_offline.cache.format.encoding import TargetRows, decode_rows, encode_rows
+from todi_offline.cache.format.layout import ENCODINGS
 
 
 def stored(scale: float, encoding: str, **changes: Any) -> tuple[TargetRows, Any, Any]:

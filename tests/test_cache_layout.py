@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from fake_cache import settings, write_cache
+from support.fake_cache import settings, write_cache
 
-from todi_offline.cache.layout import (
+from todi_offline.cache.format.layout import (
     CHUNK_TARGETS,
     CHUNK_TOKENS,
     CODECS,

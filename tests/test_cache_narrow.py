@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from fake_cache import VOCAB, sequence, settings
+from support.fake_cache import VOCAB, sequence, settings
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.narrow import narrow
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.errors import CacheMismatchError
 
 KEY = bytes(16)

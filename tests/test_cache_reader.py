@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_cache import forge, forge_rows, forge_table, sequence, write_cache
+from support.fake_cache import forge, forge_rows, forge_table, sequence, write_cache
 
 from todi_offline import open_cache
-from todi_offline.cache.encoding import bounds
-from todi_offline.cache.layout import CODECS, ENCODINGS, SEQUENCE_SCHEMA
+from todi_offline.cache.format.encoding import bounds
+from todi_offline.cache.format.layout import CODECS, ENCODINGS, SEQUENCE_SCHEMA
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
 
 

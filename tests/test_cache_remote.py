@@ -16,18 +16,18 @@ import fsspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fake_cache import manifest, sequence, settings, write_cache
-from object_store import Fault, Proxy, s3_server
-from tiny_runs import assert_same_weights, trainer_of
+from support.fake_cache import manifest, sequence, settings, write_cache
+from support.object_store import Fault, Proxy, s3_server
+from support.tiny_runs import assert_same_weights, trainer_of
 from torch.utils.data import DataLoader
 
 import cache_tools.__main__ as tools
 import todi_offline.trainer
+from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.cache.remote import RemoteStore
-from todi_offline.cache.staging import Staging
 from todi_offline.cache.store import LocalStore, Store, open_store
-from todi_offline.cache.verify import verify_cache
+from todi_offline.cache.store.remote import RemoteStore
+from todi_offline.cache.store.staging import Staging
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
@@ -82,7 +82,7 @@ def memory(tmp_path: Path) -> Iterator[str]:
 def dead() -> bytes:
     """The lock of a process of this machine that was killed."""
     code = (
-        "from todi_offline.cache.remote import RemoteLock, RemoteStore\n"
+        "from todi_offline.cache.store.remote import RemoteLock, RemoteStore\n"
         "lock = RemoteLock(RemoteStore('memory://x'))\nprint(lock._mine.decode(), end='')"
     )
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
@@ -321,7 +321,7 @@ def test_a_damaged_object_is_named_after_it_was_fetched_twice(memory: str) -> No
 def test_a_cache_is_read_and_verified_within_a_limit_that_holds_a_part_of_it(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("todi_offline.cache.staging.HELD", 8)
+    monkeypatch.setattr("todi_offline.cache.store.staging.HELD", 8)
     write_cache(memory, num_shards=6, per_shard=2)
     local = open_cache(write_cache(tmp_path / "local", num_shards=6, per_shard=2))
     limited = RemoteStore(memory, staging=Staging(tmp_path / "copies", limit_gb=10_000e-9))
@@ -447,7 +447,7 @@ def test_a_folder_needs_no_package_and_may_be_a_url(tmp_path: Path) -> None:
         assert isinstance(store, LocalStore)
         assert store.root == tmp_path
     code = (
-        "import sys, todi_offline, cache_tools.__main__, todi_offline.cache.remote\n"
+        "import sys, todi_offline, cache_tools.__main__, todi_offline.cache.store.remote\n"
         "sys.exit(bool({'fsspec', 's3fs', 'botocore'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -476,8 +476,8 @@ def test_training_keeps_its_copies_where_it_is_told(
     cache: Cache, heldout: Cache, memory: str, tmp_path: Path, staging: Path
 ) -> None:
     place, held = copied(cache, memory).root, copied(heldout, f"{memory}/heldout").root
-    from tiny import tiny_tokenizer
-    from tiny_models import llama
+    from support.tiny import tiny_tokenizer
+    from support.tiny_models import llama
 
     summary = train(
         llama(seed=1), place, tmp_path / "run", tokenizer=tiny_tokenizer(), eval_cache=held, max_steps=1, use_cpu=True,

@@ -9,14 +9,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
-from fake_cache import settings, write_cache
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from support.fake_cache import settings, write_cache
 
-from todi_offline.cache.layout import CHUNK_TARGETS, CODECS, ENCODINGS, MAX_GAPS_VOCAB, ArraySpec, array_specs
+from todi_offline.cache.format.layout import CHUNK_TARGETS, CODECS, ENCODINGS, MAX_GAPS_VOCAB, ArraySpec, array_specs
+from todi_offline.cache.format.shard import ShardFile, encode_shard
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.shard import ShardFile, encode_shard
 from todi_offline.errors import CacheCorruptError, CacheIncompleteError
 
 

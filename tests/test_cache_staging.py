@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from todi_offline.cache import staging
-from todi_offline.cache.staging import Staging
+from todi_offline.cache.store import staging
+from todi_offline.cache.store.staging import Staging
 from todi_offline.errors import CacheError
 
 SIZE = 40
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
 def run(code: str, *args: str | Path) -> str:
     """Run a script that has a `Staging` of the folder args[0], and return what it prints."""
     head = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom todi_offline.cache.staging import Staging\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom todi_offline.cache.store.staging import Staging\n"
         f"folder = Path(sys.argv[1])\nstaging = Staging(folder, {LIMIT_GB})\n"
         f"def fill(path): path.write_bytes(b'x' * {SIZE})\n"
     )
@@ -169,7 +169,7 @@ def test_a_child_keeps_nothing_locked_of_what_its_parent_held_or_fetched(tmp_pat
 
 def test_a_child_holds_what_it_was_handed_itself_when_its_parent_lets_go(tmp_path: Path) -> None:
     code = (
-        "import todi_offline.cache.staging as module\n"
+        "import todi_offline.cache.store.staging as module\n"
         "up, down = os.pipe(), os.pipe()\n"
         f"staging.copy('a', {SIZE}, fill)\n"
         "if os.fork() == 0:\n"

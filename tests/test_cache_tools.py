@@ -7,20 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from fake_cache import VOCAB, manifest, sequence, settings, write_cache
+from support.fake_cache import VOCAB, manifest, sequence, settings, write_cache
+from support.tools import run
 
 import cache_tools.__main__ as tools
 from todi_offline import __version__
 from todi_offline.cache.writer import CacheWriter
 
 COMMANDS = tools.cli.list_commands(None)  # type: ignore[arg-type]
-
-
-def run(*args: str | Path, code: int = 0) -> Result:
-    result = CliRunner().invoke(tools.cli, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_help_lists_the_commands_and_each_has_an_example() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cache import forge, forge_rows, forge_table, manifest, sequence, settings, write_cache
+from support.fake_cache import forge, forge_rows, forge_table, manifest, sequence, settings, write_cache
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.layout import CODECS, ENCODINGS
-from todi_offline.cache.verify import Problem, Remedy, verify_cache
+from todi_offline.cache.check.verify import Problem, Remedy, verify_cache
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.layout import CODECS, ENCODINGS
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.errors import CacheFormatError
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cache import forge_rows, manifest, sequence, settings
+from support.fake_cache import forge_rows, manifest, sequence, settings
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import as_keys, content_key, locate
-from todi_offline.cache.layout import ENCODINGS
-from todi_offline.cache.narrow import narrow
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.fingerprint import as_keys, content_key, locate
+from todi_offline.cache.format.layout import ENCODINGS
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
 from todi_offline.cache.view import select, union
 from todi_offline.cache.writer import CacheWriter

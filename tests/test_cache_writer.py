@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_cache import manifest, sequence, settings, write_cache
+from support.fake_cache import manifest, sequence, settings, write_cache
 
-from todi_offline.cache.commit import CommitRecord, ObjectSum, read_record, to_bytes
-from todi_offline.cache.layout import record_key
+from todi_offline.cache.format.layout import record_key
+from todi_offline.cache.format.records import CommitRecord, ObjectSum, read_record, to_bytes
 from todi_offline.cache.plan import plan_shards
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Row, tokenised
-from tiny import tiny_tokenizer
-from tiny_models import VOCAB, gpt2, llama, save
+from support.tiny import tiny_tokenizer
+from support.tiny_models import VOCAB, gpt2, llama, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import todi_offline.capturing
 import todi_offline.teacher
-from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
 from todi_offline.capturing import capture, capture_from
 from todi_offline.data import Example, Examples

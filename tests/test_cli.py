@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny import tiny_tokenizer
-from tiny_models import save_llama
+from support.tiny import tiny_tokenizer
+from support.tiny_models import save_llama
 
 from todi_offline.cli import cli, main
 from todi_offline.data import DataConfig, load_examples

@@ -3,103 +3,23 @@
 import dataclasses
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_cache import manifest, sequence, settings, write_cache
+from support.damage import KINDS
+from support.fake_cache import manifest, sequence, settings, write_cache
 from torch import Tensor
 
-from todi_offline.cache.commit import ObjectSum
-from todi_offline.cache.layout import CODECS, ENCODINGS
+from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.format.layout import CODECS, ENCODINGS
+from todi_offline.cache.format.records import ObjectSum
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.verify import verify_cache
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheCorruptError, TodiError
 from todi_offline.stream import CacheDataset, Collator
-
-Files = dict[str, bytes]
-Damage = Callable[[Path, np.random.Generator, Path], str]
-
-
-def files_of(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file())
-
-
-def drawn(root: Path, rng: np.random.Generator) -> Path:
-    files = files_of(root)
-    return files[int(rng.integers(len(files)))]
-
-
-def flip(root: Path, rng: np.random.Generator, _: Path) -> str:
-    path = drawn(root, rng)
-    data = bytearray(path.read_bytes())
-    data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(data)
-    return path.name
-
-
-def truncate(root: Path, rng: np.random.Generator, _: Path) -> str:
-    path = drawn(root, rng)
-    data = path.read_bytes()
-    path.write_bytes(data[: rng.integers(len(data))])
-    return path.name
-
-
-def overwrite(root: Path, rng: np.random.Generator, _: Path) -> str:
-    """A block that was lost: zeros of a random length anywhere in a file."""
-    path = drawn(root, rng)
-    data = bytearray(path.read_bytes())
-    start, length = int(rng.integers(len(data))), int(rng.integers(1, 512))
-    data[start : start + length] = bytes(len(data[start : start + length]))
-    if data == path.read_bytes():
-        return overwrite(root, rng, _)
-    path.write_bytes(data)
-    return path.name
-
-
-def append(root: Path, rng: np.random.Generator, _: Path) -> str:
-    path = drawn(root, rng)
-    path.write_bytes(path.read_bytes() + rng.bytes(int(rng.integers(1, 50))))
-    return path.name
-
-
-def delete(root: Path, rng: np.random.Generator, _: Path) -> str:
-    path = drawn(root, rng)
-    path.unlink()
-    return path.name
-
-
-def swap(root: Path, rng: np.random.Generator, other: Path) -> str:
-    first, second = drawn(root, rng), drawn(root, rng)
-    mine, yours = first.read_bytes(), second.read_bytes()
-    if mine == yours:
-        return swap(root, rng, other)
-    first.write_bytes(yours)
-    second.write_bytes(mine)
-    return f"{first.name} and {second.name}"
-
-
-def replace(root: Path, rng: np.random.Generator, other: Path) -> str:
-    """The file of the same name of another cache, as a copy that was cut off leaves it."""
-    path = drawn(root, rng)
-    theirs = (other / path.relative_to(root)).read_bytes()
-    if theirs == path.read_bytes():
-        return replace(root, rng, other)
-    path.write_bytes(theirs)
-    return path.name
-
-
-def stray(root: Path, rng: np.random.Generator, _: Path) -> str:
-    path = drawn(root, rng).with_name("stray.bin")
-    path.write_bytes(rng.bytes(10))
-    return path.name
-
-
-KINDS: tuple[Damage, ...] = (flip, truncate, overwrite, append, delete, swap, replace, stray)
 
 
 def batches(root: Path) -> list[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from rows import PLAIN, ROWS, encode, write_jsonl
+from support.rows import PLAIN, ROWS, encode, write_jsonl
 
 from todi_offline.data import (
     DataConfig,

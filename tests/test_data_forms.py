@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import CHAT, PLAIN, ROWS, THREE_TURNS, encode, encode_one, like_sentencepiece, marked, with_bos
-from tiny import CHATML, tiny_tokenizer
+from support.rows import CHAT, PLAIN, ROWS, THREE_TURNS, encode, encode_one, like_sentencepiece, marked, with_bos
+from support.tiny import CHATML, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from todi_offline.data import (

@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import CHAT, PLAIN, ROWS, THREE_TURNS, encode, marked, write_jsonl
+from support.rows import CHAT, PLAIN, ROWS, THREE_TURNS, encode, marked, write_jsonl
 
 from todi_offline.data import (
     ALPACA,

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tiny_models import save_llama
+from support.tiny_models import save_llama
 
 from todi_offline import demo as module
 from todi_offline.demo import demo, fetch_teacher

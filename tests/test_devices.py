@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.backend_registration as backends
-from tiny import tiny_tokenizer
-from tiny_models import llama
-from tiny_runs import trainer_of
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama
+from support.tiny_runs import trainer_of
 from torch import Tensor
 
-from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.reader import Cache
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
@@ -21,7 +21,7 @@ from todi_offline.trainer import ToDiTrainer
 
 if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this release of torch knows no devices made in Python", allow_module_level=True)
-from elsewhere import ELSEWHERE, Elsewhere, Elsewheres
+from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres
 
 NUM_TARGETS, WIDTH, VOCAB, K, NUM_SAMPLES = 6, 8, 600, 5, 3
 

@@ -11,8 +11,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import llama
-from tiny_runs import CHECKPOINTING, Noting, trainer_of
+from support.tiny_models import llama
+from support.tiny_runs import CHECKPOINTING, Noting, trainer_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

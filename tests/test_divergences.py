@@ -3,10 +3,10 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from torch.nn.functional import cross_entropy
 
 from todi_offline.errors import ConfigError, TargetsError

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
-from tiny_models import llama, save
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama, save
 
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError, ModelError

@@ -4,11 +4,11 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-import reference
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import granite, llama
-from tiny_runs import trainer_of
+from support import reference
+from support.tiny import tiny_tokenizer
+from support.tiny_models import granite, llama
+from support.tiny_runs import trainer_of
 
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import gemma2, gpt2, llama
+from support.tiny import tiny_tokenizer
+from support.tiny_models import gemma2, gpt2, llama
 from transformers import GenerationConfig
 
 from todi_offline.data import ALPACA, DataConfig, examples_from_rows

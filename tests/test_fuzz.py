@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_cache import write_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.fake_cache import write_cache
 
-from todi_offline.cache import shard as shard_module
-from todi_offline.cache.commit import ObjectSum, read_record
-from todi_offline.cache.layout import SEQUENCE_SCHEMA, ArraySpec, record_key, sequences_key
+from todi_offline.cache.format import shard as shard_module
+from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.format.layout import SEQUENCE_SCHEMA, ArraySpec, record_key, sequences_key
+from todi_offline.cache.format.records import ObjectSum, read_record
+from todi_offline.cache.format.shard import ShardFile, encode_shard
 from todi_offline.cache.reader import open_cache, read_manifest
-from todi_offline.cache.shard import ShardFile, encode_shard
 from todi_offline.cache.store import LocalStore
-from todi_offline.cache.verify import verify_cache
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, TodiError
 from todi_offline.stream import CacheDataset, Collator
 

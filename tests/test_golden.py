@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
-from make_golden import CACHES, DATA, NUM_SHARDS, PER_SHARD, values_of
+from support.make_golden import CACHES, DATA, NUM_SHARDS, PER_SHARD, values_of
 
+from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.verify import verify_cache
 from todi_offline.errors import CacheFormatError
 
 Array = npt.NDArray[Any]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama, save, save_llama
+from support.tiny import tiny_tokenizer
+from support.tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama, save, save_llama
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -3,8 +3,8 @@ import math
 import jaxtyping
 import numpy as np
 import pytest
-import reference
 import torch
+from support import reference
 from torch.nn.functional import cross_entropy
 
 from todi_offline.errors import ConfigError, TargetsError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import llama, save
+from support.tiny_models import llama, save
 
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError

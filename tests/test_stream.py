@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import gpt2, llama
+from support.tiny_models import gpt2, llama
 from torch import Tensor
 
 from todi_offline.cache.reader import Cache, CachedSequence, open_cache
-from todi_offline.cache.remote import RemoteStore
-from todi_offline.cache.staging import Staging
+from todi_offline.cache.store.remote import RemoteStore
+from todi_offline.cache.store.staging import Staging
 from todi_offline.losses import distillation_loss
 from todi_offline.models import head_at
 from todi_offline.stream import (

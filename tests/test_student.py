@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import cohere, gemma2, gpt2, granite, llama, mamba, save
+from support.tiny_models import cohere, gemma2, gpt2, granite, llama, mamba, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

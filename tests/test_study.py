@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import VOCAB, llama
+from support.tiny import tiny_tokenizer
+from support.tiny_models import VOCAB, llama
 
 from benchmarks import study
 from benchmarks._study_arms import DENSE, SFT, Arm, arms_of, cached

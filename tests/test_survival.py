@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_cache
 import numpy as np
 import pytest
 from conftest import Row
-from disk import MODELS, Operation, Watch, after_power_loss, put_files
-from fake_cache import write_cache
-from tiny_models import save_llama
+from support import fake_cache
+from support.disk import MODELS, Operation, Watch, after_power_loss, put_files
+from support.fake_cache import write_cache
+from support.tiny_models import save_llama
 
+from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.reader import open_cache, read_manifest
-from todi_offline.cache.repair import repair_cache
 from todi_offline.cache.store import CacheLock, LocalStore
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheError, CacheIncompleteError
@@ -45,10 +45,14 @@ class Captures:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         teacher = save_llama(folder / "teacher", num_hidden_layers=1)
         config = {"teacher": str(teacher), "data": str(data), "settings": SMALL | LENGTHS}
-        program = Path(__file__).with_name("faults.py")
-        command = [sys.executable, str(program), json.dumps(config)]
+        command = [sys.executable, "-m", "support.faults", json.dumps(config)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).parent,
         )
         self._undisturbed = folder / "undisturbed"
         self.num_operations = self.run(self._undisturbed)["operations"]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_tokenizer
-from tiny_models import VOCAB, gemma2, gpt2, llama, save
+from support.tiny import tiny_tokenizer
+from support.tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
 import todi_offline.teacher
-from todi_offline.cache.encoding import TargetRows, encode_rows
-from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.format.encoding import TargetRows, encode_rows
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.data import Example, Examples
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
 from todi_offline.models import output_head

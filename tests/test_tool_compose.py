@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cache import manifest, sequence, settings, write_cache
-from test_cache_tools import run
+from support.fake_cache import manifest, sequence, settings, write_cache
+from support.tools import run
 
 from cache_tools.diff import bucketed_kl
-from todi_offline.cache.fingerprint import content_key
-from todi_offline.cache.layout import ENCODINGS, CacheSettings
-from todi_offline.cache.merge import merge_caches
-from todi_offline.cache.narrow import narrow
+from todi_offline.cache.convert.merge import merge_caches
+from todi_offline.cache.convert.subset import where
+from todi_offline.cache.format.fingerprint import content_key
+from todi_offline.cache.format.layout import ENCODINGS, CacheSettings
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store import open_store
-from todi_offline.cache.subset import where
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheMismatchError, ConfigError, TargetsError
 

@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_cache import VOCAB, sequence, settings, write_cache
-from test_cache_tools import run
-from tiny import tiny_tokenizer
+from support.fake_cache import VOCAB, sequence, settings, write_cache
+from support.tiny import tiny_tokenizer
+from support.tools import run
 
-from todi_offline.cache.fingerprint import tokenizer_fingerprint
-from todi_offline.cache.importing import fewest_entries, import_table, imported_manifest
-from todi_offline.cache.layout import ENCODINGS
+from todi_offline.cache.convert.importing import fewest_entries, import_table, imported_manifest
+from todi_offline.cache.convert.tokenizer_files import read_tokenizer_files
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.layout import ENCODINGS
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.tokenizer_files import read_tokenizer_files
 from todi_offline.errors import CacheMismatchError, DataError, TargetsError
 
 DESCRIBED = imported_manifest(settings(temperatures=(1.0,), tail_samples=0), VOCAB, "elsewhere", {"vocabulary": "a"})

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cache import forge_rows, forge_table, manifest, sequence, settings, write_cache
-from test_cache_tools import run
-from test_damage import KINDS, Files
+from support.damage import KINDS, Files
+from support.fake_cache import forge_rows, forge_table, manifest, sequence, settings, write_cache
+from support.tools import run
 
-from todi_offline.cache.commit import committed_shards, read_record
-from todi_offline.cache.layout import record_key
+from todi_offline.cache.check.repair import Repair, repair_cache
+from todi_offline.cache.check.verify import object_keys, verify_cache
+from todi_offline.cache.format.layout import record_key
+from todi_offline.cache.format.records import committed_shards, read_record
 from todi_offline.cache.reader import open_cache, read_manifest
-from todi_offline.cache.repair import Repair, repair_cache
 from todi_offline.cache.store import LocalStore
-from todi_offline.cache.verify import object_keys, verify_cache
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheFormatError, CacheLockedError, CacheMismatchError
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
-from tiny_models import VOCAB, gpt2, llama, mamba
-from tiny_runs import QUIET, Noting, assert_same_weights, trainer_of
+from support.tiny import tiny_tokenizer
+from support.tiny_models import VOCAB, gpt2, llama, mamba
+from support.tiny_runs import QUIET, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments

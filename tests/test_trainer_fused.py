@@ -11,8 +11,8 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama
-from tiny_runs import CHECKPOINTING, Noting, assert_same_weights, trainer_of
+from support.tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama
+from support.tiny_runs import CHECKPOINTING, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from transformers import TrainerCallback
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import tokenised
 from peft import PeftModel
-from tiny import tiny_tokenizer
-from tiny_models import llama, save
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama, save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 

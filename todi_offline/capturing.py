@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from todi_offline.cache.appending import CapturePlan, plan_capture
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import Keys, hash_bytes, locate, tokenizer_fingerprint
-from todi_offline.cache.layout import CacheSettings
-from todi_offline.cache.manifest import Manifest, Part
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.fingerprint import Keys, hash_bytes, locate, tokenizer_fingerprint
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.manifest import Manifest, Part
 from todi_offline.cache.plan import ShardPlan
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.reuse import open_reusable

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from todi_offline.cache.encoding import TargetRows
+from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.cache.reader import CachedSequence
-from todi_offline.cache.remote import RemoteStore
+from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.cache.view import AnyCache
 from todi_offline.targets import SparseTargets
 

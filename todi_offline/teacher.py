@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.fingerprint import content_key, hash_bytes, hash_json
-from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.fingerprint import content_key, hash_bytes, hash_json
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
 from todi_offline.models import (

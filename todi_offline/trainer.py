@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from todi_offline.cache.fingerprint import differences, tokenizer_fingerprint
-from todi_offline.cache.manifest import require_same_tokenizer
+from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerprint
+from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.view import AnyCache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill

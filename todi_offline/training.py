@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from todi_offline.cache.fingerprint import locate, tokenizer_fingerprint
-from todi_offline.cache.manifest import require_same_tokenizer
+from todi_offline.cache.format.fingerprint import locate, tokenizer_fingerprint
+from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.cache.store import open_store
+from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.cache.view import AnyCache, CacheView, select, union
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
 from todi_offline.data import DataConfig, load_examples

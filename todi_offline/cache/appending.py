@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.commit import SEAL_KEY, committed_shards, read_record, read_seal
-from todi_offline.cache.fingerprint import Keys, as_keys, differences, locate
-from todi_offline.cache.layout import record_key
-from todi_offline.cache.manifest import Manifest, Part
+from todi_offline.cache.format.fingerprint import Keys, as_keys, differences, locate
+from todi_offline.cache.format.layout import record_key
+from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.records import SEAL_KEY, committed_shards, read_record, read_seal
 from todi_offline.cache.plan import ShardPlan, plan_shards
 from todi_offline.cache.reader import keys_of, read_manifest, read_table
 from todi_offline.cache.store import Store

@@ -13,7 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.commit import (
+from todi_offline.cache.format.encoding import TargetRows, decode_rows
+from todi_offline.cache.format.fingerprint import Keys, as_keys
+from todi_offline.cache.format.layout import APPEND_KEY, MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
+from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.records import (
     SEAL_KEY,
     CommitRecord,
     ObjectSum,
@@ -22,11 +26,7 @@ from todi_offline.cache.commit import (
     read_record,
     read_seal,
 )
-from todi_offline.cache.encoding import TargetRows, decode_rows
-from todi_offline.cache.fingerprint import Keys, as_keys
-from todi_offline.cache.layout import APPEND_KEY, MANIFEST_KEY, SEQUENCE_SCHEMA, record_key, sequences_key
-from todi_offline.cache.manifest import Manifest
-from todi_offline.cache.shard import ShardFile
+from todi_offline.cache.format.shard import ShardFile
 from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError, first_line
 

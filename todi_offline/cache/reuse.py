@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from todi_offline.cache.fingerprint import differences
-from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.format.fingerprint import differences
+from todi_offline.cache.format.manifest import Manifest
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.view import CacheView, holds, union
 from todi_offline.errors import CacheMismatchError

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.fingerprint import Keys, differences
-from todi_offline.cache.layout import CacheSettings
-from todi_offline.cache.manifest import Manifest
-from todi_offline.cache.narrow import narrow
+from todi_offline.cache.format.fingerprint import Keys, differences
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import Cache, CachedSequence
 from todi_offline.cache.store import LocalStore, Store
 from todi_offline.errors import CacheError, CacheMismatchError

@@ -23,7 +23,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from todi_offline.cache.appending import described, is_finished, parts_of, require_begun_alike
-from todi_offline.cache.commit import (
+from todi_offline.cache.format.encoding import Array, TargetRows, decode_rows, encode_rows
+from todi_offline.cache.format.fingerprint import content_key, differences, hash_bytes
+from todi_offline.cache.format.layout import (
+    APPEND_KEY,
+    MANIFEST_KEY,
+    SEQUENCE_SCHEMA,
+    TOKENIZER_KEY,
+    ArraySpec,
+    CacheSettings,
+    record_key,
+    sequences_key,
+)
+from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.records import (
     SEAL_KEY,
     CommitRecord,
     ObjectSum,
@@ -34,21 +47,8 @@ from todi_offline.cache.commit import (
     to_bytes,
     write_object,
 )
-from todi_offline.cache.encoding import Array, TargetRows, decode_rows, encode_rows
-from todi_offline.cache.fingerprint import content_key, differences, hash_bytes
-from todi_offline.cache.layout import (
-    APPEND_KEY,
-    MANIFEST_KEY,
-    SEQUENCE_SCHEMA,
-    TOKENIZER_KEY,
-    ArraySpec,
-    CacheSettings,
-    record_key,
-    sequences_key,
-)
-from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.format.shard import PCODEC_LEVEL, blosc_options, chunk_sums, encode_shard
 from todi_offline.cache.reader import read_manifest
-from todi_offline.cache.shard import PCODEC_LEVEL, blosc_options, chunk_sums, encode_shard
 from todi_offline.cache.store import LOCK_KEY, TEMPORARY_SUFFIX, Store, open_store
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheMismatchError
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.fingerprint import Keys, as_keys, content_key
+from todi_offline.cache.format.fingerprint import Keys, as_keys, content_key
 from todi_offline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # a second of import, and not needed to read a config

@@ -36,8 +36,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from todi_offline.cache.fingerprint import tokenizer_fingerprint
-from todi_offline.cache.manifest import require_same_tokenizer
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.evaluation.tally import Group, Tally
 from todi_offline.losses import DistillationConfig

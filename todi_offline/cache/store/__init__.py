@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, ConfigError
 
 if TYPE_CHECKING:
-    from todi_offline.cache.staging import Staging
+    from todi_offline.cache.store.staging import Staging
 
 LOCK_KEY = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
@@ -101,7 +101,7 @@ def open_store(place: "str | Path | Store", staging: "Staging | None" = None) ->
     protocol, separator, rest = str(place).partition("://")
     if not separator or protocol in ("file", "local"):
         return LocalStore(Path(rest or place).expanduser())
-    from todi_offline.cache.remote import RemoteStore
+    from todi_offline.cache.store.remote import RemoteStore
 
     return RemoteStore(str(place), staging=staging)
 

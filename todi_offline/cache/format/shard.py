@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.layout import CHUNK_TARGETS, ArraySpec
+from todi_offline.cache.format.layout import CHUNK_TARGETS, ArraySpec
 from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError
 
 PCODEC_LEVEL = 8

@@ -20,8 +20,8 @@ from secrets import token_hex
 from types import TracebackType
 from typing import Any
 
-from todi_offline.cache.staging import Fetch, Staging, locked_file
 from todi_offline.cache.store import LOCK_KEY, Store
+from todi_offline.cache.store.staging import Fetch, Staging, locked_file
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, ConfigError, first_line
 
 logger = logging.getLogger(__name__)

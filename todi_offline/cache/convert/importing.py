@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from todi_offline.cache.encoding import TargetRows, decode_rows, encode_rows
-from todi_offline.cache.export import PLAIN_SCHEMA
-from todi_offline.cache.fingerprint import content_key, hash_bytes
-from todi_offline.cache.invariants import faults
-from todi_offline.cache.layout import MANIFEST_KEY, TOKENIZER_KEY, CacheSettings
-from todi_offline.cache.manifest import Manifest, Part
+from todi_offline.cache.check.invariants import faults
+from todi_offline.cache.convert.export import PLAIN_SCHEMA
+from todi_offline.cache.format.encoding import TargetRows, decode_rows, encode_rows
+from todi_offline.cache.format.fingerprint import content_key, hash_bytes
+from todi_offline.cache.format.layout import MANIFEST_KEY, TOKENIZER_KEY, CacheSettings
+from todi_offline.cache.format.manifest import Manifest, Part
 from todi_offline.cache.plan import plan_shards
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.errors import CacheFormatError, DataError, TargetsError, first_line

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from todi_offline.cache.fingerprint import differences
-from todi_offline.cache.layout import FORMAT_VERSION, ArraySpec, CacheSettings, array_specs
+from todi_offline.cache.format.fingerprint import differences
+from todi_offline.cache.format.layout import FORMAT_VERSION, ArraySpec, CacheSettings, array_specs
 from todi_offline.config import load_config, to_dict
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError
 

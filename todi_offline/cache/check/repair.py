@@ -5,12 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from todi_offline.cache.appending import parts_of
-from todi_offline.cache.commit import SEAL_KEY, read_record
-from todi_offline.cache.layout import record_key
-from todi_offline.cache.manifest import Manifest, Part
-from todi_offline.cache.reader import read_manifest
-from todi_offline.cache.store import Store, open_store
-from todi_offline.cache.verify import (
+from todi_offline.cache.check.verify import (
     Problem,
     Progress,
     difference,
@@ -19,6 +14,11 @@ from todi_offline.cache.verify import (
     object_keys,
     verify_cache,
 )
+from todi_offline.cache.format.layout import record_key
+from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.records import SEAL_KEY, read_record
+from todi_offline.cache.reader import read_manifest
+from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheError
 
 

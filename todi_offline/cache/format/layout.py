@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.encoding import BY_ID
+from todi_offline.cache.format.encoding import BY_ID
 from todi_offline.errors import ConfigError
 
 FORMAT_VERSION = 1

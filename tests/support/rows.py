@@ -2,10 +2,10 @@
 
 import json
 
-from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from support.tiny import tiny_tokenizer
 from todi_offline.data import (
     DataConfig,
     examples_from_rows,

@@ -6,8 +6,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.layout import CacheSettings
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.errors import CacheMismatchError
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -16,6 +15,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from support.tiny import tiny_tokenizer
 
 VOCAB = 512
 """Ids of the tiny tokenizer."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.fingerprint import as_keys, differences, locate
-from todi_offline.cache.layout import TOKENIZER_KEY
-from todi_offline.cache.manifest import Manifest, Part
+from todi_offline.cache.format.fingerprint import as_keys, differences, locate
+from todi_offline.cache.format.layout import TOKENIZER_KEY
+from todi_offline.cache.format.manifest import Manifest, Part
 from todi_offline.cache.reader import Cache, open_cache, read_shard_record, read_table
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 from todi_offline.errors import CacheMismatchError

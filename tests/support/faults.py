@@ -2,7 +2,7 @@
 
 Importing torch takes longer than the capture, so this is a program that imports everything, and forks for each run:
 
-    python faults.py '{"teacher": ..., "data": ..., "settings": {...}}' < runs > outcomes
+    python -m support.faults '{"teacher": ..., "data": ..., "settings": {...}}' < runs > outcomes
 
 A run is a line of JSON, {"out": folder, "fault": name, "at": instant}; an outcome is {"code": ..., "error": ...,
 "operations": ..., "seconds": ...}, the last two of undisturbed runs. An instant is the number of an operation of the
@@ -27,9 +27,9 @@ from unittest import mock
 import datasets  # noqa: F401 -- once, not in every child
 import torch
 import zarr  # noqa: F401
-from disk import Operation, Watch
 
 import todi_offline.capturing
+from support.disk import Operation, Watch
 from todi_offline.cli import main
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.teacher import TeacherConfig

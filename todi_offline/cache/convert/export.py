@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.layout import MANIFEST_KEY, TOKENIZER_KEY
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.layout import MANIFEST_KEY, TOKENIZER_KEY
 from todi_offline.cache.reader import Cache, CachedSequence
 from todi_offline.errors import DataError, TargetsError, first_line
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from tiny import tiny_tokenizer
-from tiny_models import llama
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama
 from todi_offline.cache.reader import Cache
 from todi_offline.losses import DistillationConfig
 from todi_offline.trainer import ToDiTrainer

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.commit import SEAL_KEY, ObjectSum, committed_shards, read_record, read_seal, to_bytes
-from todi_offline.cache.encoding import TargetRows
-from todi_offline.cache.layout import CacheSettings, record_key, sequences_key
-from todi_offline.cache.manifest import Manifest, Part
+from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.layout import CacheSettings, record_key, sequences_key
+from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.records import SEAL_KEY, ObjectSum, committed_shards, read_record, read_seal, to_bytes
+from todi_offline.cache.format.shard import ShardFile, chunk_sums, encode_shard
 from todi_offline.cache.reader import read_manifest, read_table
-from todi_offline.cache.shard import ShardFile, chunk_sums, encode_shard
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter, SequenceRows
 

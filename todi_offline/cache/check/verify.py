@@ -15,7 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.commit import (
+from todi_offline.cache.check.invariants import SLACK, faults, mass_bounds
+from todi_offline.cache.format.encoding import bounds, decode_rows
+from todi_offline.cache.format.fingerprint import content_key, hash_bytes
+from todi_offline.cache.format.layout import APPEND_KEY, CHUNK_TARGETS, TOKENIZER_KEY, record_key, sequences_key
+from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.records import (
     RECORDS_PREFIX,
     SEAL_KEY,
     CommitRecord,
@@ -26,11 +31,7 @@ from todi_offline.cache.commit import (
     read_seal,
     to_bytes,
 )
-from todi_offline.cache.encoding import bounds, decode_rows
-from todi_offline.cache.fingerprint import content_key, hash_bytes
-from todi_offline.cache.invariants import SLACK, faults, mass_bounds
-from todi_offline.cache.layout import APPEND_KEY, CHUNK_TARGETS, TOKENIZER_KEY, record_key, sequences_key
-from todi_offline.cache.manifest import Manifest
+from todi_offline.cache.format.shard import ShardFile
 from todi_offline.cache.reader import (
     ends_append,
     open_shard,
@@ -39,7 +40,6 @@ from todi_offline.cache.reader import (
     read_table,
     require_places,
 )
-from todi_offline.cache.shard import ShardFile
 from todi_offline.cache.store import LOCK_KEY, Store, open_store
 from todi_offline.cache.writer import array_metadata, metadata_keys
 from todi_offline.errors import CacheError

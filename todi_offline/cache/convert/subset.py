@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.encoding import encode_rows
-from todi_offline.cache.fingerprint import Keys, content_key, hash_bytes, hash_json
-from todi_offline.cache.layout import TOKENIZER_KEY, CacheSettings
-from todi_offline.cache.manifest import Manifest, Part
-from todi_offline.cache.narrow import narrow
+from todi_offline.cache.format.encoding import encode_rows
+from todi_offline.cache.format.fingerprint import Keys, content_key, hash_bytes, hash_json
+from todi_offline.cache.format.layout import TOKENIZER_KEY, CacheSettings
+from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.plan import ShardPlan, plan_shards
 from todi_offline.cache.reader import Cache
 from todi_offline.cache.writer import CacheWriter, SequenceRows

@@ -1,4 +1,4 @@
-"""Write the golden caches of this format version, and what they hold: `python tests/make_golden.py`, once a version.
+"""Write the golden caches of this format version: `python -m support.make_golden` in tests/, once a version.
 
 `data/format-N.zip` has a cache of every encoding with every codec, and one of a vocabulary beyond 16 bits; what each
 of their sequences is read as stands in `data/format-N.npz`. Releases to come must read them so.
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fake_cache import manifest, sequence, settings
 
-from todi_offline.cache.layout import CODECS, ENCODINGS, FORMAT_VERSION
+from support.fake_cache import manifest, sequence, settings
+from todi_offline.cache.format.layout import CODECS, ENCODINGS, FORMAT_VERSION
 from todi_offline.cache.reader import CachedSequence, open_cache
 from todi_offline.cache.writer import CacheWriter
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 NUM_SHARDS, PER_SHARD = 2, 2
 CACHES = {
     f"{encoding}-{codec}": {"encoding": encoding, "codec": codec, "vocab_size": 300}
