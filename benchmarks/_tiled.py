@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.format.fingerprint import content_key, tokenizer_fingerprint
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, Part
 from todi_offline.cache.format.narrow import narrow
-from todi_offline.cache.reader import CachedSequence, open_cache, read_table
-from todi_offline.cache.writer import CacheWriter, SequenceRows
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import CachedSequence, SequenceRows
+from todi_offline.cache.objects import read_table
+from todi_offline.cache.reader import open_cache
+from todi_offline.cache.writer import CacheWriter
 
 VOCAB = 49_152
 _NUM_MADE_UP = 24

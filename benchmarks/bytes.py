@@ -35,13 +35,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.format.encoding import TargetRows, decode_rows, encode_rows
-from todi_offline.cache.format.fingerprint import content_key
+from todi_offline.cache.format.encoding import decode_rows, encode_rows
+from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import CHUNK_TARGETS, CODECS, ENCODINGS, CacheSettings, array_specs
 from todi_offline.cache.format.narrow import narrow
-from todi_offline.cache.format.shard import ShardFile, encode_shard
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import SequenceRows, sequence_table
+from todi_offline.cache.format.shard import encode_shard
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.writer import SequenceRows, sequence_table
+from todi_offline.cache.shard_file import ShardFile
 from todi_offline.capturing import capture_shard
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.demo import fetch_teacher

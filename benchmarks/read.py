@@ -31,8 +31,8 @@ import zarr
 
 from benchmarks._tiled import tiled_cache
 from todi_offline.cache.format.encoding import decode_rows
-from todi_offline.cache.format.shard import ShardFile
 from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.shard_file import ShardFile
 
 Read = Callable[[int, int], object]
 """Reads targets start to stop, counted over the cache."""

@@ -51,7 +51,8 @@ from benchmarks._study_arms import Arm, arms_of
 from benchmarks._study_report import write_report
 from benchmarks._study_world import ON_THE_SPOT, Settings, World, batches, make_world, optimise
 from todi_offline.cache.format.fingerprint import hash_json
-from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.demo import fetch_teacher
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss

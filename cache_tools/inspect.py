@@ -5,17 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-import numpy as np
 
-from todi_offline.cache.format.layout import TOKENIZER_KEY
-from todi_offline.cache.format.records import read_object
-from todi_offline.cache.format.shard import codec_name
-from todi_offline.cache.reader import Cache, CachedSequence, open_cache
-from todi_offline.errors import CacheError, first_line
-
-_SAMPLED_SEQUENCES = 64
-_SAMPLED_TARGETS = 64  # of each
-_SHOWN_IDS = 5
+from todi_offline.cache.check.summary import summarise_cache
+from todi_offline.cache.reader import open_cache
 
 
 @click.command()
@@ -30,99 +22,11 @@ def command(cache: str, rows: int, text: bool, allow_unsealed: bool, as_json: bo
     Example: todi-cache inspect cache/ --rows 5 --text
     """
     opened = open_cache(cache, allow_unsealed=allow_unsealed)
-    found = summarise(opened) | {"rows": list(sample_rows(opened, rows, with_text=text))}
+    found = summarise_cache(opened, rows, with_text=text)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         _print(_lines(found))
-
-
-def summarise(cache: Cache) -> dict[str, Any]:
-    """Return what `inspect` shows, as JSON knows it."""
-    manifest, num_targets = cache.manifest, int(cache.num_targets.sum())
-    num_bytes = cache.bytes_by_array
-    nll = np.average(cache.columns["teacher_nll"], weights=cache.num_targets)
-    return {
-        "sequences": len(cache),
-        "tokens": int(cache.num_tokens.sum()),
-        "targets": num_targets,
-        "bytes": sum(num_bytes.values()),
-        "bytes_per_target": sum(num_bytes.values()) / num_targets,
-        "teacher_nll": float(nll),
-        "coverage": coverage(cache),
-        "arrays": {
-            name: {
-                "dtype": spec.dtype.name,
-                "shape": json.loads(read_object(cache.store, f"{name}/zarr.json"))["shape"],
-                "shard": spec.shape(spec.shard_rows),
-                "chunk": spec.shape(spec.chunk_rows),
-                "codec": codec_name(spec.dtype, manifest.settings.codec),
-                "bytes_per_target": num_bytes[name] / num_targets,
-            }
-            for name, spec in manifest.arrays.items()
-        },
-        "manifest": manifest.to_json(),
-    }
-
-
-def coverage(cache: Cache) -> dict[int, float]:
-    """Return the mean teacher mass of the first k entries, for k = 1, 2, 4, ..., over some targets spread evenly."""
-    parts = []
-    for index in _spread(len(cache), _SAMPLED_SEQUENCES):
-        logprobs = cache[index].targets.logprobs
-        parts.append(np.exp(logprobs[_spread(len(logprobs), _SAMPLED_TARGETS)], dtype=np.float64).cumsum(axis=1))
-    mass = np.concatenate(parts).mean(axis=0)
-    widths = {2**power for power in range(len(mass).bit_length()) if 2**power < len(mass)} | {len(mass)}
-    return {k: float(mass[k - 1]) for k in sorted(widths)}
-
-
-def sample_rows(cache: Cache, count: int, *, with_text: bool) -> Iterator[dict[str, Any]]:
-    """Yield `count` targets, drawn at random from all of them but the same ones each time, in their order."""
-    decode = _decoder(cache) if with_text and count else lambda _: None
-    ends = np.cumsum(cache.num_targets, dtype=np.int64)
-    total = int(ends[-1])
-    for number in sorted(np.random.default_rng(0).choice(total, min(count, total), replace=False).tolist()):
-        index = int(np.searchsorted(ends, number, side="right"))
-        target = number - int(ends[index] - cache.num_targets[index])
-        yield {"sequence": cache.sequences["id"][index].as_py(), **_row(cache[index], target, decode)}
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """Return at most `count` of the first `total` numbers, spread evenly."""
-    return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist() if total else []
-
-
-def _row(sequence: CachedSequence, target: int, decode: Any) -> dict[str, Any]:
-    rows = sequence.targets
-    position = int(np.flatnonzero(sequence.target_mask)[target])
-
-    def entry(number: Any, logprob: Any) -> dict[str, Any]:
-        named = {"id": int(number), "p": float(np.exp(logprob))}
-        return named | ({} if decode(int(number)) is None else {"text": decode(int(number))})
-
-    shown = zip(rows.ids[target, :_SHOWN_IDS], rows.logprobs[target, :_SHOWN_IDS], strict=True)
-    tails = zip(rows.temperatures, rows.tail_logsumexp[target], strict=True)
-    return {
-        "position": position,
-        "label": entry(sequence.token_ids[position + 1], rows.label_logprob[target]),
-        "top": [entry(number, logprob) for number, logprob in shown],
-        "kept_mass": float(np.exp(rows.logprobs[target]).sum()),
-        "tail_logsumexp": {f"{temperature:g}": float(value) for temperature, value in tails},
-    }
-
-
-def _decoder(cache: Cache) -> Any:
-    from tokenizers import Tokenizer
-
-    if cache.store.size(TOKENIZER_KEY) is None:
-        raise CacheError(f"{cache.root} holds no {TOKENIZER_KEY}: its tokenizer had no such form; leave out --text")
-    try:
-        tokenizer = Tokenizer.from_str(read_object(cache.store, TOKENIZER_KEY).decode())
-    except Exception as error:  # what the package raises has no narrower class
-        raise CacheError(
-            f"{cache.root}/{TOKENIZER_KEY} is no tokenizer: {first_line(error)}; leave out --text"
-        ) from error
-    return lambda number: tokenizer.decode([number], skip_special_tokens=False)
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:

@@ -2,12 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import click
 
-Progress = Callable[[int, int], None]
-"""Called with the number done and all."""
+from todi_offline.cache.progress import Progress
 
 
 @contextlib.contextmanager

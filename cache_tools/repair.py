@@ -8,41 +8,47 @@ from collections.abc import Iterator
 import click
 
 from cache_tools.progress import progress_bar
-from todi_offline.cache.appending import described
 from todi_offline.cache.check.repair import Repair, repair_cache
+from todi_offline.cache.planning import describe_part
 
 
 @click.command()
 @click.argument("cache")
-@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
+@click.option("--abandon", is_flag=True, help="Give up a capture that has begun to add to the cache, and its shards.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
-def command(cache: str, dry_run: bool, as_json: bool) -> None:
-    """Delete what is damaged, so that the same capture again recomputes just that. A whole cache is left as it is.
+def command(cache: str, abandon: bool, dry_run: bool, as_json: bool) -> None:
+    """Take damaged shards out of a cache, so that the same capture again redoes just those.
 
-    Exit code 1 where something is left that no deletion mends.
+    A whole cache is left as it is, and so is every file that is not part of it. Exit code 1 where something is wrong
+    that only a copy can mend.
 
     Example: todi-cache repair cache/ --dry-run
     """
     with progress_bar("shards") as progress:
-        repair = repair_cache(cache, dry_run=dry_run, progress=progress)
+        repair = repair_cache(cache, abandon=abandon, dry_run=dry_run, progress=progress)
     if as_json:
         click.echo(json.dumps({"dry_run": dry_run, **dataclasses.asdict(repair)}, indent=1))
     else:
         click.echo("\n".join(_lines(cache, repair, dry_run=dry_run)))
-    if repair.left:
+    if repair.remaining:
         sys.exit(1)
 
 
 def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
-    """Yield what was done, what is left, and what is to be run."""
+    """Yield what was done, what is wrong still, and what is to be run."""
+    would = "would have " if dry_run else ""
+    for part in repair.abandoned:
+        yield f"{would}given up the capture of {describe_part(part)}"
+    for key in repair.renewed:
+        yield f"{would}written {key} again"
     for key in repair.deleted:
-        yield f"{'would delete' if dry_run else 'deleted'} {key}"
-    for problem in repair.left:
-        yield f"left as it is: {problem.where}: {problem.what}\n    to mend it: {problem.remedy.text}"
-    if not repair.left and repair.is_sealed and not (dry_run and repair.deleted):
-        yield f"{cache} is whole"
-    if not repair.is_sealed and all(problem.where != "zarr.json" for problem in repair.left):
-        whose = "; ".join(map(described, repair.parts))
+        yield f"{would}deleted {key}"
+    for problem in repair.remaining:
+        yield f"not mended: {problem.where}: {problem.what}\n    {problem.remedy.text}"
+    if repair.parts:
         shards = ", ".join(map(str, repair.shards))
-        what = f"makes anew shard{'s' * (len(repair.shards) > 1)} {shards}" if shards else "finishes the cache"
-        yield f"to go on, run what wrote it again{f' ({whose})' if whose else ''}: it {what}"
+        what = f"redoes shard{'s' * (len(repair.shards) > 1)} {shards}" if shards else "finishes the cache"
+        yield f"run again what captured {'; '.join(map(describe_part, repair.parts))}: it {what}"
+    elif repair.is_whole:
+        yield f"{cache} {'would be' if dry_run and repair.deleted else 'is'} whole"

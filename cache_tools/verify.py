@@ -8,26 +8,27 @@ import click
 
 from cache_tools.progress import progress_bar
 from todi_offline.cache.check.verify import verify_cache
-from todi_offline.cache.format.records import read_seal
-from todi_offline.cache.store import open_store
+from todi_offline.cache.reader import open_cache
 
 
 @click.command()
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
 def command(cache: str, as_json: bool) -> None:
-    """Check every checksum and every invariant; exit with 1 and the list of what is wrong.
+    """Check every checksum and every invariant; list what is wrong, and exit with 1 if anything is.
 
     Example: todi-cache verify cache/
     """
     with progress_bar("shards") as progress:
         problems = verify_cache(cache, progress)
+    is_damaged = any(not problem.is_note for problem in problems)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=1))
     for problem in [] if as_json else problems:
-        click.echo(f"{problem.where}: {problem.what}\n    to mend it: {problem.remedy.text}")
-    if problems:
+        kind = "note: " if problem.is_note else ""
+        click.echo(f"{kind}{problem.where}: {problem.what}\n    {problem.remedy.text}")
+    if is_damaged:
         sys.exit(1)
     if not as_json:
-        seal = read_seal(open_store(cache))
-        click.echo(f"{cache} is whole: {seal.num_sequences:,} sequences, {seal.num_targets:,} targets")
+        opened = open_cache(cache)
+        click.echo(f"{cache} is whole: {len(opened):,} sequences, {int(opened.num_targets.sum()):,} targets")

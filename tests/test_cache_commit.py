@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from support.fake_cache import write_cache
 
-from todi_offline.cache.format.records import ObjectSum, committed_shards, read_object, read_seal, write_object
+from todi_offline.cache.format.records import ObjectSum, read_seal, write_object
+from todi_offline.cache.objects import committed_shards, read_object
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError

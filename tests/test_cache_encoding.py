@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from todi_offline.cache.format.encoding import (
-    TargetRows,
     bounds,
     decode_logprobs,
     decode_rows,
@@ -17,6 +16,7 @@ from todi_offline.cache.format.encoding import (
     encode_rows,
     logprob_bounds,
 )
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError
 
 FALLING = arrays(

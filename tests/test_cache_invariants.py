@@ -8,8 +8,9 @@ import pytest
 from support.fake_cache import VOCAB, sequence, settings
 
 from todi_offline.cache.check.invariants import faults, mass_bounds
-from todi_offline.cache.format.encoding import TargetRows, decode_rows, encode_rows
+from todi_offline.cache.format.encoding import decode_rows, encode_rows
 from todi_offline.cache.format.layout import ENCODINGS
+from todi_offline.cache.format.rows import TargetRows
 
 
 def stored(scale: float, encoding: str, **changes: Any) -> tuple[TargetRows, Any, Any]:

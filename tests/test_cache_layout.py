@@ -8,17 +8,10 @@ import pytest
 import zarr
 from support.fake_cache import settings, write_cache
 
-from todi_offline.cache.format.layout import (
-    CHUNK_TARGETS,
-    CHUNK_TOKENS,
-    CODECS,
-    ENCODINGS,
-    array_specs,
-    record_key,
-    sequences_key,
-)
+from todi_offline.cache.format.codecs import array_metadata
+from todi_offline.cache.format.layout import CHUNK_TARGETS, CHUNK_TOKENS, CODECS, ENCODINGS, array_specs
+from todi_offline.cache.format.names import record_key, sequences_key
 from todi_offline.cache.reader import open_cache
-from todi_offline.cache.writer import array_metadata
 from todi_offline.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from support.fake_cache import VOCAB, sequence, settings
 
-from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.cache.format.narrow import narrow
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import CacheMismatchError
 
 KEY = bytes(16)

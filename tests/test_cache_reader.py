@@ -14,7 +14,8 @@ from support.fake_cache import forge, forge_rows, forge_table, sequence, write_c
 
 from todi_offline import open_cache
 from todi_offline.cache.format.encoding import bounds
-from todi_offline.cache.format.layout import CODECS, ENCODINGS, SEQUENCE_SCHEMA
+from todi_offline.cache.format.layout import CODECS, ENCODINGS
+from todi_offline.cache.format.sequences import SEQUENCE_SCHEMA
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
 
 

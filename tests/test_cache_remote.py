@@ -25,7 +25,8 @@ import cache_tools.__main__ as tools
 import todi_offline.trainer
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.cache.store import LocalStore, Store, open_store
+from todi_offline.cache.store import LocalStore, open_store
+from todi_offline.cache.store.base import Store
 from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.cache.store.staging import Staging
 from todi_offline.cache.writer import CacheWriter

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from support.fake_cache import settings, write_cache
 
 from todi_offline.cache.format.layout import CHUNK_TARGETS, CODECS, ENCODINGS, MAX_GAPS_VOCAB, ArraySpec, array_specs
-from todi_offline.cache.format.shard import ShardFile, encode_shard
+from todi_offline.cache.format.shard import encode_shard
 from todi_offline.cache.reader import open_cache
+from todi_offline.cache.shard_file import ShardFile
 from todi_offline.errors import CacheCorruptError, CacheIncompleteError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from todi_offline.cache import store
-from todi_offline.cache.store import CacheLock, LocalStore
+from todi_offline.cache.store import LocalStore
+from todi_offline.cache.store.locks import FolderLock
 from todi_offline.errors import CacheError, CacheLockedError
 
 
@@ -75,10 +76,10 @@ def test_what_is_there_is_not_created_again(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_taken_once_and_leaves_nothing(tmp_path: Path) -> None:
-    with CacheLock(tmp_path):
+    with FolderLock(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         with pytest.raises(CacheLockedError, match=f"is being written by process {os.getpid()} on "):
-            CacheLock(tmp_path).__enter__()
+            FolderLock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,7 +87,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second opens the file, the first removes it, a third makes another: the second must not go on."""
-    first, third = CacheLock(tmp_path), CacheLock(tmp_path)
+    first, third = FolderLock(tmp_path), FolderLock(tmp_path)
     first.__enter__()
     real = store.fcntl.flock
 
@@ -98,18 +99,18 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(
 
     monkeypatch.setattr(store.fcntl, "flock", late)
     with pytest.raises(CacheLockedError, match="was let go by another process just now; run the same command again"):
-        CacheLock(tmp_path).__enter__()
+        FolderLock(tmp_path).__enter__()
     with pytest.raises(CacheLockedError, match="is being written by"):
-        CacheLock(tmp_path).__enter__()
+        FolderLock(tmp_path).__enter__()
     third.__exit__(None, None, None)
 
 
 def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CacheError, match=r"cannot write in .*nowhere: No such file or directory"):
-        CacheLock(tmp_path / "nowhere").__enter__()
+        FolderLock(tmp_path / "nowhere").__enter__()
     monkeypatch.setattr(store.os, "pwrite", full)
     with pytest.raises(CacheError, match=r"cannot lock .*: No space left on device"):
-        CacheLock(tmp_path).__enter__()
+        FolderLock(tmp_path).__enter__()
     monkeypatch.undo()
-    with CacheLock(tmp_path):
+    with FolderLock(tmp_path):
         pass

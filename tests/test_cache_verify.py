@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from support.fake_cache import forge, forge_rows, forge_table, manifest, sequence, settings, write_cache
 
-from todi_offline.cache.check.verify import Problem, Remedy, verify_cache
-from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.check.problems import Problem, Remedy
+from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.format.layout import CODECS, ENCODINGS
-from todi_offline.cache.writer import CacheWriter, SequenceRows
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import SequenceRows
+from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheFormatError
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from support.fake_cache import forge_rows, manifest, sequence, settings
 
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.format.fingerprint import as_keys, content_key, locate
+from todi_offline.cache.format.fingerprint import as_keys, locate
+from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import ENCODINGS
 from todi_offline.cache.format.narrow import narrow
-from todi_offline.cache.reader import Cache, CachedSequence, open_cache
-from todi_offline.cache.view import select, union
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheCorruptError, CacheMismatchError
 

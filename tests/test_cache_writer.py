@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from support.fake_cache import manifest, sequence, settings, write_cache
 
-from todi_offline.cache.format.layout import record_key
-from todi_offline.cache.format.records import CommitRecord, ObjectSum, read_record, to_bytes
-from todi_offline.cache.plan import plan_shards
+from todi_offline.cache.format.names import record_key
+from todi_offline.cache.format.records import CommitRecord, ObjectSum, to_bytes
+from todi_offline.cache.objects import read_record
+from todi_offline.cache.planning import plan_shards
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter

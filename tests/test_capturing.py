@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import todi_offline.capturing
 import todi_offline.teacher
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture, capture_from
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, TeacherOutputError

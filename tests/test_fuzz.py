@@ -18,12 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fake_cache import write_cache
 
-from todi_offline.cache.format import shard as shard_module
 from todi_offline.cache.check.verify import verify_cache
-from todi_offline.cache.format.layout import SEQUENCE_SCHEMA, ArraySpec, record_key, sequences_key
-from todi_offline.cache.format.records import ObjectSum, read_record
-from todi_offline.cache.format.shard import ShardFile, encode_shard
+from todi_offline.cache.format import shard as shard_module
+from todi_offline.cache.format.layout import ArraySpec
+from todi_offline.cache.format.names import record_key, sequences_key
+from todi_offline.cache.format.records import ObjectSum
+from todi_offline.cache.format.sequences import SEQUENCE_SCHEMA
+from todi_offline.cache.format.shard import encode_shard
+from todi_offline.cache.objects import read_record
 from todi_offline.cache.reader import open_cache, read_manifest
+from todi_offline.cache.shard_file import ShardFile
 from todi_offline.cache.store import LocalStore
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, TodiError
 from todi_offline.stream import CacheDataset, Collator

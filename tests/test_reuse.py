@@ -13,8 +13,8 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
 import todi_offline.capturing
-from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.cache.format.layout import ENCODINGS
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.reader import open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.tiny_models import gpt2, llama
 from torch import Tensor
 
-from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.cache.store.staging import Staging
 from todi_offline.losses import distillation_loss

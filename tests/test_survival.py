@@ -23,7 +23,8 @@ from support.tiny_models import save_llama
 
 from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.reader import open_cache, read_manifest
-from todi_offline.cache.store import CacheLock, LocalStore
+from todi_offline.cache.store import LocalStore
+from todi_offline.cache.store.locks import FolderLock
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheError, CacheIncompleteError
 
@@ -156,7 +157,7 @@ def test_a_capture_of_a_cache_that_another_process_fills_names_it_and_a_dead_one
 ) -> None:
     assert captures.run(tmp_path, "kill", 40)["code"] == -signal.SIGKILL
     assert (tmp_path / ".lock").exists()
-    with CacheLock(tmp_path):
+    with FolderLock(tmp_path):
         found = captures.run(tmp_path, "none")
         assert found["code"] == 1
         assert f"Error: {tmp_path} is being written by process {os.getpid()} on " in found["error"]

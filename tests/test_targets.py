@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 
 import todi_offline.targets
-from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 from todi_offline.losses import dense_divergence, sparse_divergence
 from todi_offline.targets import SparseTargets, sparsify, teacher_targets

@@ -15,8 +15,9 @@ from support.tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
 import todi_offline.teacher
-from todi_offline.cache.format.encoding import TargetRows, encode_rows
+from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example, Examples
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
 from todi_offline.models import output_head

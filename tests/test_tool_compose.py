@@ -13,7 +13,7 @@ from support.tools import run
 from cache_tools.diff import bucketed_kl
 from todi_offline.cache.convert.merge import merge_caches
 from todi_offline.cache.convert.subset import where
-from todi_offline.cache.format.fingerprint import content_key
+from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import ENCODINGS, CacheSettings
 from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import Cache, open_cache

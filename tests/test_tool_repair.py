@@ -16,8 +16,8 @@ from support.tools import run
 
 from todi_offline.cache.check.repair import Repair, repair_cache
 from todi_offline.cache.check.verify import object_keys, verify_cache
-from todi_offline.cache.format.layout import record_key
-from todi_offline.cache.format.records import committed_shards, read_record
+from todi_offline.cache.format.names import record_key
+from todi_offline.cache.objects import committed_shards, read_record
 from todi_offline.cache.reader import open_cache, read_manifest
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import todi_offline.trainer
-from todi_offline.cache.reader import Cache, CachedSequence, open_cache
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TargetsError

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.appending import CapturePlan, plan_capture
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.format.fingerprint import Keys, hash_bytes, locate, tokenizer_fingerprint
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, Part
-from todi_offline.cache.plan import ShardPlan
-from todi_offline.cache.reader import open_cache
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import SequenceRows
+from todi_offline.cache.planning import CapturePlan, ShardPlan, plan_capture
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.reuse import open_reusable
 from todi_offline.cache.store import open_store
-from todi_offline.cache.view import CacheView
-from todi_offline.cache.writer import CacheWriter, SequenceRows
+from todi_offline.cache.writer import CacheWriter
 from todi_offline.config import load_config
 from todi_offline.data import DataConfig, Example, Examples, load_examples
 from todi_offline.errors import CacheCorruptError, memory_errors
@@ -133,13 +133,12 @@ def run(
     keys = examples.content_keys()
     manifest = dataclasses.replace(manifest, parts=(_part(examples, keys),))
     plan = plan_capture(open_store(config.out), manifest, keys, examples.num_tokens)
-    places = np.full(len(keys), -1) if reused is None else locate(reused.content_keys, keys)
+    places = np.full(len(keys), -1) if reused is None else reused.content_keys.find(keys)
     job = _Job(config, teacher, examples, plan, reused, places)
     with CacheWriter(config.out, plan.manifest, tokenizer_json(teacher.tokenizer)) as writer:
         missing = set(writer.missing_shards())
         tally = _capture_shards(writer, [shard for shard in plan.shards if shard.index in missing], job, progress)
-        if not writer.sealed:
-            writer.seal()
+        writer.seal()
     return _summarise(job, tally)
 
 
@@ -154,11 +153,11 @@ def describe(teacher: Teacher, settings: CacheSettings) -> Manifest:
     )
 
 
-def _part(examples: Examples, keys: Keys) -> Part:
+def _part(examples: Examples, keys: ContentKeys) -> Part:
     """Describe a data set as a capture of all of it."""
     return Part(
         recipe=json.loads(json.dumps(examples.recipe)),
-        content=hash_bytes([keys.tobytes()]),
+        content=keys.digest(),
         num_sequences=len(examples),
         num_shards=0,
         versions={name: version(name) for name in _RECORDED},
@@ -173,7 +172,7 @@ class _Job:
     teacher: Teacher
     examples: Examples
     plan: CapturePlan
-    reused: CacheView | None
+    reused: Cache | None
     places: npt.NDArray[np.int64]
     """Where `reused` has each example, or -1."""
 

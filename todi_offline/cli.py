@@ -184,7 +184,7 @@ def keys(tokenizer: str, out: Path, **settings: Any) -> None:
 
     examples = load_examples(load_config(DataConfig, overrides=given(settings)), load_tokenizer(tokenizer))
     found = examples.content_keys()
-    out.write_text("".join(f"{key.hex()}\n" for key in found.tolist()), encoding="utf-8")
+    out.write_text("".join(f"{key}\n" for key in found.to_hex()), encoding="utf-8")
     click.echo(f"{out} has the keys of {len(found):,} examples")
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.reader import CachedSequence
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache
 from todi_offline.cache.store.remote import RemoteStore
-from todi_offline.cache.view import AnyCache
 from todi_offline.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ EMPTY = -1
 class CacheDataset(Dataset[CachedSequence]):
     """A cache as torch's data loaders take it: its sequences by their numbers, and an empty one, `EMPTY`."""
 
-    def __init__(self, cache: AnyCache) -> None:
+    def __init__(self, cache: Cache) -> None:
         """Wrap an open cache."""
         self.cache = cache
 
@@ -125,7 +125,7 @@ class WindowShuffledOrder(ShuffledOrder):
             background.shutdown(wait=False, cancel_futures=True)
 
 
-def training_order(cache: AnyCache, seed: int) -> ShuffledOrder:
+def training_order(cache: Cache, seed: int) -> ShuffledOrder:
     """Return the order in which to train: a full shuffle of a local cache, one by windows of a remote one."""
     if not isinstance(cache.store, RemoteStore):
         return ShuffledOrder(len(cache), seed)
@@ -224,7 +224,7 @@ class Collator:
         }
 
 
-def batch_targets(batch: dict[str, Tensor], cache: AnyCache) -> SparseTargets:
+def batch_targets(batch: dict[str, Tensor], cache: Cache) -> SparseTargets:
     """Return the targets of a batch, on its device; ids travel there in the few bytes that they are stored in."""
     settings = cache.manifest.settings
     tail_ids, tail_logprobs = batch.get("tail_ids"), batch.get("tail_logprobs")

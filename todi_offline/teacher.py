@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.format.fingerprint import content_key, hash_bytes, hash_json
+from todi_offline.cache.format.fingerprint import hash_bytes, hash_json
+from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
 from todi_offline.models import (

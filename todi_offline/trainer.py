@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
-from todi_offline.cache.view import AnyCache
+from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
@@ -49,8 +49,8 @@ class ToDiTrainer(Trainer):
         self,
         model: Model,
         args: TrainingArguments,
-        train_dataset: AnyCache | None = None,
-        eval_dataset: AnyCache | Mapping[str, AnyCache] | None = None,
+        train_dataset: Cache | None = None,
+        eval_dataset: Cache | Mapping[str, Cache] | None = None,
         processing_class: Tokenizer | None = None,
         distillation: DistillationConfig | None = None,
         **kwargs: Any,
@@ -218,7 +218,7 @@ class ToDiTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> FilledOrder:
         return FilledOrder(range(len(eval_dataset)), self.args.eval_batch_size * self.args.world_size)
 
-    def _require_targets(self, cache: AnyCache) -> None:
+    def _require_targets(self, cache: Cache) -> None:
         """Refuse a cache that does not hold what the objective asks for."""
         targets = SparseTargets.from_numpy(cache[0].targets[:0])
         logits, labels = torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long)
@@ -261,10 +261,10 @@ def _student_tokenizer(tokenizer: Tokenizer | None, model: Model) -> dict[str, s
     return tokenizer_fingerprint(tokenizer)
 
 
-def _require_alike(cache: AnyCache, first: AnyCache) -> None:
+def _require_alike(cache: Cache, first: Cache) -> None:
     """Refuse a cache whose rows would be read as what they are not: one reading serves all of a trainer."""
 
-    def reading(cache: AnyCache) -> dict[str, Any]:
+    def reading(cache: Cache) -> dict[str, Any]:
         settings = cache.manifest.settings
         return {
             "vocab_size": cache.manifest.vocab_size,
@@ -279,7 +279,7 @@ def _require_alike(cache: AnyCache, first: AnyCache) -> None:
         )
 
 
-def _dataset(cache: AnyCache | None) -> CacheDataset | None:
+def _dataset(cache: Cache | None) -> CacheDataset | None:
     return None if cache is None else CacheDataset(cache)
 
 

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from todi_offline.cache.format.fingerprint import locate, tokenizer_fingerprint
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
-from todi_offline.cache.reader import open_cache
+from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
-from todi_offline.cache.view import AnyCache, CacheView, select, union
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError
@@ -107,10 +106,10 @@ class TrainSummary:
 
 def train(
     student: str | Model,
-    cache: "str | Path | AnyCache | Sequence[str | Path]",
+    cache: "str | Path | Cache | Sequence[str | Path]",
     out: str | Path,
     *,
-    eval_cache: "str | Path | AnyCache | None" = None,
+    eval_cache: "str | Path | Cache | None" = None,
     tokenizer: Tokenizer | None = None,
     config: Path | None = None,
     callbacks: list[Any] | None = None,
@@ -127,14 +126,14 @@ def train(
         TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.
     """
     named: dict[str, Any] = {"out": out, "student": student if isinstance(student, str) else "(given)"}
-    named["cache"] = [cache.root] if isinstance(cache, AnyCache) else _places(cache)
+    named["cache"] = [cache.root] if isinstance(cache, Cache) else _places(cache)
     if eval_cache is not None:
-        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, AnyCache) else str(eval_cache)
+        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else str(eval_cache)
     return run(
         load_train_config(config, {**settings, **named}),
         None if isinstance(student, str) else (student, tokenizer),
-        cache if isinstance(cache, AnyCache) else None,
-        eval_cache if isinstance(eval_cache, AnyCache) else None,
+        cache if isinstance(cache, Cache) else None,
+        eval_cache if isinstance(eval_cache, Cache) else None,
         callbacks,
     )
 
@@ -214,8 +213,8 @@ def training_arguments(config: TrainConfig) -> Any:
 def run(
     config: TrainConfig,
     student: tuple[Model, Tokenizer | None] | None = None,
-    cache: AnyCache | None = None,
-    eval_cache: AnyCache | None = None,
+    cache: Cache | None = None,
+    eval_cache: Cache | None = None,
     callbacks: list[Any] | None = None,
 ) -> TrainSummary:
     """Load what is not given, evaluate, train, evaluate, save."""
@@ -260,7 +259,7 @@ def run(
     )
 
 
-def select_data(cache: AnyCache, data: SelectedData, tokenizer: Tokenizer | None) -> AnyCache:
+def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -> Cache:
     """Return the sequences of a cache that are the examples of a data set, in its order.
 
     Raises:
@@ -275,17 +274,16 @@ def select_data(cache: AnyCache, data: SelectedData, tokenizer: Tokenizer | None
     lengths = {name: getattr(data, name) or recipe.get(name) for name in ("max_length", "max_prompt_length")}
     known = {name: value for name, value in lengths.items() if isinstance(value, int)}
     examples = load_examples(DataConfig(data=data.data or "", split=data.split, limit=data.limit, **known), tokenizer)
-    found = locate(cache.content_keys, examples.content_keys())
+    found = cache.content_keys.find(examples.content_keys())
     if missing := np.flatnonzero(found < 0).tolist():
         names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        members = cache.members if isinstance(cache, CacheView) else [cache]
-        reuse = "".join(f" --reuse {member.root}" for member in members)
+        reuse = "".join(f" --reuse {member.store}" for member in cache.members)
         options = {"data": data.data, "split": data.split, "limit": data.limit, **known}
         shown = (f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
         command = f"todi capture --teacher ... {' '.join(shown)}"
         raise CacheIncompleteError(
             f"{len(missing):,} of the {len(examples):,} examples of {data.data} are not in {cache.root}: {names}; "
-            f"`{command} --out {members[0].root}` appends them, `{command}{reuse} --out NEW` copies what is there"
+            f"`{command} --out {cache.members[0].store}` appends them, `{command}{reuse} --out NEW` copies the others"
         )
     return select(cache, found)
 

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.format.layout import CacheSettings, record_key, sequences_key
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, Part
-from todi_offline.cache.format.records import SEAL_KEY, ObjectSum, committed_shards, read_record, read_seal, to_bytes
-from todi_offline.cache.format.shard import ShardFile, chunk_sums, encode_shard
-from todi_offline.cache.reader import read_manifest, read_table
+from todi_offline.cache.format.names import record_key, sequences_key
+from todi_offline.cache.format.records import ObjectSum
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import SequenceRows, table_bytes
+from todi_offline.cache.format.shard import chunk_sums, encode_shard
+from todi_offline.cache.objects import committed_shards, read_record, read_root, read_table
+from todi_offline.cache.shard_file import ShardFile
 from todi_offline.cache.store import LocalStore
-from todi_offline.cache.writer import CacheWriter, SequenceRows
+from todi_offline.cache.writer import CacheWriter, replace_root, write_derived_metadata
 
 VOCAB = 300
 
@@ -95,23 +97,36 @@ def forge(root: Path, key: str, data: bytes, chunks: bytes | None = None) -> Non
     `chunks` are the new sums of its chunks; without them the old ones stay.
     """
     store = LocalStore(root)
-    (root / key).write_bytes(data)
+    replace_file(root / key, data)
+    found = read_root(store)
     for shard in committed_shards(store):
-        record = read_record(store, record_key(shard))
+        record = read_record(store, found.manifest, shard, None)
         if key in record.objects:
-            found = ObjectSum.of(data, record.objects[key].chunks if chunks is None else chunks)
-            record = dataclasses.replace(record, objects={**record.objects, key: found})
-            (root / record_key(shard)).write_bytes(to_bytes(record))
-    seal = read_seal(store)
-    objects = {name: ObjectSum.of((root / name).read_bytes()) for name in seal.objects}
-    (root / SEAL_KEY).write_bytes(to_bytes(dataclasses.replace(seal, objects=objects)))
+            changed = ObjectSum.of(data, record.objects[key].chunks if chunks is None else chunks)
+            record = dataclasses.replace(record, objects={**record.objects, key: changed})
+            replace_file(root / record_key(shard), record.to_bytes())
+    commits = tuple(
+        None if commit is None else ObjectSum.of((root / record_key(shard)).read_bytes())
+        for shard, commit in enumerate(found.commits)
+    )
+    replace_root(store, dataclasses.replace(found, commits=commits))
+    write_derived_metadata(store, read_root(store))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file anew: other caches may be linked to the old one."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
 
 
 def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None], shard: int = 0) -> None:
     """Change stored rows of an array in place, and forge its object."""
-    manifest = read_manifest(LocalStore(root))
+    store = LocalStore(root)
+    manifest = read_root(store).manifest
+    record = read_record(store, manifest, shard, None)
     spec, codec = manifest.arrays[name], manifest.settings.codec
-    rows = ShardFile(root / spec.object_key(shard), spec, codec).read_rows(0, spec.shard_rows).copy()
+    num_rows = record.num_tokens if spec.axis == "token" else record.num_targets
+    rows = ShardFile(root / spec.object_key(shard), spec, codec).read_rows(0, num_rows).copy()
     change(rows)
     data = encode_shard(spec, rows, codec)
     forge(root, spec.object_key(shard), data, chunk_sums(spec, data))
@@ -119,11 +134,10 @@ def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None]
 
 def forge_table(root: Path, column: str, change: Callable[[list[Any]], None], shard: int = 0) -> None:
     """Change a column of a sequence table in place, and forge its object."""
-    table = read_table(LocalStore(root), read_record(LocalStore(root), record_key(shard)))
+    store = LocalStore(root)
+    table = read_table(store, read_record(store, read_root(store).manifest, shard, None))
     values = table[column].to_pylist()
     change(values)
     kind = table.schema.field(column).type
     table = table.set_column(table.column_names.index(column), column, pa.array(values, kind))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="none")
-    forge(root, sequences_key(shard), sink.getvalue().to_pybytes())
+    forge(root, sequences_key(shard), table_bytes(table))

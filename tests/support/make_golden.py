@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from support.fake_cache import manifest, sequence, settings
 from todi_offline.cache.format.layout import CODECS, ENCODINGS, FORMAT_VERSION
-from todi_offline.cache.reader import CachedSequence, open_cache
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter
 
 DATA = Path(__file__).parents[1] / "data"

@@ -1,15 +1,14 @@
-"""Caches that were captured earlier and what a capture asks for in; a view of the rows that may be copied out."""
+"""Caches that were captured earlier and what a capture asks for in; one cache whose rows may be copied out."""
 
 from collections.abc import Sequence
 
 from todi_offline.cache.format.fingerprint import differences
 from todi_offline.cache.format.manifest import Manifest
-from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.cache.view import CacheView, holds, union
+from todi_offline.cache.reader import Cache, holds, open_cache, union
 from todi_offline.errors import CacheMismatchError
 
 
-def open_reusable(places: Sequence[str], wanted: Manifest) -> CacheView | None:
+def open_reusable(places: Sequence[str], wanted: Manifest) -> Cache | None:
     """Open caches whose rows, narrowed to its settings, may stand in a cache with this manifest; None without any.
 
     Of an unfinished one its committed shards serve. Where several hold a sequence, one with exactly these settings is

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.format.fingerprint import Keys, as_keys, content_key
+from todi_offline.cache.format.keys import ContentKeys, content_key
 from todi_offline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # a second of import, and not needed to read a config
@@ -180,9 +180,9 @@ class Examples:
         lengths = pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))
         return np.asarray(lengths, np.int64)
 
-    def content_keys(self) -> Keys:
+    def content_keys(self) -> ContentKeys:
         """Return what identifies each in a cache."""
-        return as_keys(content_key(example.token_ids, example.target_mask) for example in self)
+        return ContentKeys.of(content_key(example.token_ids, example.target_mask) for example in self)
 
     def __len__(self) -> int:
         """Return the number of examples."""

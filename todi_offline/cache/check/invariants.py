@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.format.encoding import Bounds, TargetRows, bounds, logprob_bounds
+from todi_offline.cache.format.encoding import Bounds, bounds, logprob_bounds
+from todi_offline.cache.format.rows import TargetRows
 
 SLACK = 1e-4
 """What float32 may lose in a softmax over 10^5 ids; in nats or in mass."""

@@ -1,25 +1,21 @@
-"""A damaged cache in, the same without what is damaged out, so that what wrote it recomputes just that."""
+"""A damaged cache in, the same without what is damaged out, so that the capture that wrote it redoes just that."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from todi_offline.cache.appending import parts_of
-from todi_offline.cache.check.verify import (
-    Problem,
-    Progress,
-    difference,
-    is_as_sealed,
-    manifest_begun,
-    object_keys,
-    verify_cache,
-)
-from todi_offline.cache.format.layout import record_key
-from todi_offline.cache.format.manifest import Manifest, Part
-from todi_offline.cache.format.records import SEAL_KEY, read_record
-from todi_offline.cache.reader import read_manifest
+from todi_offline.cache.check.problems import Problem
+from todi_offline.cache.check.verify import object_keys, require_cache, verify_cache
+from todi_offline.cache.format.manifest import Part
+from todi_offline.cache.format.names import ROOT_KEY, TOKENIZER_KEY, is_own, is_temporary, record_key, shard_of
+from todi_offline.cache.format.root import Root
+from todi_offline.cache.objects import read_root, read_root_copy
+from todi_offline.cache.planning import parts_of
+from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.store import Store, open_store
-from todi_offline.errors import CacheError
+from todi_offline.cache.writer import replace_root, write_derived_metadata
+from todi_offline.errors import CacheCorruptError, CacheMismatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,89 +23,120 @@ class Repair:
     """What a repair did, or would do."""
 
     deleted: tuple[str, ...]
-    """The objects that it deleted, in this order."""
+    """The objects that it deleted."""
+    renewed: tuple[str, ...]
+    """The objects that it wrote again."""
     shards: tuple[int, ...]
-    """The shards that are gone with them."""
+    """The shards that it took out of the cache."""
+    abandoned: tuple[Part, ...]
+    """The captures that had begun to add to the cache and that it gave up."""
     parts: tuple[Part, ...]
-    """The captures that these are of."""
-    left: tuple[Problem, ...]
-    """What is wrong still: what no deletion mends, and what cannot be told for certain as things are."""
-    is_sealed: bool
-    """Whether the cache is finished as it is: else what wrote it is to be run again."""
+    """The captures that are to be run again: they have lost a shard, or are not finished."""
+    remaining: tuple[Problem, ...]
+    """The problems that nothing here mends."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the cache is finished as it is now."""
+        return not self.parts and not self.remaining
 
 
-def repair_cache(place: str | Path | Store, *, dry_run: bool = False, progress: Progress = lambda *_: None) -> Repair:
-    """Delete what is damaged, so that the same capture again recomputes just that; a whole cache is left as it is.
+def repair_cache(
+    place: str | Path | Store,
+    *,
+    abandon: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> Repair:
+    """Take what is damaged out of a cache, so that the same capture again redoes just that; the rest is left as it is.
 
-    What is deleted is what `verify_cache` names, and of a damaged shard its record and all its objects. Nothing is
-    deleted on the word of something that may be damaged itself: where the manifest is, nothing at all; where no
-    whole seal vouches for the manifest, no shard whose bytes are those of its record.
+    Only objects that a cache itself writes are ever deleted: those that `verify_cache` names. A damaged root is
+    restored from its copy in `zarr.json`. `abandon` gives up a capture that has begun to add to the cache, with the
+    shards that it has committed.
 
     Raises:
-        CacheFormatError: the folder is no cache, or one of another format version.
+        CacheFormatError: the place holds no cache, or one of an unknown format version.
         CacheLockedError: a capture is writing to it.
-        CacheError: something cannot be deleted.
+        CacheMismatchError: a capture is to be given up, and there is none, or it has begun the cache.
+        CacheError: something cannot be read, written or deleted.
     """
     store = open_store(place)
-    try:
-        manifest = read_manifest(store)
-    except CacheError:  # verify tells a cache whose manifest is lost from a folder that is none
-        return Repair((), (), (), tuple(verify_cache(store, progress)), is_sealed=False)
+    require_cache(store)
     if dry_run:
-        return _plan(store, manifest, verify_cache(store, progress))
+        return _plan(store, abandon, progress)[0]
     with store.lock():
-        repair = _plan(store, manifest, verify_cache(store, progress))
-        for key in repair.deleted:
-            store.delete(key)
-    return repair
+        restored = _restore_root(store)
+        repair, root = _plan(store, abandon, progress)
+        if root is not None:
+            _carry_out(store, repair, root)
+    return dataclasses.replace(repair, renewed=(ROOT_KEY, *repair.renewed)) if restored else repair
 
 
-def _plan(store: Store, manifest: Manifest, problems: Sequence[Problem]) -> Repair:
-    """Decide what is deleted: the seal first, then records, so that at no instant the cache claims what it has not."""
-    certain = _certain(store, problems)
-    shards = sorted({problem.remedy.shard for problem in certain if problem.remedy.shard is not None})
-    begun = manifest_begun(store, manifest)
-    first = [SEAL_KEY] if any(_unseals(problem, manifest) for problem in certain) else []
-    first += [record_key(shard) for shard in shards]
-    others = {key for problem in certain for key in problem.remedy.drop if problem.remedy.shard is None} - {SEAL_KEY}
-    others |= {key for shard in shards for key in object_keys(begun, shard)}
-    found = set(store.find())
-    deleted = tuple(key for key in (*first, *sorted(others)) if key in found)
-    return Repair(
-        deleted=deleted,
-        shards=tuple(shards),
-        parts=tuple(parts_of(begun, shards)),
-        left=tuple(p for p in problems if p not in certain and (p.remedy.drop or p.where == "zarr.json")),
-        is_sealed=SEAL_KEY in found and SEAL_KEY not in deleted,
+def _restore_root(store: Store) -> bool:
+    """Write a damaged or lost root again, where `zarr.json` has a copy of it."""
+    try:
+        read_root(store)
+        return False
+    except CacheCorruptError:
+        if (copy := read_root_copy(store)) is None:
+            return False
+    store.write(ROOT_KEY, copy.to_bytes())
+    return True
+
+
+def _plan(store: Store, abandon: bool, progress: Progress) -> tuple[Repair, Root | None]:
+    """Return what is to be done, and the root that the cache then has; None where its root cannot be read."""
+    problems = verify_cache(store, progress)
+    try:
+        root = read_root(store)
+    except CacheCorruptError:  # verify has named it
+        mended = [problem.where for problem in problems if problem.remedy.renews]
+        return Repair((), tuple(mended), (), (), (), tuple(p for p in problems if not p.remedy.renews)), None
+    abandoned = _abandoned(store, root) if abandon else ()
+    shards = sorted({problem.remedy.shard for problem in problems if problem.remedy.shard is not None})
+    after = _without(root, shards, abandoned)
+    begun = range(len(root.commits), len(root.commits) + sum(part.num_shards for part in abandoned))
+    keys = {key for shard in shards for key in (record_key(shard), *object_keys(root, shard))}
+    keys |= {key for problem in problems for key in problem.remedy.drop}
+    if TOKENIZER_KEY in keys:
+        after = dataclasses.replace(after, tokenizer=None)
+    found = store.find()
+    deleted = {key for key in found if key in keys or (abandoned and shard_of(key) in begun)}
+    assert all(is_own(key) or is_temporary(key) for key in deleted), "nothing else is ever deleted"
+    lost = [shard for shard in {*shards, *root.lost_shards} if shard < len(after.commits)]
+    return (
+        Repair(
+            deleted=tuple(sorted(deleted, key=lambda key: (not key.startswith("commits/"), key))),
+            renewed=tuple(problem.where for problem in problems if problem.remedy.renews),
+            shards=tuple(shards),
+            abandoned=abandoned,
+            parts=(*parts_of(root.manifest.parts, lost), *after.pending),
+            remaining=(),
+        ),
+        after,
     )
 
 
-def _certain(store: Store, problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems that may be acted on."""
-    where = {problem.where for problem in problems}
-    if "zarr.json" in where:
-        return []
-    blamed = {problem.remedy.shard for problem in problems if problem.remedy.shard is not None}
-    is_vouched = is_as_sealed(store, "zarr.json")
-    doubted = set[int | None]() if is_vouched else {shard for shard in blamed if _is_as_committed(store, shard)}
-    certain = [problem for problem in problems if problem.remedy.shard not in doubted]
-    return [problem for problem in certain if not _is_stray(problem)] if SEAL_KEY in where else certain
+def _abandoned(store: Store, root: Root) -> tuple[Part, ...]:
+    if not root.pending:
+        raise CacheMismatchError(f"{store} has no capture that has begun and not finished; leave out --abandon")
+    if not root.commits:
+        raise CacheMismatchError(
+            f"the capture that is not finished has begun {store}, so nothing would be left; delete the folder instead"
+        )
+    return root.pending
 
 
-def _is_stray(problem: Problem) -> bool:
-    return problem.remedy.drop == (problem.where,) and problem.where != SEAL_KEY
+def _without(root: Root, shards: Sequence[int], abandoned: Sequence[Part]) -> Root:
+    commits = tuple(None if shard in shards else commit for shard, commit in enumerate(root.commits))
+    return dataclasses.replace(root, commits=commits, pending=() if abandoned else root.pending)
 
 
-def _unseals(problem: Problem, manifest: Manifest) -> bool:
-    """Whether the seal vouches for what is deleted: not for what is only being appended."""
-    shard = problem.remedy.shard
-    return SEAL_KEY in problem.remedy.drop and (shard is None or shard < manifest.num_shards)
-
-
-def _is_as_committed(store: Store, shard: int) -> bool:
-    """Whether the bytes of a shard are those of its record, whatever the manifest says of them."""
-    try:
-        record = read_record(store, record_key(shard))
-    except CacheError:
-        return False
-    return record.shard == shard and not any(difference(store, key, sums) for key, sums in record.objects.items())
+def _carry_out(store: Store, repair: Repair, root: Root) -> None:
+    """Take the damaged shards out of the root first, so that at no instant it names what is gone."""
+    if root != read_root(store):
+        replace_root(store, root)
+    for key in repair.deleted:
+        store.delete(key)
+    if store.size(ROOT_KEY) is not None and root.commits:
+        write_derived_metadata(store, root)

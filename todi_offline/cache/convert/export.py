@@ -11,11 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from todi_offline.cache.format.encoding import TargetRows
-from todi_offline.cache.format.layout import MANIFEST_KEY, TOKENIZER_KEY
-from todi_offline.cache.reader import Cache, CachedSequence
+from todi_offline.cache.format.names import TOKENIZER_KEY
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.objects import read_root, read_tokenizer
+from todi_offline.cache.progress import Progress, no_progress
+from todi_offline.cache.reader import Cache
 from todi_offline.errors import DataError, TargetsError, first_line
 
+MANIFEST_KEY = "todi_offline"  # of the table's metadata
 _GROUP_TARGETS = 8_192  # of a row group, so that memory does not grow with the cache
 _NO_LOGPROB = -1e9
 
@@ -48,16 +52,13 @@ AXOLOTL_SCHEMA = pa.schema(
 )
 LAYOUTS = ("plain", "axolotl")
 
-Progress = Callable[[int, int], None]
-"""Called with the sequences done so far and all of them."""
-
 
 def export_cache(
     cache: Cache,
     out: Path,
     layout: str = "plain",
     temperature: float = 1.0,
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> int:
     """Write a cache as a Parquet table, a row a sequence; return the number of rows.
 
@@ -85,8 +86,8 @@ def export_cache(
     if layout == "axolotl":
         row = partial(_axolotl_row, temperature=temperature)
     metadata = {MANIFEST_KEY: json.dumps(cache.manifest.to_json())}
-    if cache.store.size(TOKENIZER_KEY) is not None:
-        metadata[TOKENIZER_KEY] = cache.store.read(TOKENIZER_KEY).decode()
+    if (tokenizer := read_tokenizer(cache.store, read_root(cache.store))) is not None:
+        metadata[TOKENIZER_KEY] = tokenizer
     temporary = out.with_name(out.name + ".tmp")
     try:
         with pq.ParquetWriter(temporary, schema.with_metadata(metadata), compression="zstd") as writer:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from todi_offline.cache.check.invariants import faults
-from todi_offline.cache.convert.export import PLAIN_SCHEMA
-from todi_offline.cache.format.encoding import TargetRows, decode_rows, encode_rows
-from todi_offline.cache.format.fingerprint import content_key, hash_bytes
-from todi_offline.cache.format.layout import MANIFEST_KEY, TOKENIZER_KEY, CacheSettings
-from todi_offline.cache.format.manifest import Manifest, Part
-from todi_offline.cache.plan import plan_shards
-from todi_offline.cache.writer import CacheWriter, SequenceRows
+from todi_offline.cache.convert.export import MANIFEST_KEY, PLAIN_SCHEMA
+from todi_offline.cache.format.encoding import decode_rows, encode_rows
+from todi_offline.cache.format.fingerprint import hash_bytes
+from todi_offline.cache.format.keys import ContentKeys
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.names import TOKENIZER_KEY
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.cache.format.sequences import SequenceRows
+from todi_offline.cache.planning import plan_shards
+from todi_offline.cache.progress import Progress, no_progress
+from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheFormatError, DataError, TargetsError, first_line
 
 _BATCH_ROWS = 64
@@ -31,8 +36,6 @@ _BLOCK_BYTES = 2**20
 Row = Mapping[str, Any]
 """A row of the table: its cells as Arrow scalars, by column."""
 Numbers = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
-"""Called with the rows done so far and all of them; each is looked at, then written."""
 
 
 def import_table(
@@ -40,7 +43,7 @@ def import_table(
     out: str,
     described: Manifest | None = None,
     tokenizer_json: str | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Write a cache of the rows of a plain table (see `export_cache`); return its manifest.
 
@@ -62,7 +65,7 @@ def import_table(
         DataError: the table cannot be read, is not described, or has a wrong row, which is named.
         CacheError: `out` cannot be written or holds something else.
     """
-    with _opened(path) as table:
+    with opened_table(path) as table:
         own, tokenizer = _metadata(table, str(path))
         if described is not None:
             described = _with_recipe(described, {"source": "imported", "table": _hash_file(path)})
@@ -72,33 +75,9 @@ def import_table(
         return _write(table, str(path), out, described, tokenizer_json or tokenizer, progress)
 
 
-def imported_manifest(settings: CacheSettings, vocab_size: int, teacher: str, tokenizer: Mapping[str, str]) -> Manifest:
-    """Describe targets from elsewhere: of their teacher, a name is all that is known."""
-    fingerprint = {"model_type": "imported", "name": teacher}
-    part = Part(recipe={}, content="", num_sequences=1, num_shards=1, versions={})
-    return Manifest(settings=settings, vocab_size=vocab_size, teacher=fingerprint, tokenizer=tokenizer, parts=(part,))
-
-
-def fewest_entries(path: Path) -> int:
-    """Return the number of entries of the target that has the fewest: the largest k that a table can be imported with.
-
-    Raises:
-        DataError: the table cannot be read, or has no target.
-    """
-    with _opened(path) as table:
-        if "target_ids" not in table.schema_arrow.names:
-            raise DataError(f"{path} lacks the column target_ids; it has {', '.join(table.schema_arrow.names)}")
-        fewest = [
-            pc.min(pc.list_value_length(batch.column(0).flatten())).as_py()
-            for batch in table.iter_batches(_BATCH_ROWS, columns=["target_ids"])
-        ]
-    if not (found := [count for count in fewest if count]):
-        raise DataError(f"{path} has no target with an entry")
-    return int(min(found))
-
-
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+def opened_table(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; whatever is wrong with it, then and later, is a DataError."""
     try:
         with pq.ParquetFile(path) as table:
             yield table
@@ -128,11 +107,11 @@ def _write(
     for number, row in _rows(table, columns):
         sequence = _sequence(number, row, where, described)
         lengths.append(len(sequence.token_ids))
-        keys.append(content_key(sequence.token_ids, sequence.target_mask))
+        keys.append(sequence.content_key)
         progress(number + 1, total)
     plan = plan_shards(lengths, described.settings.shard_tokens)
     part = dataclasses.replace(
-        described.parts[0], content=hash_bytes(keys), num_sequences=len(keys), num_shards=len(plan)
+        described.parts[0], content=ContentKeys.of(keys).digest(), num_sequences=len(keys), num_shards=len(plan)
     )
     manifest = dataclasses.replace(described, parts=(part,))
     rows = _rows(table, columns)
@@ -145,8 +124,7 @@ def _write(
             else:
                 list(members)
             progress(len(keys) + shard.stop, total)
-        if not writer.sealed:
-            writer.seal()
+        writer.seal()
     return manifest
 
 

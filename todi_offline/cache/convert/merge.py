@@ -1,21 +1,23 @@
 """Caches in, one cache that holds the sequences of all out, each once; shards are linked where nothing is left out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.format.fingerprint import as_keys, differences, locate
-from todi_offline.cache.format.layout import TOKENIZER_KEY
-from todi_offline.cache.format.manifest import Manifest, Part
-from todi_offline.cache.reader import Cache, open_cache, read_shard_record, read_table
-from todi_offline.cache.writer import CacheWriter, SequenceRows
-from todi_offline.errors import CacheMismatchError
-
-Progress = Callable[[int, int], None]
-"""Called with the shards written so far and all that are to be."""
+from todi_offline.cache.check.verify import difference
+from todi_offline.cache.convert.copying import sequence_rows
+from todi_offline.cache.format.fingerprint import differences
+from todi_offline.cache.format.keys import ContentKeys
+from todi_offline.cache.format.manifest import Part
+from todi_offline.cache.format.records import CommitRecord
+from todi_offline.cache.objects import read_root, read_table, read_tokenizer
+from todi_offline.cache.progress import Progress, no_progress
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.cache.writer import CacheWriter
+from todi_offline.errors import CacheCorruptError, CacheMismatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,12 @@ class _Piece:
     """A shard of a cache, and the sequences of it that are kept."""
 
     cache: Cache
-    shard: int
+    record: CommitRecord
     kept: npt.NDArray[np.int64]
     is_whole: bool
 
 
-def merge_caches(places: Sequence[str], out: str, progress: Progress = lambda *_: None) -> MergeSummary:
+def merge_caches(places: Sequence[str], out: str, progress: Progress = no_progress) -> MergeSummary:
     """Write a cache of all sequences of some caches; of those with the same content, the first.
 
     A shard that is kept whole is linked, or copied by the object store that holds both; of another one what is kept
@@ -56,16 +58,14 @@ def merge_caches(places: Sequence[str], out: str, progress: Progress = lambda *_
         _require_alike(cache, caches[0])
     pieces = list(_pieces(caches))
     manifest = dataclasses.replace(caches[0].manifest, parts=tuple(_parts(caches, pieces)))
-    first = caches[0].store
-    tokenizer = first.read(TOKENIZER_KEY).decode() if first.size(TOKENIZER_KEY) is not None else None
+    tokenizer = read_tokenizer(caches[0].store, read_root(caches[0].store))
     pieces = [piece for piece in pieces if len(piece.kept)]
     with CacheWriter(out, manifest, tokenizer) as writer:
         missing = writer.missing_shards()
         for done, number in enumerate(missing):
             progress(done, len(missing))
             _write(writer, number, pieces[number])
-        if not writer.sealed:
-            writer.seal()
+        writer.seal()
         progress(len(missing), len(missing))
     merged = open_cache(out)
     num_linked = sum(piece.is_whole for piece in pieces)
@@ -79,11 +79,8 @@ def merge_caches(places: Sequence[str], out: str, progress: Progress = lambda *_
 
 
 def _require_alike(cache: Cache, first: Cache) -> None:
-    def identity(manifest: Manifest) -> dict[str, object]:
-        values = manifest.to_json()
-        return {name: values[name] for name in ("teacher", "tokenizer", "vocab_size", "settings")}
-
-    lines = differences(identity(cache.manifest), identity(first.manifest), (f"in {cache.root}", f"in {first.root}"))
+    where = (f"in {cache.root}", f"in {first.root}")
+    lines = differences(cache.manifest.identity, first.manifest.identity, where)
     if lines:
         raise CacheMismatchError(
             f"{cache.root} and {first.root} cannot become one cache: {'; '.join(lines)}; where only settings differ, "
@@ -94,15 +91,14 @@ def _require_alike(cache: Cache, first: Cache) -> None:
 
 def _pieces(caches: Sequence[Cache]) -> Iterator[_Piece]:
     """Yield every shard of every cache with what is kept of it: what no earlier sequence has the content of."""
-    keys = as_keys(key for cache in caches for key in cache.content_keys.tolist())
-    first = locate(keys, keys) == np.arange(len(keys))
+    first = ContentKeys.concatenate(cache.content_keys for cache in caches).is_first()
     start = 0
     for cache in caches:
         kept = first[start : start + len(cache)]
         start += len(cache)
-        for shard in range(cache.manifest.num_shards):
+        for shard, record in sorted(cache.members[0].records().items()):
             members = np.flatnonzero(cache.shards == shard)
-            yield _Piece(cache, shard, members[kept[members]], bool(kept[members].all()))
+            yield _Piece(cache, record, members[kept[members]], bool(kept[members].all()))
 
 
 def _parts(caches: Sequence[Cache], pieces: list[_Piece]) -> Iterator[Part]:
@@ -117,15 +113,11 @@ def _parts(caches: Sequence[Cache], pieces: list[_Piece]) -> Iterator[Part]:
 
 
 def _write(writer: CacheWriter, number: int, piece: _Piece) -> None:
-    record = read_shard_record(piece.cache.store, piece.cache.manifest, piece.shard)
-    table = read_table(piece.cache.store, record)
+    store, record = piece.cache.store, piece.record
     if piece.is_whole:
-        writer.link_shard(number, piece.cache.store, record, table)
-        return
-    first = int(np.flatnonzero(piece.cache.shards == piece.shard)[0])
-    names = {index: [table[name][int(index) - first].as_py() for name in ("id", "source")] for index in piece.kept}
-    rows = []
-    for index, (name, source) in names.items():
-        sequence = piece.cache[int(index)]
-        rows.append(SequenceRows(name, source, sequence.token_ids, sequence.target_mask, sequence.targets))
-    writer.write_shard(number, rows)
+        for key, expected in record.objects.items():
+            if what := difference(store, key, expected):
+                raise CacheCorruptError(f"{store}/{key} is damaged: {what}; `todi-cache repair {store}` first")
+        writer.link_shard(number, store, record, read_table(store, record))
+    else:
+        writer.write_shard(number, list(sequence_rows(piece.cache, piece.kept.tolist())))

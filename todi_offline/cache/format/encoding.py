@@ -28,13 +28,12 @@ stored can tell.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from todi_offline.cache.format.rows import Array, TargetRows
 from todi_offline.errors import TargetsError
 
 Q8_STEPS_PER_NAT = 16
@@ -51,55 +50,8 @@ _FLIPS = np.array([0xFFFF, 0x8000], np.uint16)  # of the bits of floats below 0 
 BY_ID = ("bf16_logit", "root8")
 """Encodings that store a row by rising id."""
 
-Array = npt.NDArray[Any]
 Bounds = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """The least and the greatest that each number, as decoded, can stand for."""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRows:
-    """Teacher targets of consecutive supervised positions, as numpy arrays; natural logs throughout.
-
-    The fields are those of `todi_offline.targets.SparseTargets`, and the label's log-prob.
-    """
-
-    ids: npt.NDArray[np.unsignedinteger]
-    """[target, k], the most probable first."""
-    logprobs: npt.NDArray[np.float32]
-    """[target, k], at temperature 1 over the whole vocabulary."""
-    tail_logsumexp: npt.NDArray[np.float32]
-    """[target, temperature]: log of the sum of exp(logprob / T) over the ids that are not kept."""
-    label_logprob: npt.NDArray[np.float32]
-    """[target]: the teacher's log-prob of the token that follows."""
-    temperatures: tuple[float, ...]
-    tail_temperature: float = 1.0
-    tail_ids: npt.NDArray[np.unsignedinteger] | None = None
-    """[target, sample], drawn with replacement from the ids that are not kept."""
-    tail_logprobs: npt.NDArray[np.float32] | None = None
-    """[target, sample], at temperature 1 over the whole vocabulary."""
-    log_partition: npt.NDArray[np.float32] | None = None
-    """[target]: log of the sum of exp(logit), so that logit = logprob + log_partition; `bf16_logit` needs it."""
-
-    def __len__(self) -> int:
-        """Return the number of targets."""
-        return len(self.ids)
-
-    def __getitem__(self, index: slice) -> "TargetRows":
-        """Return some of the targets."""
-        cut: dict[str, Any] = {name: values[index] for name, values in self.arrays().items()}
-        return dataclasses.replace(self, **cut)
-
-    def arrays(self) -> dict[str, Array]:
-        """Return the fields that are arrays, by name."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-
-    @staticmethod
-    def concatenate(parts: Sequence["TargetRows"]) -> "TargetRows":
-        """Return the targets of several, end to end; all have the same fields and settings."""
-        names = parts[0].arrays()
-        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return dataclasses.replace(parts[0], **joined)
 
 
 def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:
@@ -175,8 +127,10 @@ def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
     """Return the arrays of the target axis by their stored names.
 
     Raises:
-        TargetsError: `bf16_logit` is asked of rows whose logits are not known, or no bfloat16 numbers.
+        TargetsError: a number is NaN or +inf; or `bf16_logit` is asked of rows whose logits are not known, or are no
+            bfloat16 numbers.
     """
+    _require_numbers(rows)
     if encoding in BY_ID:
         order = np.argsort(rows.ids, axis=1)
         rows = dataclasses.replace(
@@ -225,6 +179,17 @@ def decode_rows(
         log_partition=partition,
         **others,
     )
+
+
+def _require_numbers(rows: TargetRows) -> None:
+    """Refuse NaN and +inf, which an encoding of integers would store as some number."""
+    for name, values in rows.arrays().items():
+        if values.dtype.kind == "f" and not (values < np.inf).all():
+            target = int(np.argwhere(~(values < np.inf))[0][0])
+            raise TargetsError(
+                f"{name} of target {target} holds NaN or +inf; a log-prob is a number or -inf: look at the logits that "
+                "it was made of"
+            )
 
 
 def _as_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

@@ -1,4 +1,4 @@
-"""Tokenizers, sequences and metadata in, short hashes that identify them out.
+"""Tokenizers and metadata in, short hashes that identify them out.
 
 All are BLAKE2b of 16 bytes in hexadecimal: against accident, not against an adversary.
 """
@@ -8,13 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-KEY_BYTES = 16
-
-Keys = npt.NDArray[np.bytes_]
-"""Content keys [sequence], 16 bytes each. Numpy compares them whole; where it returns one, it cuts trailing zeros."""
+from todi_offline.cache.format.keys import KEY_BYTES
 
 
 def hash_json(value: Any) -> str:
@@ -29,32 +23,6 @@ def hash_bytes(pieces: Iterable[bytes]) -> str:
     for piece in pieces:
         state.update(piece)
     return state.hexdigest()
-
-
-def content_key(token_ids: npt.NDArray[np.uint32], target_mask: npt.NDArray[np.bool_]) -> bytes:
-    """Return what identifies a sequence: a hash over its token ids and its target mask, 16 bytes."""
-    state = hashlib.blake2b(len(token_ids).to_bytes(8, "little"), digest_size=KEY_BYTES)
-    state.update(np.ascontiguousarray(token_ids, "<u4").tobytes())
-    state.update(np.packbits(target_mask).tobytes())
-    return state.digest()
-
-
-def as_keys(keys: Iterable[bytes]) -> Keys:
-    """Return content keys as an array."""
-    return np.frombuffer(b"".join(keys), f"S{KEY_BYTES}")
-
-
-def locate(keys: Keys, wanted: Keys) -> npt.NDArray[np.int64]:
-    """Return where each wanted key stands first among `keys`, or -1.
-
-    >>> locate(as_keys([b"a" * 16, b"b" * 16, b"a" * 16]), as_keys([b"b" * 16, b"c" * 16, b"a" * 16])).tolist()
-    [1, -1, 0]
-    """
-    if not len(keys):
-        return np.full(len(wanted), -1)
-    order = np.argsort(keys, kind="stable")
-    places = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
-    return np.where(keys[places] == wanted, places, -1)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:

@@ -4,6 +4,8 @@ History of the format
 
     1   the first: token_ids, target_mask, topk_ids, topk_logprobs, tail_logsumexp, label_logprob and,
         where tail samples were asked for, tail_ids and tail_logprobs; with bf16_logit, log_partition
+    2   cache.json is the root, which names all commit records and is replaced in one step; chunks that no row uses
+        are left out of a shard; the arrays are those of format 1
 """
 
 import math
@@ -13,12 +15,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from todi_offline.cache.format.encoding import BY_ID
 from todi_offline.errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 CHUNK_TARGETS = 512  # measured: the best random read of 512 targets
 CHUNK_TOKENS = 4096
@@ -26,24 +28,9 @@ MAX_GAPS_VOCAB = 2**23  # ids of a key of 32 bits, above the row in its chunk
 MAX_COLUMNS = 2**19  # more than any vocabulary; a chunk of more would be larger than blosc can hold
 MAX_SHARD_TOKENS = 2**26  # a shard is written from memory
 
-MANIFEST_KEY = "todi_offline"  # the attribute of the Zarr group that holds the manifest
-APPEND_KEY = "append.json"  # the zarr.json that a cache is to have, while a capture appends to it
-TOKENIZER_KEY = "tokenizer.json"  # for tools that show text; training never re-tokenises
-
-SEQUENCE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("content_key", pa.binary(16)),
-        ("shard", pa.uint32()),
-        ("token_start", pa.int64()),
-        ("num_tokens", pa.int32()),
-        ("target_start", pa.int64()),
-        ("num_targets", pa.int32()),
-        ("teacher_nll", pa.float32()),
-        ("topk_mass", pa.float32()),
-    ]
-)
+SHARD_BYTES = 2**30  # of a shard's rows in memory, where the size of shards is chosen here
+MAX_SHARD_BYTES = 2**35
+DEFAULT_SHARD_TOKENS = 262_144
 
 Axis = Literal["token", "target"]
 CODECS = ("compact", "balanced", "fast")
@@ -69,11 +56,12 @@ class CacheSettings:
     fourth roots of probabilities in a byte (fewest bytes)."""
     codec: Literal["compact", "balanced", "fast"] = "compact"
     """pcodec (fewest bytes), blosc-zstd, or blosc-lz4."""
-    shard_tokens: int = 262_144
-    """Tokens a shard can hold; what is not yet in a finished shard is lost when a capture is killed."""
+    shard_tokens: int = 0
+    """Tokens a shard can hold; what is not yet in a finished shard is lost when a capture is killed. 0: as many as
+    take 1 GiB in memory, at most 262,144."""
 
     def __post_init__(self) -> None:
-        """Refuse what no capture could honour."""
+        """Refuse what no capture could honour, and choose the size of shards where none is given."""
         if not 1 <= self.k <= MAX_COLUMNS or not 0 <= self.tail_samples <= MAX_COLUMNS:
             raise ConfigError(
                 f"k is {self.k} and tail_samples {self.tail_samples}; "
@@ -82,14 +70,34 @@ class CacheSettings:
         self._check_temperatures()
         if not 0 <= self.tail_seed < 2**64:
             raise ConfigError(f"tail_seed is {self.tail_seed}; expected 0 to 2^64 - 1")
-        if not CHUNK_TOKENS <= self.shard_tokens <= MAX_SHARD_TOKENS or self.shard_tokens % CHUNK_TOKENS:
-            raise ConfigError(
-                f"shard_tokens is {self.shard_tokens}; expected a multiple of {CHUNK_TOKENS} up to {MAX_SHARD_TOKENS}"
-            )
+        if not self.shard_tokens:
+            object.__setattr__(self, "shard_tokens", min(self._fitting(SHARD_BYTES), DEFAULT_SHARD_TOKENS))
+        self._check_shards()
         if self.encoding not in ENCODINGS or self.codec not in CODECS:
             raise ConfigError(
                 f"encoding {self.encoding!r} with codec {self.codec!r}; "
                 f"expected one of {', '.join(ENCODINGS)} and one of {', '.join(CODECS)}"
+            )
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of a target's row in memory, before it is encoded."""
+        return 8 * self.k + 8 * self.tail_samples + 4 * len(self.temperatures) + 8
+
+    def _fitting(self, num_bytes: int) -> int:
+        """Return how many tokens a shard can have whose rows take so many bytes, at least one chunk."""
+        return max(num_bytes // self.target_bytes // CHUNK_TOKENS, 1) * CHUNK_TOKENS
+
+    def _check_shards(self) -> None:
+        if not CHUNK_TOKENS <= self.shard_tokens <= MAX_SHARD_TOKENS or self.shard_tokens % CHUNK_TOKENS:
+            raise ConfigError(
+                f"shard_tokens is {self.shard_tokens}; expected a multiple of {CHUNK_TOKENS} up to {MAX_SHARD_TOKENS}"
+            )
+        num_bytes, most = self.shard_tokens * self.target_bytes, self._fitting(MAX_SHARD_BYTES)
+        if self.shard_tokens > most:
+            raise ConfigError(
+                f"a shard of {self.shard_tokens:,} tokens with k = {self.k:,} takes up to {num_bytes / 2**30:.0f} GiB "
+                f"of memory while it is written; lower shard_tokens to {most:,} or less"
             )
 
     def _check_temperatures(self) -> None:
@@ -127,6 +135,10 @@ class ArraySpec:
         """Inner chunks of a shard; all lie along the first axis."""
         return self.shard_rows // self.chunk_rows
 
+    def chunks_of(self, rows: int) -> int:
+        """Return the number of chunks, the first of a shard, that so many rows use."""
+        return -(-rows // self.chunk_rows)
+
     def shape(self, rows: int) -> tuple[int, ...]:
         """Return the shape of `rows` rows."""
         return (rows,) if self.columns is None else (rows, self.columns)
@@ -161,13 +173,3 @@ def array_specs(settings: CacheSettings, vocab_size: int) -> Mapping[str, ArrayS
         name: ArraySpec(name, axis, np.dtype(dtype), columns, settings.shard_tokens, by_id and name == "topk_ids")
         for name, axis, dtype, columns in rows
     }
-
-
-def sequences_key(shard: int) -> str:
-    """Return the path of a shard's sequence table inside the cache."""
-    return f"sequences/{shard:06d}.parquet"
-
-
-def record_key(shard: int) -> str:
-    """Return the path of a shard's commit record inside the cache."""
-    return f"commits/{shard:06d}.json"

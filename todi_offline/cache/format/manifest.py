@@ -1,4 +1,4 @@
-"""What a cache says of itself: a dataclass in, the attributes of its Zarr group out, and back.
+"""What a cache says of itself: a dataclass in, JSON out, and back.
 
 Everything that stage 2 must know stands here, so that it repeats no setting of stage 1. No clock, host name or
 absolute path does, so that the same capture gives the same bytes anywhere.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from todi_offline.cache.format.fingerprint import differences
-from todi_offline.cache.format.layout import FORMAT_VERSION, ArraySpec, CacheSettings, array_specs
+from todi_offline.cache.format.layout import FORMAT_VERSION, READABLE_VERSIONS, ArraySpec, CacheSettings, array_specs
 from todi_offline.config import load_config, to_dict
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError
 
@@ -43,7 +43,7 @@ class Manifest:
     tokenizer: Mapping[str, str]
     """Fingerprint: a hash for each part."""
     parts: tuple[Part, ...]
-    """The captures that made the cache, at least one, in order."""
+    """The captures that made the cache, in order; none while the first one runs."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -60,6 +60,12 @@ class Manifest:
         """Return the manifest as JSON-able values."""
         return to_dict(self)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for rows of two caches to be of one kind: teacher, tokenizer, vocabulary and settings."""
+        values = self.to_json()
+        return {name: values[name] for name in ("teacher", "tokenizer", "vocab_size", "settings")}
+
     @classmethod
     def from_json(cls, values: Any, where: str) -> "Manifest":
         """Read what `to_json` wrote.
@@ -69,10 +75,10 @@ class Manifest:
         """
         if not isinstance(values, Mapping) or not isinstance(values.get("format_version"), int):
             raise CacheFormatError(f"{where} holds no todi_offline manifest; is this a cache made by `todi capture`?")
-        if values["format_version"] != FORMAT_VERSION:
+        if values["format_version"] not in READABLE_VERSIONS:
             raise CacheFormatError(
-                f"{where} is of format version {values['format_version']}, this release reads version "
-                f"{FORMAT_VERSION}; install a release of todi_offline that reads it"
+                f"{where} has format version {values['format_version']!r:.20}; this release reads versions "
+                f"{', '.join(map(str, READABLE_VERSIONS))}: install a newer release of todi_offline"
             )
         missing = {field.name for field in dataclasses.fields(cls)} - values.keys()
         if missing:
@@ -93,7 +99,8 @@ class Manifest:
             vocab_size=vocab_size,
             teacher=values["teacher"],
             tokenizer=values["tokenizer"],
-            parts=_read_parts(values["parts"], where),
+            parts=read_parts(values["parts"], where),
+            format_version=values["format_version"],
         )
 
 
@@ -111,11 +118,11 @@ def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: s
         )
 
 
-def _read_parts(values: Any, where: str) -> tuple[Part, ...]:
+def read_parts(values: Any, where: str) -> tuple[Part, ...]:
     """Return the parts; a cache is data, so nothing in it is believed before it is checked."""
     kinds = {"recipe": Mapping, "content": str, "num_sequences": int, "num_shards": int, "versions": Mapping}
-    if not isinstance(values, list) or not values:
-        raise CacheFormatError(f"the manifest of {where} names no part: no capture that made the cache")
+    if not isinstance(values, list):
+        raise CacheFormatError(f"the manifest of {where} has {values!r:.50} in the place of its parts")
     for part in values:
         right = isinstance(part, Mapping) and part.keys() == kinds.keys()
         right = right and all(isinstance(part[name], kind) for name, kind in kinds.items())

@@ -6,8 +6,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import CacheMismatchError
 
 
@@ -17,7 +17,9 @@ def narrow(rows: TargetRows, settings: CacheSettings, content_key: bytes) -> Tar
     What is left out moves into the tail: log sum exp(l / T) over the dropped entries and the old tail, exact but for
     the rounding of the stored log-probs. The stored samples are of the old tail alone; in the wider one each of them
     stays with the old tail's share of it, and else a dropped id takes its place, drawn in proportion to p^(1/T) of
-    `tail_temperature`: so it is a draw from the wider tail. Which, is decided by `content_key` and the settings' seed.
+    `tail_temperature`: so it is a draw from the wider tail. Chance is a function of `content_key`, the settings' seed
+    and both widths; without the widths, rows that are narrowed twice would meet the same chance twice, and some ids
+    could never be drawn.
 
     Raises:
         CacheMismatchError: the rows hold less than the settings ask for; says what.
@@ -69,7 +71,7 @@ def _with_dropped_samples(
     weights = np.exp(dropped / settings.tail_temperature)
     cumulative = np.cumsum(weights, axis=1)
     total = cumulative[:, -1:] + np.exp(rows.tail_logsumexp[:, column : column + 1].astype(np.float64))
-    reached = _uniforms(content_key, settings, narrowed.tail_ids.shape) * total
+    reached = _uniforms(content_key, settings, rows.ids.shape[1], narrowed.tail_ids.shape) * total
     place = (reached[:, :, None] >= cumulative[:, None, :]).sum(axis=2)
     replaced = place < dropped.shape[1]
     place = np.where(replaced, place, 0)
@@ -82,6 +84,11 @@ def _with_dropped_samples(
     )
 
 
-def _uniforms(content_key: bytes, settings: CacheSettings, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    key = hashlib.blake2b(content_key, digest_size=16, key=b"narrow", salt=settings.tail_seed.to_bytes(8, "little"))
+def _uniforms(
+    content_key: bytes, settings: CacheSettings, width: int, shape: tuple[int, ...]
+) -> npt.NDArray[np.float64]:
+    """Return uniform numbers of [0, 1) for narrowing rows of `width` entries to those of the settings."""
+    widths = width.to_bytes(4, "little") + settings.k.to_bytes(4, "little")
+    seed = settings.tail_seed.to_bytes(8, "little")
+    key = hashlib.blake2b(content_key + widths, digest_size=16, key=b"narrow", salt=seed)
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key.digest(), "little"))).random(shape)

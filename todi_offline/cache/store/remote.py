@@ -7,22 +7,16 @@ like, in `~/.config/fsspec/`, or in `storage_options`.
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
-import socket
-import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from secrets import token_hex
-from types import TracebackType
 from typing import Any
 
-from todi_offline.cache.store import LOCK_KEY, Store
-from todi_offline.cache.store.staging import Fetch, Staging, locked_file
-from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, ConfigError, first_line
+from todi_offline.cache.store.base import Store, read_limit
+from todi_offline.cache.store.locks import LEASE_SECONDS, LeaseLock
+from todi_offline.cache.store.staging import Fetch, Staging
+from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError, ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +26,21 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 class RemoteStore:
     """What lies below a URL such as `s3://bucket/prefix`. May be forked, pickled and shared between threads.
 
-    `create` is one conditional request on S3 (If-None-Match) and Google Cloud Storage (ifGenerationMatch): of any
-    number of writers one succeeds. Other backends of fsspec look first and then write; there, and in S3-compatible
-    stores that ignore the condition, two writers that begin within the same moment can both succeed.
+    `create` is one conditional request on S3 (If-None-Match) and Google Cloud Storage (ifGenerationMatch), and `swap`
+    is one on S3 (If-Match): of any number of writers one succeeds. Elsewhere, and in S3-compatible stores that ignore
+    the condition, the store is looked at first and then written: two writers within the same moment can both succeed.
     """
 
     def __init__(
-        self, url: str, storage_options: Mapping[str, Any] | None = None, staging: Staging | None = None
+        self,
+        url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        staging: Staging | None = None,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         """Name the place; `storage_options` go to fsspec's file system of its protocol.
+
+        `lease_seconds` is how long a lock must stand still before another writer takes it over.
 
         Raises:
             ConfigError: there is no such protocol, its package is not installed, or it does not take the options.
@@ -48,6 +48,7 @@ class RemoteStore:
         self.url = url.rstrip("/")
         self.storage_options = dict(storage_options or {})
         self.staging = staging or Staging()
+        self.lease_seconds = lease_seconds
         self._versions: dict[str, tuple[str, int]] = {}  # name and size of the local copy, by key
         self._open()
 
@@ -55,10 +56,21 @@ class RemoteStore:
         """Return the URL."""
         return self.url
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int | None = None) -> bytes:
         """Return an object; see `Store`."""
-        with self._at(key, "read") as (files, path):
-            return bytes(files.cat_file(path))
+        limit = read_limit(key) if limit is None else limit
+        try:
+            with self._at(key, "read") as (files, path):
+                data = bytes(files.cat_file(path, start=0, end=limit + 1))
+        except CacheIncompleteError:
+            raise
+        except CacheError:
+            if self.size(key) == 0:  # S3 refuses a range of an empty object
+                return b""
+            raise
+        if len(data) > limit:
+            raise CacheCorruptError(f"{self}/{key} has more bytes than the {limit:,} that are expected")
+        return data
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object, which appears when its last byte has arrived; see `Store`."""
@@ -66,21 +78,36 @@ class RemoteStore:
             files.pipe_file(path, data)
         self._versions.pop(key, None)
 
-    def create(self, key: str, data: bytes) -> None:
+    def create(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet; see `Store`, and above."""
         try:
             with self._at(key, "write") as (files, path):
                 files.pipe_file(path, data, mode="create")
-        except CacheError as error:
-            # A request whose answer was lost is sent again, and then meets what it has written itself.
-            found = self.read(key) if self.size(key) is not None else None
-            if found is None:
+        except CacheError:
+            # A request whose answer was lost is sent again, and then meets the object that it has written itself.
+            if (size := self.size(key)) is None:
                 raise
-            if found != data:
-                raise CacheLockedError(
-                    f"{self}/{key} was written by another process meanwhile; run the command again"
-                ) from error
+            return size == len(data) and self.read(key, size) == data
         self._versions.pop(key, None)
+        return True
+
+    def swap(self, key: str, data: bytes, old: bytes) -> bool:
+        """Replace an object that still holds `old`: one conditional request on S3; see `Store`."""
+        info = self._info(key) if self.size(key) is not None else {}
+        if not info or self.read(key) != old:
+            return False
+        condition = {"IfMatch": info["ETag"]} if "ETag" in info else {}
+        try:
+            with self._at(key, "write") as (files, path):
+                files.pipe_file(path, data, **condition)
+        except CacheError:
+            found = self.read(key)  # as in `create`
+            if found == old:
+                raise
+            return found == data
+        finally:
+            self._versions.pop(key, None)
+        return True
 
     def delete(self, key: str) -> None:
         """Remove an object; see `Store`."""
@@ -118,8 +145,10 @@ class RemoteStore:
             self.staging.drop(*found)
         return found is not None
 
-    def copy_from(self, source: Store, source_key: str, key: str) -> None:
-        """Have the object store copy what it holds itself, and send it what it does not; see `Store`."""
+    def copy_from(self, source: Store, source_key: str, key: str) -> bool:
+        """Let the object store copy what it holds itself, and send it the rest; see `Store`."""
+        if self.size(key) is not None:
+            return False
         if isinstance(source, RemoteStore) and source._open()[0] is self._open()[0]:
             with source._at(source_key, f"copy to {self}/{key}") as (files, origin):
                 files.cp_file(origin, self._open()[1] + key)
@@ -128,10 +157,11 @@ class RemoteStore:
             with self._at(key, f"copy {copy} to") as (files, path):
                 files.put_file(str(copy), path)
         self._versions.pop(key, None)
+        return True
 
-    def lock(self) -> "RemoteLock":
+    def lock(self) -> LeaseLock:
         """Return the lock of the place; see `Store`."""
-        return RemoteLock(self)
+        return LeaseLock(self, self.lease_seconds)
 
     def _open(self) -> tuple[Any, str]:
         """Return fsspec's file system, of which it keeps one for a process and these options, and the root in it."""
@@ -204,97 +234,3 @@ class RemoteStore:
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
-
-
-class RemoteLock:
-    """An object that names the process which writes to a place; made if it is not there, and removed at the end.
-
-    Who is killed leaves it. A process of the same machine that finds its maker dead takes it over; to others it says
-    whose it is.
-    """
-
-    def __init__(self, store: RemoteStore) -> None:
-        """Name the place; entering the context takes the lock."""
-        self._store = store
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "key": token_hex(8)}
-        self._mine = json.dumps(holder).encode()
-
-    def __enter__(self) -> "RemoteLock":
-        """Take the lock.
-
-        Raises:
-            CacheLockedError: another process holds it.
-        """
-        try:
-            self._store.create(LOCK_KEY, self._mine)
-        except CacheLockedError:
-            self._take_over()
-        if self._store.read(LOCK_KEY) != self._mine:  # the backend's creation is not exclusive
-            raise CacheLockedError(f"{self._store} was locked by another process just now; run the same command again")
-        return self
-
-    def _take_over(self) -> None:
-        """Replace the lock of a dead process of this machine; processes of this machine do so one after the other."""
-        name = hashlib.sha256(f"{os.getuid()} {self._store}".encode()).hexdigest()[:32]
-        path = Path(tempfile.gettempdir()) / f"todi_offline-{name}.lock"
-        try:
-            with locked_file(path) as current:
-                try:
-                    self._replace(may=current)
-                finally:
-                    if current:
-                        path.unlink()  # who waits for it will find that it has lost its name
-        except OSError as error:
-            raise CacheError(f"cannot take over the lock of {self._store}: {error.strerror}: {path}") from error
-
-    def _replace(self, *, may: bool) -> None:
-        holder = _holder(self._store)
-        if not may or not _is_dead(holder):
-            raise CacheLockedError(
-                f"{self._store} is being written by process {holder.get('process', '?')} on "
-                f"{holder.get('host', '?')}; wait or stop it; if it is gone, delete {self._store}/{LOCK_KEY}"
-            )
-        self._store.delete(LOCK_KEY)
-        self._store.create(LOCK_KEY, self._mine)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the lock, unless somebody else has taken it."""
-        try:
-            if self._store.read(LOCK_KEY) == self._mine:
-                self._store.delete(LOCK_KEY)
-        except CacheError as failure:
-            logger.warning("the lock %s/%s is left behind: %s", self._store, LOCK_KEY, failure)
-
-
-def _holder(store: RemoteStore) -> dict[str, Any]:
-    """Return what a lock says; a lock is data, which may say anything."""
-    try:
-        values = json.loads(store.read(LOCK_KEY))
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether a lock's maker was a process of this machine and is no more."""
-    process = holder.get("process")
-    if holder.get("machine") != _machine() or not isinstance(process, int):
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
-    return False
-
-
-def _machine() -> str:
-    """Return what tells the processes of this machine, from its start on, from those of another of the same name."""
-    try:
-        start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{start} {Path('/proc/self/ns/pid').readlink()}"  # a container counts its processes anew
-    except OSError:
-        return f"{uuid.getnode():x}"

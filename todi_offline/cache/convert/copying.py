@@ -1,0 +1,14 @@
+"""Sequences of a cache in, the rows that write them to another cache out."""
+
+from collections.abc import Iterator, Sequence
+
+from todi_offline.cache.format.sequences import SequenceRows
+from todi_offline.cache.reader import Cache
+
+
+def sequence_rows(cache: Cache, indices: Sequence[int]) -> Iterator[SequenceRows]:
+    """Yield sequences of a cache as they are written to another."""
+    for index in indices:
+        sequence = cache[index]
+        name, source = (cache.sequences[column][index].as_py() for column in ("id", "source"))
+        yield SequenceRows(name, source, sequence.token_ids, sequence.target_mask, sequence.targets)

@@ -1,0 +1,61 @@
+"""A plain Parquet table and a few settings in, the manifest of the cache that is made of it out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from todi_offline.cache.convert.importing import opened_table
+from todi_offline.cache.convert.tokenizer_files import read_tokenizer_files
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.config import load_config
+from todi_offline.errors import ConfigError, DataError
+
+_BATCH_ROWS = 64
+
+
+def describe_table(
+    table: Path, teacher: str | None, tokenizer: Path | None, settings: dict[str, Any]
+) -> tuple[Manifest | None, str | None]:
+    """Return the manifest and the tokenizer of a table that brings none; nothing where it is to bring them."""
+    if teacher is None and tokenizer is None and not settings:
+        return None, None
+    if teacher is None or tokenizer is None:
+        raise ConfigError(
+            "a table that brings no manifest needs --teacher and --tokenizer; one that `todi-cache export` wrote is "
+            "imported as it is, without options, and `todi-cache subset` then stores it otherwise"
+        )
+    files = read_tokenizer_files(tokenizer)
+    settings = {"temperatures": (1.0,), "tail_samples": 0, "k": settings.get("k") or fewest_entries(table), **settings}
+    chosen = load_config(CacheSettings, overrides=settings)
+    vocab_size = max(files.get_vocab().values()) + 1
+    manifest = imported_manifest(chosen, vocab_size, teacher, tokenizer_fingerprint(files))
+    return manifest, files.backend_tokenizer.to_str()
+
+
+def imported_manifest(settings: CacheSettings, vocab_size: int, teacher: str, tokenizer: Mapping[str, str]) -> Manifest:
+    """Describe targets from elsewhere: of their teacher, a name is all that is known."""
+    fingerprint = {"model_type": "imported", "name": teacher}
+    part = Part(recipe={}, content="", num_sequences=1, num_shards=1, versions={})
+    return Manifest(settings=settings, vocab_size=vocab_size, teacher=fingerprint, tokenizer=tokenizer, parts=(part,))
+
+
+def fewest_entries(path: Path) -> int:
+    """Return the number of entries of the target that has the fewest: the largest k that a table can be imported with.
+
+    Raises:
+        DataError: the table cannot be read, or has no target.
+    """
+    with opened_table(path) as table:
+        if "target_ids" not in table.schema_arrow.names:
+            raise DataError(f"{path} lacks the column target_ids; it has {', '.join(table.schema_arrow.names)}")
+        fewest = [
+            pc.min(pc.list_value_length(batch.column(0).flatten())).as_py()
+            for batch in table.iter_batches(_BATCH_ROWS, columns=["target_ids"])
+        ]
+    if not (found := [count for count in fewest if count]):
+        raise DataError(f"{path} has no target with an entry")
+    return int(min(found))

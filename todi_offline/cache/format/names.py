@@ -1,0 +1,85 @@
+"""Shards and arrays in, the keys of their objects out; and a key back to what it names.
+
+A cache owns these keys below its root and no others. Whatever else lies there belongs to somebody else.
+
+    cache.json                  the root: what the cache is
+    commits/000003.json         the commit record of shard 3
+    sequences/000003.parquet    its sequence table
+    topk_ids/c/3/0              its object of an array
+    zarr.json, */zarr.json      metadata for other readers of Zarr, derived from the root
+    tokenizer.json              the teacher's tokenizer, for tools that show text
+    .lock                       names the process that writes
+    sealed.json, append.json    of format 1
+"""
+
+import re
+
+ROOT_KEY = "cache.json"
+GROUP_KEY = "zarr.json"
+TOKENIZER_KEY = "tokenizer.json"
+LOCK_KEY = ".lock"
+RECORDS_PREFIX = "commits/"
+SEALED_KEY, APPEND_KEY = "sealed.json", "append.json"  # of format 1
+
+ARRAY_NAMES = (
+    "token_ids",
+    "target_mask",
+    "topk_ids",
+    "topk_logprobs",
+    "tail_logsumexp",
+    "label_logprob",
+    "log_partition",
+    "tail_ids",
+    "tail_logprobs",
+)
+_PLAIN = (ROOT_KEY, GROUP_KEY, TOKENIZER_KEY, LOCK_KEY, SEALED_KEY, APPEND_KEY)
+_SHARD_KEYS = (
+    re.compile(r"commits/(\d{6,})\.json"),
+    re.compile(r"sequences/(\d{6,})\.parquet"),
+    re.compile(rf"(?:{'|'.join(ARRAY_NAMES)})/c/(\d+)(?:/0)?"),
+)
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
+
+
+def sequences_key(shard: int) -> str:
+    """Return the key of a shard's sequence table."""
+    return f"sequences/{shard:06d}.parquet"
+
+
+def record_key(shard: int) -> str:
+    """Return the key of a shard's commit record."""
+    return f"{RECORDS_PREFIX}{shard:06d}.json"
+
+
+def array_key(name: str) -> str:
+    """Return the key of an array's metadata."""
+    return f"{name}/{GROUP_KEY}"
+
+
+def temporary_key(key: str, token: str) -> str:
+    """Return the name under which an object is written before it gets its own; `token` has 16 hexadecimal digits."""
+    return f"{key}.{token}.tmp"
+
+
+def is_temporary(key: str) -> bool:
+    """Whether a key is one that `temporary_key` made of one of ours."""
+    return bool(_TEMPORARY.search(key)) and is_own(_TEMPORARY.sub("", key))
+
+
+def is_own(key: str) -> bool:
+    """Whether a cache may have written this key, temporary ones apart."""
+    return key in _PLAIN or key in map(array_key, ARRAY_NAMES) or shard_of(key) is not None
+
+
+def shard_of(key: str) -> int | None:
+    """Return the shard whose record, sequence table or array object has this key, or None.
+
+    >>> shard_of("commits/000007.json"), shard_of("topk_ids/c/7/0"), shard_of("commits/7.json"), shard_of("notes.md")
+    (7, 7, None, None)
+    """
+    for pattern in _SHARD_KEYS:
+        if (match := pattern.fullmatch(key)) and match[1].isascii():
+            shard = int(match[1])
+            digits = f"{shard:06d}" if pattern is not _SHARD_KEYS[2] else str(shard)
+            return shard if digits == match[1] and shard < 2**31 else None
+    return None

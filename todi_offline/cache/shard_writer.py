@@ -1,0 +1,146 @@
+"""Rows of a shard in, its objects and its commit record out; without a lock, so that any process can do it.
+
+An object is created and never replaced. Where another attempt at the same shard has left an object with other bytes,
+and no commit record, that object makes way, but only while the capture's lock is still the one that began it: so a
+process that stood still cannot touch what another one has committed since.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from todi_offline.cache.format.encoding import encode_rows
+from todi_offline.cache.format.keys import ContentKeys
+from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.names import record_key, sequences_key
+from todi_offline.cache.format.records import CommitRecord, ObjectSum
+from todi_offline.cache.format.rows import Array
+from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, sequence_table, table_bytes
+from todi_offline.cache.format.shard import chunk_sums, encode_shard
+from todi_offline.cache.store import Store
+from todi_offline.cache.store.locks import read_holder, require_held
+from todi_offline.errors import CacheLockedError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWriter:
+    """Writes shards of one cache; may be pickled and sent to the processes that share the work."""
+
+    store: Store
+    manifest: Manifest
+    """Of the cache when all its parts are finished."""
+    token: str
+    """Of the lock under which the shards are written."""
+
+    def write(self, shard: int, sequences: Sequence[SequenceRows]) -> CommitRecord:
+        """Write the objects of a shard, then its commit record; until then the shard does not exist.
+
+        Raises:
+            DataError: there is no sequence, or one has ids beyond the vocabulary or other settings than the cache.
+            TargetsError: a number cannot be stored.
+            CacheLockedError: another process has taken over, or has committed this shard with other bytes.
+            CacheError: the store cannot be written.
+        """
+        require_held(self.store, self.token)
+        self._require_rows(shard, sequences)
+        settings = self.manifest.settings
+        encoded = [encode_rows(sequence.targets, settings.encoding) for sequence in sequences]
+        objects: dict[str, ObjectSum] = {}
+        for name, values in _shard_arrays(sequences, encoded).items():
+            spec = self.manifest.arrays[name]
+            data = encode_shard(spec, values, settings.codec)
+            objects[spec.object_key(shard)] = self._create(shard, spec.object_key(shard), data, chunk_sums(spec, data))
+        return self._commit(shard, sequence_table(shard, sequences, encoded, settings), objects)
+
+    def link(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
+        """Take over a committed shard of a cache with the same settings, without moving its bytes where possible.
+
+        `record` and `table` are its commit record and sequence table there. The same errors as `write`.
+        """
+        require_held(self.store, self.token)
+        objects = {}
+        for spec in self.manifest.arrays.values():
+            there, here = spec.object_key(record.shard), spec.object_key(shard)
+            self._place(shard, here, partial(self.store.copy_from, source, there, here))
+            objects[here] = record.objects[there]
+        return self._commit(shard, renumbered_table(table, shard, self.manifest.settings.shard_tokens), objects)
+
+    def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
+        objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))
+        record = CommitRecord(
+            shard=shard,
+            num_sequences=len(table),
+            num_tokens=int(table["num_tokens"].to_numpy().sum()),
+            num_targets=int(table["num_targets"].to_numpy().sum()),
+            content=ContentKeys.from_column(table["content_key"]).digest(),
+            objects=objects,
+        )
+        if not self.store.create(record_key(shard), record.to_bytes()):
+            raise self._taken(shard)
+        return record
+
+    def _create(self, shard: int, key: str, data: bytes, chunks: bytes = b"") -> ObjectSum:
+        self._place(shard, key, partial(self.store.create, key, data))
+        return ObjectSum.of(data, chunks)
+
+    def _place(self, shard: int, key: str, create: Callable[[], bool]) -> None:
+        """Create an object; what an attempt that was never committed has left in its place is removed first."""
+        if create():
+            return
+        require_held(self.store, self.token)
+        if self.store.size(record_key(shard)) is not None:
+            raise self._taken(shard)
+        self.store.delete(key)
+        if not create():
+            raise self._taken(shard)
+
+    def _taken(self, shard: int) -> CacheLockedError:
+        holder = read_holder(self.store)
+        who = holder if holder is not None and holder.token != self.token else "another process"
+        return CacheLockedError(
+            f"shard {shard} of {self.store} was written by {who} meanwhile, and is left as it is; run the command "
+            "again: it goes on from there"
+        )
+
+    def _require_rows(self, shard: int, sequences: Sequence[SequenceRows]) -> None:
+        """Refuse rows that the reader would refuse."""
+        if not sequences:
+            raise DataError(f"shard {shard} of {self.store} would have no sequence; leave it out of the plan")
+        settings, vocab_size = self.manifest.settings, self.manifest.vocab_size
+        for name in ("token_ids", "targets"):
+            num_rows = sum(len(getattr(sequence, name)) for sequence in sequences)
+            if num_rows > settings.shard_tokens:
+                raise DataError(
+                    f"shard {shard} of {self.store} would have {num_rows:,} {name}, more than the "
+                    f"{settings.shard_tokens:,} that a shard holds"
+                )
+        expected = (settings.k, settings.temperatures, settings.tail_samples)
+        for sequence in sequences:
+            rows = sequence.targets
+            samples = 0 if rows.tail_ids is None else rows.tail_ids.shape[1]
+            if (found := (rows.ids.shape[1], rows.temperatures, samples)) != expected:
+                raise DataError(
+                    f"sequence {sequence.id!r} has k, temperatures and samples {found}; {self.store} keeps {expected}"
+                )
+            numbers = [sequence.token_ids, rows.ids, *([] if rows.tail_ids is None else [rows.tail_ids])]
+            if (largest := max(int(ids.max()) for ids in numbers)) >= vocab_size:
+                raise DataError(
+                    f"sequence {sequence.id!r} has the id {largest}, beyond the vocabulary of {vocab_size} ids; "
+                    "check that teacher and tokenizer belong together"
+                )
+
+
+def _shard_arrays(
+    sequences: Sequence[SequenceRows], encoded: Sequence[dict[str, Array]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a shard: its sequences end to end."""
+    return {
+        "token_ids": np.concatenate([sequence.token_ids for sequence in sequences]),
+        "target_mask": np.concatenate([sequence.target_mask for sequence in sequences]),
+        **{name: np.concatenate([arrays[name] for arrays in encoded]) for name in encoded[0]},
+    }

@@ -1,0 +1,209 @@
+"""A folder in, its objects out."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from secrets import token_hex
+
+from todi_offline.cache.format.names import temporary_key
+from todi_offline.cache.store.base import Store, read_limit
+from todi_offline.cache.store.locks import FolderLock
+from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+class LocalStore:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the folder; it is made when something is written."""
+        self.root = root
+        self._durable: set[Path] = set()
+
+    def __str__(self) -> str:
+        """Return the folder's path."""
+        return str(self.root)
+
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """Return an object; see `Store`."""
+        path, limit = self.root / key, read_limit(key) if limit is None else limit
+        try:
+            status = path.stat()
+            if not (stat.S_ISREG(status.st_mode) or path.is_dir()):
+                raise CacheError(f"cannot read {path}: it is not a regular file")
+            with path.open("rb") as file:
+                data = file.read(limit + 1)
+        except FileNotFoundError as error:
+            raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
+        except OSError as error:
+            raise CacheError(f"cannot read {path}: {error.strerror}") from error
+        if len(data) > limit:
+            raise CacheCorruptError(f"{path} has {status.st_size:,} bytes; expected at most {limit:,}")
+        return data
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write an object under a temporary name, sync it, and rename it; see `Store`."""
+        path = self.root / key
+        with self._writing(path) as temporary:
+            _write_synced(temporary, data)
+            temporary.replace(path)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object that is not there yet; see `Store`."""
+        path = self.root / key
+        if self.size(key) is None:
+            with self._writing(path) as temporary:
+                _write_synced(temporary, data)
+                if _rename_to_new(temporary, path):
+                    return True
+        return self.size(key) == len(data) and self.read(key, len(data)) == data
+
+    def swap(self, key: str, data: bytes, old: bytes) -> bool:
+        """Replace an object that still holds `old`; see `Store`. The lock keeps others away in between."""
+        if self.size(key) != len(old) or self.read(key) != old:
+            return False
+        self.write(key, data)
+        return True
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[Path]:
+        """Yield a temporary name beside a path; what the disk refuses becomes one line, and no such file stays."""
+        temporary = path.with_name(temporary_key(path.name, token_hex(8)))
+        try:
+            self._make_folder(path.parent)
+            try:
+                yield temporary
+            finally:
+                with contextlib.suppress(OSError):  # as a rule it is gone; else the next writer removes it
+                    temporary.unlink()
+            _sync(path.parent)
+        except OSError as error:
+            raise CacheError(
+                f"cannot write {path}: {error.strerror}; what is committed is safe: mend that and run the command again"
+            ) from error
+
+    def delete(self, key: str) -> None:
+        """Remove an object durably, and the folders that it leaves empty; see `Store`."""
+        path = self.root / key
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync(path.parent)
+        except OSError as error:
+            raise CacheError(f"cannot delete {path}: {error.strerror}; mend that first") from error
+        with contextlib.suppress(OSError):  # not empty
+            for folder in path.relative_to(self.root).parents[:-1]:
+                (self.root / folder).rmdir()
+
+    def size(self, key: str) -> int | None:
+        """Return the bytes of an object, or None where there is none; see `Store`."""
+        path = self.root / key
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CacheError(f"cannot look for {path}: {error.strerror}; mend that first") from error
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def find(self, prefix: str = "") -> list[str]:
+        """Return the keys that begin with a prefix; see `Store`."""
+        folder = self.root / prefix.rpartition("/")[0]
+        try:
+            return sorted(key for key in self._walk(folder) if key.startswith(prefix))
+        except OSError as error:
+            raise CacheError(f"cannot list {folder}: {error.strerror}; mend that first") from error
+
+    def _walk(self, folder: Path) -> Iterator[str]:
+        for path in folder.rglob("*"):
+            if not path.is_dir() or path.is_symlink():
+                yield path.relative_to(self.root).as_posix()
+
+    def local(self, key: str) -> Path:
+        """Return the object's own file; see `Store`."""
+        return self.root / key
+
+    def prepare(self, key: str) -> None:
+        """Do nothing: the file is there; see `Store`."""
+
+    def discard_copy(self, key: str) -> bool:  # noqa: ARG002 -- the protocol's
+        """Return False: there are no copies; see `Store`."""
+        return False
+
+    def copy_from(self, source: Store, source_key: str, key: str) -> bool:
+        """Link to an object of another folder where the file system can, else copy it; see `Store`."""
+        path = self.root / key
+        with self._writing(path) as temporary:
+            origin = source.local(source_key).resolve()  # a link to a symbolic link would lead elsewhere from here
+            _sync(origin)  # a copy of a remote object may not be on its disk yet
+            try:
+                path.hardlink_to(origin)
+                return True
+            except FileExistsError:
+                return False
+            except OSError:
+                shutil.copyfile(origin, temporary)
+                _sync(temporary)
+                return _rename_to_new(temporary, path)
+
+    def lock(self) -> FolderLock:
+        """Make the folder and return its lock; see `Store`."""
+        try:
+            self._make_folder(self.root)
+            for folder in (self.root, *filter(Path.is_dir, self.root.iterdir())):
+                _sync(folder)  # a killed process may have renamed there what now passes for committed
+        except OSError as error:
+            raise CacheError(f"cannot create {self}: {error.strerror}; choose another folder") from error
+        return FolderLock(self.root)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and those above it durable; what is there may be the work of a process killed before it was."""
+        if folder in self._durable and folder.is_dir():
+            return
+        if folder.parent != folder:
+            self._make_folder(folder.parent)
+        made = not folder.is_dir()
+        if made:
+            folder.mkdir(exist_ok=True)
+        try:
+            _sync(folder.parent)
+        except OSError:
+            if made:  # else it is not ours to answer for
+                raise
+        self._durable.add(folder)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rename_to_new(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless the name is taken: in one step where the file system has hard links."""
+    try:
+        path.hardlink_to(temporary)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    if path.exists():
+        return False
+    temporary.replace(path)
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
