@@ -12,6 +12,7 @@ shards in it. A reader finds the cache as it was until then.
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -44,6 +45,8 @@ from todi_offline.cache.store import LocalStore, Store, open_store
 from todi_offline.cache.store.base import Lock
 from todi_offline.cache.store.locks import require_held
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, CacheMismatchError
+
+_READERS = 16  # threads; each waits for a store
 
 
 class CacheWriter:
@@ -120,11 +123,13 @@ class CacheWriter:
                 f"{self.store} cannot be sealed: shards {missing} are not committed; run again what captured {whose}"
             )
         if not self.is_sealed:
-            commits = list(self._root.commits) + [None] * (self.manifest.num_shards - len(self._root.commits))
-            for shard, commit in enumerate(commits):
-                commits[shard] = self._commit(shard) if commit is None else commit
+            commits = dict(enumerate(self._root.commits))
+            written = [shard for shard in range(self.manifest.num_shards) if commits.get(shard) is None]
+            with ThreadPoolExecutor(_READERS) as pool:
+                commits |= zip(written, pool.map(self._commit, written), strict=True)
             manifest = dataclasses.replace(self._root.manifest, parts=self.manifest.parts)
-            self._swap(dataclasses.replace(self._root, manifest=manifest, commits=tuple(commits), pending=()))
+            ordered = tuple(commits[shard] for shard in range(self.manifest.num_shards))
+            self._swap(dataclasses.replace(self._root, manifest=manifest, commits=ordered, pending=()))
         write_derived_metadata(self.store, self._root)
         return self._root
 
@@ -149,6 +154,7 @@ class CacheWriter:
         """Write down what the cache is to be, unless that stands there already."""
         is_new = not has_cache(self.store)
         if is_new:
+            _require_no_strays(self.store, 0)
             self._root = Root(
                 manifest=dataclasses.replace(self.manifest, parts=()),
                 pending=self.manifest.parts,
@@ -256,8 +262,8 @@ def _require_no_strays(store: Store, first: int) -> None:
     strays = [record_key(shard) for shard in committed_shards(store) if shard >= first]
     if strays:
         raise CacheMismatchError(
-            f"{store} has {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}, which its root does not name; "
-            "`todi-cache repair` deletes them"
+            f"{store} has {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}, which no root names; "
+            + ("`todi-cache repair` deletes them" if first else "delete the folder, or choose another")
         )
 
 
