@@ -76,8 +76,8 @@ def plan_capture(store: Store, fresh: Manifest, keys: ContentKeys, num_tokens: n
     """Plan the capture of a data set whose sequences have these content keys and lengths.
 
     `fresh` is the manifest of the cache that it would make by itself; the counts of its only part are filled in here.
-    Where the cache has a part of the same data, finished or begun, the plan goes on with that part. Content that the
-    data set has twice stays twice, unless an earlier part holds it.
+    Where the cache has a part of the same data, finished or begun, the plan goes on with that part. A cache that is
+    there keeps the size of its shards. Content that the data set has twice stays twice, unless an earlier part holds it.
 
     Raises:
         CacheMismatchError: the cache was begun with another teacher, tokenizer or other settings, or the capture of
@@ -88,7 +88,8 @@ def plan_capture(store: Store, fresh: Manifest, keys: ContentKeys, num_tokens: n
     if not has_cache(store):
         return _plan(fresh, (), part, np.arange(len(keys)), num_tokens)
     root = read_root(store)
-    require_same_identity(store, root.manifest, fresh)
+    kept = dataclasses.replace(fresh.settings, shard_tokens=root.manifest.settings.shard_tokens)
+    require_same_identity(store, root.manifest, dataclasses.replace(fresh, settings=kept))
     number = next((number for number, other in enumerate(root.parts) if _data(other) == _data(part)), None)
     if number is None and root.pending:
         raise CacheMismatchError(

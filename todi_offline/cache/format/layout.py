@@ -30,7 +30,7 @@ MAX_SHARD_TOKENS = 2**26  # a shard is written from memory
 
 SHARD_BYTES = 2**30  # of a shard's rows in memory, where the size of shards is chosen here
 MAX_SHARD_BYTES = 2**35
-DEFAULT_SHARD_TOKENS = 262_144
+DEFAULT_SHARD_TOKENS = 131_072  # the index of an array has 16 bytes a chunk: 4 KiB of a shard, used or not
 
 Axis = Literal["token", "target"]
 CODECS = ("compact", "balanced", "fast")
@@ -58,7 +58,7 @@ class CacheSettings:
     """pcodec (fewest bytes), blosc-zstd, or blosc-lz4."""
     shard_tokens: int = 0
     """Tokens a shard can hold; what is not yet in a finished shard is lost when a capture is killed. 0: as many as
-    take 1 GiB in memory, at most 262,144."""
+    take 1 GiB in memory, at most 131,072; a cache that is there already keeps its own."""
 
     def __post_init__(self) -> None:
         """Refuse what no capture could honour, and choose the size of shards where none is given."""
