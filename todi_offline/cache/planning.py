@@ -77,7 +77,7 @@ def plan_capture(store: Store, fresh: Manifest, keys: ContentKeys, num_tokens: n
 
     `fresh` is the manifest of the cache that it would make by itself; the counts of its only part are filled in here.
     Where the cache has a part of the same data, finished or begun, the plan goes on with that part. A cache that is
-    there keeps the size of its shards. Content that the data set has twice stays twice, unless an earlier part holds it.
+    there keeps the size of its shards. Content that the data set has twice stays twice, unless an earlier part has it.
 
     Raises:
         CacheMismatchError: the cache was begun with another teacher, tokenizer or other settings, or the capture of
