@@ -262,6 +262,11 @@ def test_a_cache_is_a_data_set(cache: Cache) -> None:
     np.testing.assert_array_equal(dataset[20].token_ids, cache[20].token_ids)
 
 
+def test_a_cache_takes_no_empty_place_for_a_sequence_of_its_own(cache: Cache) -> None:
+    with pytest.raises(TypeError):
+        cache[EMPTY]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 10])
 def test_prefetching_keeps_order_and_ends(length: int, depth: int) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -371,6 +371,33 @@ def test_evaluation_reports_means_over_the_held_out_cache(cache: Cache, heldout:
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-4)
     trainer.evaluate(CacheDataset(cache))
     assert trainer.evaluate()["eval_kd"] == metrics["eval_kd"]  # nothing is carried over from the one before
+
+
+def test_a_cache_that_is_evaluated_later_counts_each_sequence_once(
+    cache: Cache, heldout: Cache, tmp_path: Path
+) -> None:
+    """Seven sequences in batches of four: the last batch has an empty place."""
+    given = trainer_of(tmp_path, cache, eval_dataset=heldout, per_device_eval_batch_size=4)
+    expected = {name: value for name, value in given.evaluate().items() if "second" not in name and "time" not in name}
+    trainer = trainer_of(tmp_path, cache, per_device_eval_batch_size=4)
+    found = trainer.evaluate(heldout)
+    assert {name: found[name] for name in expected} == expected
+    named = trainer.evaluate(MappingProxyType({"one": heldout, "two": cache}))
+    assert named["eval_one_kd"] == expected["eval_kd"] != named["eval_two_kd"]
+    assert trainer.predict(heldout).metrics["test_kd"] == expected["eval_kd"]
+    alone = trainer_of(tmp_path, None, per_device_eval_batch_size=4)
+    assert alone.evaluate(heldout)["eval_kd"] == expected["eval_kd"]
+
+
+def test_a_cache_that_is_evaluated_later_is_checked_too(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
+    capture(teacher, examples, tmp_path / "small", k=8, temperatures=[1.0], tail_samples=0)
+    small = open_cache(tmp_path / "small")
+    trainer = trainer_of(tmp_path, None, distillation=DistillationConfig(temperature=2.0))
+    for evaluate in (trainer.evaluate, trainer.predict, lambda cache: trainer.evaluate({"named": cache})):
+        with pytest.raises(TargetsError, match="temperature 2; these targets have 1"):
+            evaluate(small)
+    with pytest.raises(ConfigError, match="list is no cache; ToDiTrainer reads what `open_cache` returns"):
+        trainer.evaluate([1, 2])
 
 
 def test_evaluation_in_the_middle_of_training_disturbs_nothing(cache: Cache, heldout: Cache, tmp_path: Path) -> None:

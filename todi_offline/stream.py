@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 WINDOW_SHARDS = 8
 
-EMPTY = -1
-"""Number of a sequence without tokens and targets, for a place in a batch that no other is left for."""
+EMPTY = None
+"""Stands for an empty sequence, which pads the last batch. It is no number, so that no cache takes it for an index."""
 
 
 class CacheDataset(Dataset[CachedSequence]):
@@ -42,9 +42,9 @@ class CacheDataset(Dataset[CachedSequence]):
         """Return the number of sequences."""
         return len(self.cache)
 
-    def __getitem__(self, index: int) -> CachedSequence:
+    def __getitem__(self, index: int | None) -> CachedSequence:
         """Read a sequence."""
-        return self._empty if index == EMPTY else self.cache[index]
+        return self._empty if index is EMPTY else self.cache[index]
 
     @cached_property
     def _empty(self) -> CachedSequence:
@@ -139,7 +139,7 @@ def training_order(cache: Cache, seed: int) -> ShuffledOrder:
     return WindowShuffledOrder(cache.shards, seed, prepare=cache.prepare)
 
 
-class FilledOrder(Sampler[int]):
+class FilledOrder(Sampler[int | None]):
     """An order of sequences, filled up with `EMPTY` to a multiple of what all ranks take at once.
 
     Else some ranks would begin anew to be even with the others, and sequences would count twice.
@@ -154,7 +154,7 @@ class FilledOrder(Sampler[int]):
         """Return the number of sequences, empty ones included."""
         return -(-len(self.order) // self.multiple) * self.multiple
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | None]:
         """Yield the numbers of the sequences."""
         return itertools.chain(self.order, itertools.repeat(EMPTY, len(self) - len(self.order)))
 

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainingArguments
 
 from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
-from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
@@ -62,25 +61,17 @@ class ToDiTrainer(Trainer):
             ModelError: there is no tokenizer, or the student's vocabulary is smaller than the cache's.
             TargetsError: the cache does not hold what the objective asks for.
         """
-        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-        caches = [cache for cache in (train_dataset, *evaluated.values()) if cache is not None]
         self.distillation = distillation or DistillationConfig()
-        found = _student_tokenizer(processing_class, model)
-        for cache in caches:
-            require_same_tokenizer(found, cache.manifest, "the student")
-            _require_alike(cache, caches[0])
-            self._require_targets(cache)
+        self._tokenizer = _student_tokenizer(processing_class, model)
+        self._cache: Cache | None = None
+        train_dataset, eval_dataset = self._datasets(train_dataset), self._datasets(eval_dataset)
         args.remove_unused_columns = False  # a batch is no row of a table
         args.dataloader_pin_memory &= args.device.type not in ("cpu", "mps")  # nothing to pin for: torch warns
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_dataset(train_dataset),
-            eval_dataset=(
-                {name: _dataset(cache) for name, cache in eval_dataset.items()}
-                if isinstance(eval_dataset, Mapping)
-                else _dataset(eval_dataset)
-            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
@@ -93,7 +84,6 @@ class ToDiTrainer(Trainer):
             self.data_collator = _collator(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here
         self.head = linear_head(self.model)
-        self._cache = caches[0] if caches else None
         self._order: ShuffledOrder | None = None
         self._source: Iterator[Any] | None = None
         self._batches: Iterator[dict[str, Tensor]] = iter(())
@@ -218,11 +208,48 @@ class ToDiTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Any) -> FilledOrder:
         return FilledOrder(range(len(eval_dataset)), self.args.eval_batch_size * self.args.world_size)
 
-    def _require_targets(self, cache: Cache) -> None:
-        """Refuse a cache that does not hold what the objective asks for."""
-        targets = SparseTargets.from_numpy(cache[0].targets[:0])
-        logits, labels = torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long)
-        distillation_loss(logits, labels, targets, self.distillation)
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on a cache, on a mapping of names to caches, or on those that were given at first."""
+        metrics: dict[str, float] = super().evaluate(self._datasets(eval_dataset), *args, **kwargs)
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the Trainer's, of a cache that has been checked."""
+        return super().get_eval_dataloader(self._datasets(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the Trainer's, of a cache that has been checked."""
+        return super().get_test_dataloader(self._datasets(test_dataset))
+
+    def _datasets(self, caches: Any) -> Any:
+        """Return caches as the Trainer takes them, once they are known to fit the student and the objective.
+
+        Names of data sets that the trainer has already stay names.
+        """
+        if isinstance(caches, Mapping):
+            return {name: self._datasets(cache) for name, cache in caches.items()}
+        if caches is None or isinstance(caches, str):
+            return caches
+        cache = caches.cache if isinstance(caches, CacheDataset) else caches
+        if not isinstance(cache, Cache):
+            raise ConfigError(f"{type(cache).__name__} is no cache; ToDiTrainer reads what `open_cache` returns")
+        require_same_tokenizer(self._tokenizer, cache.manifest, "the student")
+        self._cache = self._cache or cache
+        _require_alike(cache, self._cache)
+        require_targets(cache, self.distillation)
+        return CacheDataset(cache)
+
+
+def require_targets(cache: Cache, distillation: DistillationConfig) -> None:
+    """Refuse a cache that does not hold what the objective asks for.
+
+    Raises:
+        ConfigError: the divergence does not return a value for each target.
+        TargetsError: the temperature, the k or the tail samples are not in the cache.
+    """
+    targets = SparseTargets.from_numpy(cache[0].targets[:0])
+    logits, labels = torch.zeros(0, cache.manifest.vocab_size), torch.zeros(0, dtype=torch.long)
+    distillation_loss(logits, labels, targets, distillation)
 
 
 class _Meter:
@@ -277,10 +304,6 @@ def _require_alike(cache: Cache, first: Cache) -> None:
         raise CacheMismatchError(
             f"{cache.root} cannot be used beside {first.root} ({'; '.join(lines)}); capture both with the same settings"
         )
-
-
-def _dataset(cache: Cache | None) -> CacheDataset | None:
-    return None if cache is None else CacheDataset(cache)
 
 
 def _collator(model: Model) -> Collator:
