@@ -174,7 +174,7 @@ def _cached_loss(arm: Arm, cache: Cache, logits: Tensor, batch: Batch) -> Tensor
     if arm.targets == "renormalised":
         targets, tail = _renormalised(targets), "bucket"
     config = DistillationConfig(
-        loss=arm.loss,
+        divergence=arm.loss,
         temperature=arm.temperature,
         tail=tail,
         tail_weight=arm.tail_weight or None,

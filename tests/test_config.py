@@ -1,5 +1,7 @@
 """Settings from defaults, TOML files and overrides."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -79,3 +81,21 @@ def test_what_cannot_be_is_refused(tmp_path: Path, text: str, overrides: dict[st
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*none.toml: No such file"):
         load_config(Outer, tmp_path / "none.toml")
+
+
+def shifted(value: float, by: float = 0.0) -> float:
+    return value + by
+
+
+def test_a_function_serves_where_it_may_and_is_written_by_its_name() -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Named:
+        function: str | Callable[[float], float] = "none"
+
+    assert load_config(Named, None, {"function": shifted}).function is shifted
+    assert load_config(Named, None, {"function": "x:y"}).function == "x:y"
+    assert to_dict(Named(function=shifted)) == {"function": f"{__name__}:shifted"}
+    part = functools.partial(shifted, by=2.0)
+    assert to_dict(Named(function=part)) == {"function": f"{__name__}:shifted(by=2.0)"}
+    with pytest.raises(ConfigError, match=r"function in .* is 3; expected str"):
+        load_config(Named, None, {"function": 3})

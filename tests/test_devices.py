@@ -84,7 +84,7 @@ def losses(device: torch.device | str, config: DistillationConfig) -> list[Tenso
 @pytest.mark.parametrize("tail", ["bucket", "sampled", "none"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_losses_and_gradients_are_computed_where_the_student_is(divergence, tail, temperature) -> None:
-    config = DistillationConfig(loss=divergence, tail=tail, temperature=temperature)
+    config = DistillationConfig(divergence=divergence, tail=tail, temperature=temperature)
     with Elsewheres():
         there = [here(tensor) for tensor in losses(ELSEWHERE, config)]
     for found, expected in zip(there, losses("cpu", config), strict=True):

@@ -10,8 +10,8 @@ from support import reference
 from torch.nn.functional import cross_entropy
 
 from todi_offline.errors import ConfigError, TargetsError
-from todi_offline.losses import DIVERGENCES, DistillationConfig, dense_divergence, sparse_divergence
-from todi_offline.losses.divergences import installed_divergence, skew_forward_kl, todi
+from todi_offline.losses import DIVERGENCES, DistillationConfig, dense_divergence, distillation_loss, sparse_divergence
+from todi_offline.losses.divergences import curvature, installed_divergence, skew_forward_kl, todi
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets, sparsify
 
@@ -468,6 +468,53 @@ def test_a_function_serves_in_place_of_a_name():
     assert found[0].item() == pytest.approx(((p - q)[kept] ** 2).sum())
 
 
+@pytest.mark.parametrize("tail", ["bucket", "sampled", "none"])
+def test_a_function_that_gives_no_value_a_position_is_refused(tail):
+    student, teacher = random_logits(8, 33, 1), random_logits(8, 33, 2)
+    targets = sparsify(teacher, 4, num_tail_samples=2)
+
+    def unsummed(teacher, student):
+        return (teacher.exp() - student.exp()).square()
+
+    message = r"divergence unsummed returns \[8, \d+\] for log-probs of shape .*; expected a tensor of shape \[8\], one"
+    with pytest.raises(ConfigError, match=message):
+        sparse_divergence(student, targets, unsummed, tail=tail)
+    with pytest.raises(ConfigError, match=message):
+        dense_divergence(student, teacher, unsummed)
+    with pytest.raises(ConfigError, match=r"returns float for"):
+        dense_divergence(student, teacher, lambda teacher, student: 0.0)
+
+
+def test_a_divergence_carries_its_own_curvature():
+    """Its value near q = p over forward KL's, which weights the sampled tail."""
+    student, teacher = random_logits(4, 12, 1), random_logits(4, 12, 2)
+    targets = sparsify(teacher, 4, num_tail_samples=2)
+
+    def squares(teacher, student):
+        return (teacher.exp() - student.exp()).square().sum(-1)
+
+    weighted = curvature(3.0)(lambda teacher, student: squares(teacher, student))
+    for function, weight in ((squares, 1.0), (weighted, 3.0), ("jeffreys", 2.0), ("js", 0.25), ("todi", 2.5)):
+        found = sparse_divergence(student, targets, function, beta=1.5)
+        torch.testing.assert_close(
+            found, sparse_divergence(student, targets, function, beta=1.5, tail_weight=weight), msg=str(function)
+        )
+    near = teacher + 1e-4 * random_logits(4, 12, 3)
+    for name in ("jeffreys", "js", "skew_forward_kl", "skew_reverse_kl"):
+        ratio = dense_divergence(near, teacher, name) / dense_divergence(near, teacher, "forward_kl")
+        torch.testing.assert_close(ratio, torch.full_like(ratio, DIVERGENCES[name].curvature), rtol=1e-3, atol=0)
+
+
+def test_rows_are_taken_as_a_cache_gives_them(cache):
+    rows = cache[0].targets
+    student = random_logits(len(rows), cache.manifest.vocab_size, 1, dtype=torch.float32)
+    expected = sparse_divergence(student, SparseTargets.from_numpy(rows), temperature=2.0)
+    assert sparse_divergence(student, rows, temperature=2.0).equal(expected)
+    labels = torch.zeros(len(rows), dtype=torch.long)
+    found, expected = (distillation_loss(student, labels, each)[0] for each in (rows, SparseTargets.from_numpy(rows)))
+    assert found.equal(expected)
+
+
 def test_the_entries_of_both_models_give_the_same_as_their_logits():
     student, teacher = random_logits(3, 12, 1), random_logits(3, 12, 2)
     targets = sparsify(teacher, 4, num_tail_samples=2)
@@ -483,7 +530,6 @@ def test_the_entries_of_both_models_give_the_same_as_their_logits():
     [
         ({"tail": "sampled"}, "hold no samples of the tail"),
         ({"k": 5}, "k is 5, but these targets hold the top 4"),
-        ({"k": 0}, "k is 0, but these targets hold the top 4"),
         ({"temperature": 3.0}, "at temperature 3; these targets have 1, 2"),
     ],
 )
@@ -497,10 +543,17 @@ def test_what_targets_cannot_give_is_refused(arguments, message):
     ("arguments", "message"),
     [
         ({"divergence": "forwardkl"}, "divergence is 'forwardkl'; expected one of todi, .*; did you mean 'forward_kl'"),
+        ({"divergence": "no such:name"}, "divergence is 'no such:name'; expected one of todi"),
+        ({"beta": -1.5}, "beta is -1.5; expected -1 or more"),
+        ({"beta": math.nan}, "beta is nan; expected -1 or more"),
+        ({"beta": math.inf}, "beta is inf; expected -1 or more"),
+        ({"tail_weight": -1.0}, "tail_weight is -1.0; expected 0 or more"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
+        ({"k": 0}, "k is 0; expected 1 or more"),
         ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*alpha_beta$"),
     ],
 )
-def test_a_name_that_nothing_has_is_refused(arguments, message):
+def test_what_is_unknown_or_out_of_range_is_refused(arguments, message):
     student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4)
     with pytest.raises(ConfigError, match=message):
         sparse_divergence(student, targets, **arguments)
@@ -534,6 +587,7 @@ def test_an_installed_package_may_name_a_divergence(installed):
     assert found[0].item() == pytest.approx(((p - q)[kept] ** 2).sum())
     assert dense_divergence(student, teacher, "squares")[0].item() == pytest.approx(((p - q) ** 2).sum())
     assert dense_divergence(student, teacher, "todi").equal(dense_divergence(student, teacher, todi))
+    assert sparse_divergence(student, targets, "made_divergences:squares", tail="none").equal(found)
 
 
 @pytest.mark.parametrize(
@@ -542,9 +596,10 @@ def test_an_installed_package_may_name_a_divergence(installed):
         ("square", "is 'square'; expected one of todi, .*alpha_beta, absent, gone, .*; did you mean 'squares'"),
         ("gone", "'gone', made_divergences:gone, cannot be loaded: .*no attribute 'gone'"),
         ("absent", "'absent', made_by_nobody:squares, cannot be loaded: No module named 'made_by_nobody'"),
+        ("made_divergences:gone", "'made_divergences:gone', made_divergences:gone, cannot be loaded"),
         ("number", "'number', made_divergences:number, is 3; expected a function of two tensors"),
     ],
 )
 def test_a_divergence_that_no_package_has_is_refused(name, message, installed):
     with pytest.raises(ConfigError, match=message):
-        DistillationConfig(loss=name)
+        DistillationConfig(divergence=name)

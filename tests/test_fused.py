@@ -70,7 +70,7 @@ def assert_equal(inputs, chunk_targets=3, **options):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_sums_and_gradients_are_the_readable_ones(divergence, tail, temperature, k):
     for dtype in (torch.float32, torch.float64):
-        options = {"loss": divergence, "tail": tail, "temperature": temperature, "k": k, "beta": 1.5}
+        options = {"divergence": divergence, "tail": tail, "temperature": temperature, "k": k, "beta": 1.5}
         assert_equal(case(dtype=dtype), **options)
 
 
@@ -90,7 +90,7 @@ def test_a_divergence_of_ones_own_may_be_given():
     def squares(teacher, student):
         return (student.exp() - teacher.exp()).square().sum(-1)
 
-    assert_equal(case(), loss=squares, tail_weight=0.3)
+    assert_equal(case(), divergence=squares, tail_weight=0.3)
 
 
 @pytest.mark.parametrize("kd_weight", [0.0, 0.5])
@@ -101,7 +101,7 @@ def test_without_weight_the_divergence_builds_no_graph(kd_weight):
         seen.append(torch.is_grad_enabled())
         return (student.exp() - teacher.exp()).square().sum(-1)
 
-    fused(*case(), loss=watched, kd_weight=kd_weight)
+    fused(*case(), divergence=watched, kd_weight=kd_weight)
     assert set(seen) == {kd_weight != 0}
 
 
@@ -152,7 +152,7 @@ def test_an_id_that_cannot_occur_gets_no_gradient(divergence, temperature):
         bias[list(impossible)] = -torch.inf
     possible = next(i for i in range(VOCAB) if i not in impossible)
     labels = torch.full((NUM_TARGETS,), possible)
-    assert_equal((hidden, weight, bias, labels, targets), loss=divergence, temperature=temperature)
+    assert_equal((hidden, weight, bias, labels, targets), divergence=divergence, temperature=temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -163,7 +163,7 @@ def test_a_tail_far_below_the_kept_ids_keeps_its_mass(temperature, nats, dtype):
     with torch.no_grad():
         hidden.mul_(0.1)
         bias[targets.ids[0]] += nats
-    assert_equal((hidden, weight, bias, labels, targets), loss="forward_kl", temperature=temperature)
+    assert_equal((hidden, weight, bias, labels, targets), divergence="forward_kl", temperature=temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 1.5, 4.0, 10.0])
@@ -189,7 +189,7 @@ def test_gradients_are_those_of_finite_differences(divergence, temperature):
     *inputs, labels, targets = case(num_targets=2, width=2, vocab=9)
 
     def loss(*inputs):
-        options = {"loss": divergence, "temperature": temperature, "k": 3, "softcap": 5.0, "chunk_targets": 2}
+        options = {"divergence": divergence, "temperature": temperature, "k": 3, "softcap": 5.0, "chunk_targets": 2}
         return fused(*inputs, labels, targets, **options)[0]
 
     assert torch.autograd.gradcheck(loss, inputs)

@@ -44,7 +44,7 @@ def test_the_loss_is_the_weighted_mean_of_both_parts(num_tail_samples, temperatu
 def test_every_setting_reaches_the_divergence(divergence):
     student, labels, targets = case(num_tail_samples=3)
     settings = {"beta": 0.5, "temperature": 2.0, "k": 3, "tail": "sampled", "tail_weight": 0.7}
-    config = DistillationConfig(loss=divergence, kd_weight=1.0, **settings)
+    config = DistillationConfig(divergence=divergence, kd_weight=1.0, **settings)
     loss, sums = distillation_loss(student, labels, targets, config)
     expected = sparse_divergence(student, targets, divergence, **settings)
     torch.testing.assert_close(loss, expected.mean())
@@ -68,7 +68,7 @@ def test_without_weight_the_divergence_builds_no_graph():
         return (student.exp() - teacher.exp()).square().sum(-1)
 
     for kd_weight in (0.0, 0.5):
-        distillation_loss(*case(), DistillationConfig(loss=watched, kd_weight=kd_weight))
+        distillation_loss(*case(), DistillationConfig(divergence=watched, kd_weight=kd_weight))
     assert seen == [False, True]
 
 
@@ -151,7 +151,7 @@ def test_what_the_targets_do_not_hold_is_noticed_even_without_weight(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "todo"}, "divergence is 'todo'; .*did you mean 'todi'"),
+        ({"divergence": "todo"}, "divergence is 'todo'; .*did you mean 'todi'"),
         ({"tail": "bucked"}, "tail is 'bucked'; expected one of auto, .*; did you mean 'bucket'"),
         ({"kd_weight": -0.1}, "kd_weight is -0.1; expected 0 to 1"),
         ({"kd_weight": 1.1}, "kd_weight is 1.1"),

@@ -24,7 +24,7 @@ def test_the_papers_numbers() -> None:
     """As they stand in the scripts of its authors."""
     config = resolved(recipe="paper")
     chosen = config.distillation
-    assert (chosen.loss, chosen.beta, chosen.temperature, chosen.kd_weight) == ("todi", 1, 2, 0.5)
+    assert (chosen.divergence, chosen.beta, chosen.temperature, chosen.kd_weight) == ("todi", 1, 2, 0.5)
     assert config.lora.lora_r == 0
     arguments = training_arguments(config)
     assert arguments.num_train_epochs == 20

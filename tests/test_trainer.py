@@ -507,7 +507,7 @@ def test_caches_that_differ_in_what_they_hold_are_refused(
 
 def test_a_smaller_k_and_another_tail_are_trained_on_as_asked(cache: Cache, tmp_path: Path) -> None:
     losses = {}
-    for changes in ({}, {"k": 4}, {"tail": "bucket"}, {"tail": "none"}, {"loss": "forward_kl"}, {"beta": 3.0}):
+    for changes in ({}, {"k": 4}, {"tail": "bucket"}, {"tail": "none"}, {"divergence": "forward_kl"}, {"beta": 3.0}):
         config = dataclasses.replace(DistillationConfig(kd_weight=1.0), **changes)
         trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=1)
         trainer.train()
@@ -516,7 +516,7 @@ def test_a_smaller_k_and_another_tail_are_trained_on_as_asked(cache: Cache, tmp_
             inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
             logits = llama(seed=1)(**inputs).logits.flatten(0, 1)[batch["target_positions"]]
         objective = {"beta": config.beta, "k": config.k, "tail": config.tail}
-        expected = sparse_divergence(logits, batch_targets(batch, cache), config.loss, **objective).mean()
+        expected = sparse_divergence(logits, batch_targets(batch, cache), config.divergence, **objective).mean()
         assert trainer.losses[0] == pytest.approx(float(expected), rel=1e-5)
         losses[str(changes)] = trainer.losses[0]
     assert len(set(losses.values())) == len(losses)

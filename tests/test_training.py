@@ -92,12 +92,12 @@ def test_a_toml_file_says_what_settings_say(folder: Path, cache: Cache, heldout:
     file = tmp_path / "run.toml"
     file.write_text(
         f'out = "{tmp_path / "a"}"\ncache = "{cache.root}"\neval_cache = "{heldout.root}"\n'
-        f'[student]\nstudent = "{folder}"\n[distillation]\nloss = "jeffreys"\nkd_weight = 0.7\n'
+        f'[student]\nstudent = "{folder}"\n[distillation]\ndivergence = "jeffreys"\nkd_weight = 0.7\n'
         "[trainer]\nmax_steps = 9\nuse_cpu = true\nsave_strategy = 'no'\n"
         "per_device_train_batch_size = 4\nlearning_rate = 1e-2\n"
     )
     written = train_from(file, {"max_steps": 2})
-    settings = SMALL | {"loss": "jeffreys", "kd_weight": 0.7, "max_steps": 2}
+    settings = SMALL | {"divergence": "jeffreys", "kd_weight": 0.7, "max_steps": 2}
     said = train(str(folder), cache.root, tmp_path / "b", eval_cache=heldout.root, **settings)
     assert written.num_steps == 2
     assert written.after["loss"] == said.after["loss"]

@@ -7,10 +7,11 @@ Defaults < TOML file < overrides (the command line); a key that no field has is 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,6 +106,8 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
+        if callable(value) and any(typing.get_origin(arg) is Callable for arg in args):
+            return value
         return _coerce(value, next(arg for arg in args if arg is not type(None)), name)
     if origin is tuple:  # a single value stands for itself alone
         return tuple(_coerce(item, args[0], name) for item in (value if isinstance(value, list | tuple) else [value]))
@@ -133,7 +136,17 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if callable(value):
+        return _name(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Return `module:function`, by which it can be loaded again; of a partial function what it is made of too."""
+    if isinstance(function, functools.partial):
+        words = [repr(arg) for arg in function.args] + [f"{key}={arg!r}" for key, arg in function.keywords.items()]
+        return f"{_name(function.func)}({', '.join(words)})"
+    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _unknown(key: str, known: Any, where: str) -> str:

@@ -30,7 +30,7 @@ from todi_offline.errors import ConfigError
 SEQUENCES_PER_STEP = 32
 
 _PAPER: dict[str, Any] = {
-    "loss": "todi",
+    "divergence": "todi",
     "beta": 1.0,
     "temperature": 2.0,
     "kd_weight": 0.5,

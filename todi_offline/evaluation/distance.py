@@ -146,7 +146,7 @@ def measure_targets(
     p, q = teacher.narrow(width).with_bucket(), student.narrow(width).with_bucket()
     measures = {"forward_kl": forward_kl(p, q), "reverse_kl": reverse_kl(p, q)}
     if targets.tail_ids is not None:
-        full = DistillationConfig(loss="forward_kl", temperature=temperature, tail="sampled", tail_weight=1.0)
+        full = DistillationConfig(divergence="forward_kl", temperature=temperature, tail="sampled", tail_weight=1.0)
         measures["forward_kl_full"] = entry_divergence(teacher, student, full)
     log_partition = logits.logsumexp(-1)
     largest, top = logits.max(-1)

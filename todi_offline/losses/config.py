@@ -1,5 +1,6 @@
 """The settings of the objective in, a checked objective out."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,10 +18,10 @@ class DistillationConfig:
         ConfigError: a setting is unknown or out of range. What only the targets can tell, they are asked when used.
     """
 
-    loss: str | Divergence = "todi"
-    """The divergence: a name in `todi_offline.losses.DIVERGENCES`, or one that an installed package registers."""
+    divergence: str | Divergence = "todi"
+    """A name in `todi_offline.losses.DIVERGENCES`, one that an installed package registers, or `module:function`."""
     beta: float = 1.0
-    """Sharpness of ToDi's gate."""
+    """Sharpness of ToDi's gate: -1 or more."""
     temperature: float = 1.0
     """Of teacher and student in KD; one of those that the cache was captured at."""
     k: int | None = None
@@ -28,14 +29,20 @@ class DistillationConfig:
     tail: Tail = "auto"
     """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
     tail_weight: float | None = None
-    """Weight of the sampled tail's term; by default the divergence's value over forward KL's near the teacher."""
+    """Weight of the sampled tail's term; by default the divergence's own curvature."""
     kd_weight: float = 0.5
     """0 is plain fine-tuning, 1 distillation alone."""
 
     def __post_init__(self) -> None:
-        """Refuse names that nothing has, and a weight that is none."""
-        resolve(self.loss, self.beta)
+        """Refuse names that nothing has, and numbers out of range."""
+        resolve(self.divergence, self.beta)
         if self.tail not in get_args(Tail):
             raise ConfigError(f"tail is {self.tail!r}; expected {choices(self.tail, get_args(Tail))}")
         if not 0 <= self.kd_weight <= 1:
             raise ConfigError(f"kd_weight is {self.kd_weight}; expected 0 to 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}; expected more than 0")
+        if self.k is not None and self.k < 1:
+            raise ConfigError(f"k is {self.k}; expected 1 or more, or none for all that the cache holds")
+        if self.tail_weight is not None and not 0 <= self.tail_weight < math.inf:
+            raise ConfigError(f"tail_weight is {self.tail_weight}; expected 0 or more")

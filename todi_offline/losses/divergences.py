@@ -9,16 +9,17 @@ Where the entries sum to one, dense and with a bucket, what this adds vanishes, 
 the kept ids alone (`tail="none"`) it is what makes q = p the solution. ToDi, Jeffreys, JS, TVD and alpha-beta
 are stationary there as they stand.
 
-A new divergence is one function of two tensors of log-probs [..., entry]: passed in place of a name, or named by
-an installed package in its entry points of the group `todi_offline.divergences`. Parameters other than ToDi's beta
-are bound with functools.partial.
+A new divergence is one function of two tensors of log-probs [..., entry]: passed in place of a name, named
+`module:function`, or named by an installed package in its entry points of the group `todi_offline.divergences`.
+Parameters other than ToDi's beta are bound with functools.partial; `curvature` says how strong it is near q = p.
 """
 
 import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,17 @@ from todi_offline.errors import ConfigError, first_line
 Logprobs = Float[Tensor, "*batch entry"]
 PerPosition = Float[Tensor, "*batch"]
 Divergence = Callable[[Tensor, Tensor], Tensor]
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def curvature(value: float) -> Callable[[F], F]:
+    """Say what a divergence is near q = p over forward KL, where that is not 1: the sampled tail is weighted by it."""
+
+    def mark(function: F) -> F:
+        function.curvature = value  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def todi(teacher: Logprobs, student: Logprobs, beta: float = 1.0) -> PerPosition:
@@ -55,11 +67,13 @@ def reverse_kl(teacher: Logprobs, student: Logprobs) -> PerPosition:
     return forward_kl(student, teacher)
 
 
+@curvature(2.0)
 def jeffreys(teacher: Logprobs, student: Logprobs) -> PerPosition:
     """Return KL(p || q) + KL(q || p) = sum (p - q) r."""
     return ((teacher.exp() - student.exp()) * (teacher - student)).sum(-1)
 
 
+@curvature(0.25)
 def js(teacher: Logprobs, student: Logprobs) -> PerPosition:
     """Return (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2."""
     middle = _mixture(teacher, student, 0.5)
@@ -67,15 +81,17 @@ def js(teacher: Logprobs, student: Logprobs) -> PerPosition:
 
 
 def tvd(teacher: Logprobs, student: Logprobs) -> PerPosition:
-    """Return the total variation distance, sum |p - q| / 2."""
+    """Return the total variation distance, sum |p - q| / 2. It has no curvature; its tail is weighted by 1."""
     return (teacher.exp() - student.exp()).abs().sum(-1) / 2
 
 
+@curvature(0.81)  # (1 - lam)^2
 def skew_forward_kl(teacher: Logprobs, student: Logprobs, lam: float = 0.1) -> PerPosition:
     """Return KL(p || lam p + (1 - lam) q), 0 < lam < 1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
     return forward_kl(teacher, _mixture(teacher, student, lam))
 
 
+@curvature(0.81)
 def skew_reverse_kl(teacher: Logprobs, student: Logprobs, lam: float = 0.1) -> PerPosition:
     """Return KL(q || (1 - lam) p + lam q), 0 < lam < 1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
     return forward_kl(student, _mixture(student, teacher, lam))
@@ -99,7 +115,8 @@ def adaptive_kl(teacher: Logprobs, student: Logprobs, mu: float = 0.5) -> PerPos
 def alpha_beta(teacher: Logprobs, student: Logprobs, alpha: float = 0.2, beta: float = 0.7) -> PerPosition:
     """Return sum (alpha p^s + beta q^s - s p^alpha q^beta) / (alpha beta s), s = alpha + beta; all not zero.
 
-    ABKD, Wang et al. 2025, arXiv 2505.04560. This beta has nothing to do with ToDi's.
+    ABKD, Wang et al. 2025, arXiv 2505.04560. This beta has nothing to do with ToDi's. The curvature depends on p, and
+    counts as 1.
     """
     s = alpha + beta
     cross = (alpha * teacher + beta * student).exp()
@@ -120,43 +137,61 @@ DIVERGENCES: dict[str, Divergence] = {
     "alpha_beta": alpha_beta,
 }
 
-_CURVATURES: dict[Divergence, float] = {jeffreys: 2.0, js: 0.25, skew_forward_kl: 0.81, skew_reverse_kl: 0.81}
-"""Value near q = p over forward KL's, where it is not 1. ToDi's is 1 + beta, a skew KL's (1 - lam)^2.
-TVD has no curvature, and that of alpha-beta depends on p: both count as 1."""
-
-
 ENTRY_POINTS = "todi_offline.divergences"
 """The group of entry points in which packages name divergences of their own."""
 
 
 def resolve(divergence: str | Divergence, beta: float) -> tuple[Divergence, float]:
-    """Return a divergence as a function of two tensors, and its value near q = p over forward KL's.
+    """Return a divergence as a function of two tensors, and its value near q = p over forward KL's: its curvature.
 
-    ToDi's gradient there is only 1 + beta / 2 of forward KL's, for its gate takes none. But the tail of a real student
-    is not near: with a vocabulary of 4,096, beta = 1 and T = 1 it was measured at 2.2 to 2.3, by least squares.
+    ToDi's is 1 + beta. Its gradient there is only 1 + beta / 2 of forward KL's, for its gate takes none. But the tail
+    of a real student is not near: with a vocabulary of 4,096, beta = 1 and T = 1 it was measured at 2.2 to 2.3, by
+    least squares.
 
     Raises:
-        ConfigError: no divergence has that name.
+        ConfigError: no divergence has that name, or beta is out of range.
     """
+    if not -1 <= beta < math.inf:  # below, the curvature is negative
+        raise ConfigError(f"beta is {beta}; expected -1 or more")
     function = divergence
     if isinstance(function, str):
         function = DIVERGENCES.get(function) or installed_divergence(function)
     if function is todi:
         return functools.partial(todi, beta=beta), 1 + beta
-    return function, _CURVATURES.get(function, 1.0)
+    return function, getattr(function, "curvature", 1.0)
+
+
+def values_of(function: Divergence, teacher: Logprobs, student: Logprobs) -> PerPosition:
+    """Return a divergence's values.
+
+    Raises:
+        ConfigError: the function does not return one value for each position.
+    """
+    values = function(teacher, student)
+    if not isinstance(values, Tensor) or values.shape != teacher.shape[:-1]:
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        name = getattr(function, "__name__", repr(function))
+        raise ConfigError(
+            f"the divergence {name} returns {found} for log-probs of shape {list(teacher.shape)}; expected a tensor of "
+            f"shape {list(teacher.shape[:-1])}, one value a position: sum over the last axis"
+        )
+    return values
 
 
 @functools.cache
 def installed_divergence(name: str) -> Divergence:
-    """Return the divergence that an installed package has under that name.
+    """Return the divergence `module:function`, or the one that an installed package has under that name.
 
     Raises:
         ConfigError: there is none, or it is no function that can be loaded.
     """
     installed = entry_points(group=ENTRY_POINTS)
-    if name not in installed.names:
+    if name in installed.names:
+        point = installed[name]
+    elif all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")) and ":" in name:
+        point = EntryPoint(name, name, ENTRY_POINTS)
+    else:
         raise ConfigError(f"divergence is {name!r}; expected {choices(name, [*DIVERGENCES, *sorted(installed.names)])}")
-    point = installed[name]
     try:
         function: Divergence = point.load()
     except (ImportError, AttributeError) as error:

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.errors import TargetsError
 from todi_offline.losses.config import DistillationConfig, Tail
-from todi_offline.losses.divergences import Divergence, resolve
+from todi_offline.losses.divergences import Divergence, resolve, values_of
 from todi_offline.targets import SparseTargets, check_narrowing
 
 FLOOR = -1e3
@@ -36,7 +37,8 @@ def dense_divergence(
         ConfigError: the divergence is unknown.
     """
     function, _ = resolve(divergence, beta)
-    return function(
+    return values_of(
+        function,
         _above_floor(teacher_logits.detach(), temperature).log_softmax(-1),
         _above_floor(student_logits, temperature).log_softmax(-1),
     )
@@ -44,7 +46,7 @@ def dense_divergence(
 
 def sparse_divergence(
     student_logits: Float[Tensor, "target vocab"],
-    targets: SparseTargets,
+    targets: SparseTargets | TargetRows,
     divergence: str | Divergence = "todi",
     *,
     beta: float = 1.0,
@@ -54,6 +56,8 @@ def sparse_divergence(
     tail_weight: float | None = None,
 ) -> Float[Tensor, " target"]:
     """Return the divergence of each position from sparse targets; beta is ToDi's, k keeps fewer columns.
+
+    Targets may be the rows of a cached sequence, as they are: `cache[0].targets`.
 
     What becomes of the tail:
 
@@ -72,15 +76,21 @@ def sparse_divergence(
     - "auto": "sampled" where samples are stored, else "bucket".
 
     Raises:
-        ConfigError: the divergence or the tail is unknown.
+        ConfigError: the divergence or the tail is unknown, or a number is out of range.
         TargetsError: k is out of range, the temperature was not captured, or "sampled" is asked of targets that hold
             no samples.
     """
     config = DistillationConfig(
-        loss=divergence, beta=beta, temperature=temperature, k=k, tail=cast("Tail", tail), tail_weight=tail_weight
+        divergence=divergence, beta=beta, temperature=temperature, k=k, tail=cast("Tail", tail), tail_weight=tail_weight
     )
+    targets = as_tensors(targets, student_logits.device)
     student, _ = student_entries(student_logits, targets, temperature)
     return entry_divergence(teacher_entries(targets, temperature), student, config)
+
+
+def as_tensors(targets: SparseTargets | TargetRows, device: torch.device) -> SparseTargets:
+    """Return targets as tensors: rows of a cache are moved to the device, and tensors stay where they are."""
+    return SparseTargets.from_numpy(targets).to(device) if isinstance(targets, TargetRows) else targets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,15 +158,15 @@ def student_entries(
 
 def entry_divergence(teacher: Entries, student: Entries, config: DistillationConfig) -> Float[Tensor, " target"]:
     """Return what `sparse_divergence` documents, from the entries of both models."""
-    function, curvature = resolve(config.loss, config.beta)
+    function, curvature = resolve(config.divergence, config.beta)
     tail = config.tail
     if tail == "auto":
         tail = "bucket" if teacher.sampled is None else "sampled"
     k = teacher.kept.shape[1] if config.k is None else config.k
     near_teacher, near_student = teacher.narrow(k), student.narrow(k)
     if tail == "none":
-        return function(near_teacher.kept, near_student.kept)
-    bucket = function(near_teacher.with_bucket(), near_student.with_bucket())
+        return values_of(function, near_teacher.kept, near_student.kept)
+    bucket = values_of(function, near_teacher.with_bucket(), near_student.with_bucket())
     if tail == "bucket":
         return bucket
     weight = curvature if config.tail_weight is None else config.tail_weight

@@ -4,16 +4,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from todi_offline.cache.format.encoding import TargetRows
 from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
-from todi_offline.losses.entries import Entries, entry_divergence, student_entries, teacher_entries
+from todi_offline.losses.entries import Entries, as_tensors, entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets
 
 
 def distillation_loss(
     student_logits: Float[Tensor, "target vocab"],
     labels: Int[Tensor, " target"],
-    targets: SparseTargets,
+    targets: SparseTargets | TargetRows,
     config: DistillationConfig | None = None,
     *,
     num_targets: Tensor | int | None = None,
@@ -37,6 +38,7 @@ def distillation_loss(
     """
     logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     config = config or DistillationConfig()
+    targets = as_tensors(targets, logits.device)
     teacher = teacher_entries(targets, config.temperature)
     student, log_partition = student_entries(logits, targets, config.temperature)
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.kd_weight != 0):
