@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import tiny_tokenizer
-from support.tiny_models import VOCAB, gpt2, llama, mamba
+from support.tiny_models import DECODER, VOCAB, build, gpt2, llama, mamba
 from support.tiny_runs import QUIET, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import MixtralConfig, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import todi_offline.trainer
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples
-from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TargetsError
+from todi_offline.errors import CacheMismatchError, ConfigError, DivergedError, ModelError, TargetsError
 from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
 from todi_offline.targets import SparseTargets
@@ -437,7 +437,97 @@ def test_callbacks_and_tensorboard_see_what_is_logged(cache: Cache, tmp_path: Pa
     assert found == pytest.approx([entry["forward_kl"] for entry in logged[:2]])
 
 
+def test_tensorboard_has_all_curves_in_one_folder_of_the_run_though_an_evaluation_comes_first(
+    cache: Cache, heldout: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer = trainer_of(tmp_path / "run", cache, eval_dataset=heldout, max_steps=2, report_to="tensorboard")
+    trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    assert {path.parent for path in tmp_path.rglob("events.out*")} == {tmp_path / "run" / "runs"}
+    events = EventAccumulator(str(tmp_path / "run" / "runs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 2]
+
+
 # Ways to train
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_mixture_of_experts_trains_with_its_routers_loss_as_transformers_does(
+    is_fused: bool, cache: Cache, tmp_path: Path
+) -> None:
+    sft = DistillationConfig(kd_weight=0.0)
+    trainer = trainer_of(tmp_path, cache, mixtral(), distillation=sft, per_device_train_batch_size=1, max_steps=1)
+    trainer.head = trainer.head if is_fused else None
+    trainer.train()
+    model = mixtral().train()
+    batch = trainer.batches[0]
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["target_positions"] + 1] = batch["labels"]
+    expected = model(input_ids=batch["input_ids"], labels=labels)
+    assert trainer.losses[0] == pytest.approx(expected.loss.item(), rel=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["router_loss"] == pytest.approx(expected.aux_loss.item(), rel=1e-5)
+    assert logged["loss"] == pytest.approx(logged["cross_entropy"] + 0.5 * logged["router_loss"], rel=1e-4)
+
+
+def mixtral() -> Any:
+    config = DECODER | {"num_local_experts": 4, "router_aux_loss_coef": 0.5, "output_router_logits": True}
+    return build(MixtralConfig(**config), seed=1)
+
+
+def test_the_routers_losses_of_micro_batches_are_averaged(cache: Cache, tmp_path: Path) -> None:
+    """Each by its targets: accumulation does not make the routers' loss larger."""
+    trainer = trainer_of(
+        tmp_path, cache, mixtral(), max_steps=1, gradient_accumulation_steps=3, per_device_train_batch_size=2
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    half = (logged["cross_entropy"] + logged["kd"]) / 2
+    assert logged["loss"] == pytest.approx(half + 0.5 * logged["router_loss"], rel=1e-4)
+
+
+class Spoil(TrainerCallback):
+    """Makes a weight infinite after a step, as a learning rate that is too high does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, _: Any, state: Any, __: Any, model: nn.Module, **___: Any) -> None:
+        if state.global_step == self.after:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(math.nan)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"logging_steps": 2}, {"logging_strategy": "no"}, {"save_strategy": "steps", "save_steps": 1}]
+)
+def test_a_loss_that_is_not_finite_ends_the_run(settings: dict[str, Any], cache: Cache, tmp_path: Path) -> None:
+    """At the next log or checkpoint, or else at the end."""
+    values = {"logging_strategy": "no"} | settings if "save_steps" in settings else settings
+    trainer = trainer_of(tmp_path, cache, callbacks=[Spoil(after=2)], max_steps=6, **values)
+    with pytest.raises(DivergedError, match=r"the loss of step 3 is not a finite number.*learning_rate \(0.01\)"):
+        trainer.train()
+    if "save_steps" in settings:
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+        assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_finished_run_that_is_resumed_takes_no_step(steps: int, cache: Cache, tmp_path: Path) -> None:
+    """In the middle of an epoch, of six steps, and at its end."""
+    settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+    first = trainer_of(tmp_path, cache, **settings)
+    first.train()
+    again = trainer_of(tmp_path, cache, llama(seed=9), **settings)
+    assert again.train(resume_from_checkpoint=True).global_step == steps
+    assert not again.losses
+    assert_same_weights(again.model, first.model)
 
 
 def test_bfloat16_gives_losses_near_those_of_float32(cache: Cache, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
     ├── ModelError               a model, tokenizer or adapter that cannot be loaded or does not fit
     │   └── TeacherOutputError   NaN or +inf among the teacher's logits
     ├── TargetsError             targets asked for in a form that they do not have
+    ├── DivergedError            a run whose loss is no finite number any more
     ├── OutOfMemoryError         the machine or a device has no memory left
     └── CacheError               a cache that cannot be used
         ├── CacheFormatError     not a cache, or one of a version or layout unknown here
@@ -55,6 +56,10 @@ class TeacherOutputError(ModelError):
 
 class TargetsError(TodiError):
     """Targets are asked for in a form that they do not have."""
+
+
+class DivergedError(TodiError):
+    """The loss of a training run is not a finite number."""
 
 
 class OutOfMemoryError(TodiError):

@@ -138,6 +138,8 @@ def loss_at(
 ) -> Iterator[None]:
     """Within, the model's forward pass ends in a loss, and returns {"loss": it} in place of its outputs.
 
+    Beside it stands `aux_loss`, its routers' own, where the model has one.
+
     `loss_of` takes hidden [target, d], what the head would read at these flat positions, and its weight and bias.
     It runs where the head would, so that they are what whatever wraps the model made of them: gathered by FSDP, in
     autocast's reach. The loss leaves through the head and the model, for DDP and FSDP hang on to what these return;
@@ -154,8 +156,9 @@ def loss_at(
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
         returned.append(output)
 
-    def replace(_: nn.Module, __: Any, ___: Any) -> dict[str, Tensor]:
-        return {"loss": returned[0].sum()}
+    def replace(_: nn.Module, __: Any, outputs: Any) -> dict[str, Tensor]:
+        of_router = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is asked for it
+        return {"loss": returned[0].sum()} | ({} if of_router is None else {"aux_loss": of_router})
 
     head.forward = forward
     handles = [head.register_forward_hook(keep), model.register_forward_hook(replace, prepend=True)]

@@ -3,17 +3,21 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
+from todi_offline.arguments import refuse_ignored
 from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
+from todi_offline.meters import FiniteLosses, Meter
 from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
 from todi_offline.stream import (
     CacheDataset,
@@ -39,7 +43,12 @@ class ToDiTrainer(Trainer):
 
     Arguments, callbacks, reporting, checkpoints and resuming are the Trainer's own. Beside its loss it logs, as means
     over targets: `cross_entropy`, `kd`, `forward_kl`, `reverse_kl`, `teacher_kept_mass`, `student_kept_mass`,
-    `share_a_above_half`, `tail_share`; and `tokens_per_second` and `data_wait_share`. Evaluation reports the same.
+    `share_a_above_half`, `tail_share`; `router_loss`, where a mixture of experts returns its routers' own, which is
+    added to the loss with the model's coefficient; and `tokens_per_second` and `data_wait_share`. Evaluation reports
+    the same; its loss is without the routers'.
+
+    A loss that is not finite ends the run at the next log or checkpoint. TensorBoard's curves lie in `runs` inside the
+    run's folder. Arguments that would be ignored are refused; see `todi_offline.arguments`.
     """
 
     loss_is_scaled_for_ga = True
@@ -57,15 +66,18 @@ class ToDiTrainer(Trainer):
         """Prepare training; `processing_class` is the student's tokenizer, and must be the cache's.
 
         Raises:
+            ConfigError: an argument would be ignored.
             CacheMismatchError: it is not, or the caches differ in what they hold.
             ModelError: there is no tokenizer, or the student's vocabulary is smaller than the cache's.
             TargetsError: the cache does not hold what the objective asks for.
         """
+        refuse_ignored(vars(args) | kwargs)
         self.distillation = distillation or DistillationConfig()
         self._tokenizer = _student_tokenizer(processing_class, model)
         self._cache: Cache | None = None
         train_dataset, eval_dataset = self._datasets(train_dataset), self._datasets(eval_dataset)
         args.remove_unused_columns = False  # a batch is no row of a table
+        args.logging_nan_inf_filter = False  # it reads every loss, and hides what `FiniteLosses` reports
         args.dataloader_pin_memory &= args.device.type not in ("cpu", "mps")  # nothing to pin for: torch warns
         super().__init__(
             model=model,
@@ -80,6 +92,9 @@ class ToDiTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process; start one process a GPU "
                 "(torchrun or accelerate launch), or make one visible with CUDA_VISIBLE_DEVICES=0"
             )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(self.args.output_dir, "runs"))  # else a log before training goes to .
         if "data_collator" not in kwargs:
             self.data_collator = _collator(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here
@@ -87,7 +102,8 @@ class ToDiTrainer(Trainer):
         self._order: ShuffledOrder | None = None
         self._source: Iterator[Any] | None = None
         self._batches: Iterator[dict[str, Tensor]] = iter(())
-        self._meters = {True: _Meter(), False: _Meter()}
+        self._meters = {True: Meter(), False: Meter()}
+        self._losses = FiniteLosses()
         self._num_tokens: Tensor | int = 0
 
     @property
@@ -105,7 +121,14 @@ class ToDiTrainer(Trainer):
         """Return the objective, summed over the targets here and divided by `num_items_in_batch`."""
         objective = self._objective_from_logits if return_outputs or self.head is None else self._objective_in_forward
         outputs, loss, sums = objective(model, inputs, num_items_in_batch)
+        if (of_router := _router_loss(outputs)) is not None:
+            num_targets = len(inputs["labels"])
+            share = num_targets / (max(num_targets, 1) if num_items_in_batch is None else num_items_in_batch)
+            loss = loss + _router_coefficient(self.accelerator.unwrap_model(model)) * share * of_router
+            sums["router_loss"] = num_targets * of_router.detach()
         self._meters[model.training].add(sums, inputs["num_tokens"])
+        if model.training:
+            self._losses.add(loss, self.state.global_step + 1)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum
         return (loss, outputs) if return_outputs else loss
@@ -155,7 +178,12 @@ class ToDiTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Take the batches of a step, made ahead of it, and count their targets over all ranks."""
+        """Take the batches of a step, made ahead of it, and count their targets over all ranks.
+
+        There are none where the run is finished: a checkpoint of the last step, within an epoch, was resumed.
+        """
+        if self.state.max_steps and self.state.global_step >= self.state.max_steps:
+            return [], torch.zeros((), device=device)
         if epoch_iterator is not self._source:
             self._source = epoch_iterator
             if self._order is not None:  # accelerate's wrappers do not always pass the epoch on
@@ -183,7 +211,7 @@ class ToDiTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate, and report means over targets rather than over batches."""
-        self._meters[False] = _Meter()
+        self._meters[False] = Meter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters[False].means(self.accelerator)
         weight = self.distillation.kd_weight
@@ -193,10 +221,16 @@ class ToDiTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to a training step's."""
+        if "loss" in logs or "train_loss" in logs:
+            self._losses.require(self.accelerator, self.args)
         if "loss" in logs:
             logs |= self._meters[True].means(self.accelerator)
-            self._meters[True] = _Meter()
+            self._meters[True] = Meter()
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._losses.require(self.accelerator, self.args)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> FilledOrder:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -252,32 +286,21 @@ def require_targets(cache: Cache, distillation: DistillationConfig) -> None:
     distillation_loss(logits, labels, targets, distillation)
 
 
-class _Meter:
-    """Sums over targets since the last log, and the clock of that time."""
+def _router_loss(outputs: Any) -> Tensor | None:
+    found = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
+    return found if isinstance(found, Tensor) else None
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._started = perf_counter()
-        self.wait_seconds = 0.0
 
-    def add(self, sums: dict[str, Tensor], num_tokens: Tensor) -> None:
-        """Add a batch's sums; they stay on its device, so that nothing waits for it."""
-        for name, value in {**sums, "num_tokens": num_tokens.sum()}.items():
-            exact = value.float() if value.device.type == "mps" else value.double()  # MPS has no float64
-            self._sums[name] = self._sums[name] + exact if name in self._sums else exact
-
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Return the means over all ranks, or nothing where nothing was added."""
-        if not self._sums:
-            return {}
-        seconds = perf_counter() - self._started
-        totals = accelerator.gather(torch.stack(list(self._sums.values()))[None]).sum(0).tolist()
-        sums = dict(zip(self._sums, totals, strict=True))
-        num_targets, num_tokens = sums.pop("num_targets"), sums.pop("num_tokens")
-        means = {name: value / max(num_targets, 1.0) for name, value in sums.items()}
-        means["tokens_per_second"] = num_tokens / seconds
-        means["data_wait_share"] = self.wait_seconds / seconds
-        return means
+def _router_coefficient(model: Any) -> float:
+    """Return what a mixture of experts multiplies its routers' loss by, under the names that transformers gives it."""
+    config = model.config.get_text_config()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        if hasattr(config, name):
+            return float(getattr(config, name))
+    raise ModelError(
+        f"{type(model).__name__} returns a loss of its routers, with a coefficient that is unknown here; set "
+        "output_router_logits to false in its config"
+    )
 
 
 def _student_tokenizer(tokenizer: Tokenizer | None, model: Model) -> dict[str, str]:

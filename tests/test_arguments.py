@@ -1,0 +1,77 @@
+"""What is asked of a Trainer and would be ignored or misread is refused by its name, before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama
+from support.tiny_runs import QUIET, trainer_of
+from transformers import TrainingArguments
+
+import todi_offline.training
+from todi_offline.cache.reader import Cache
+from todi_offline.errors import ConfigError
+from todi_offline.trainer import ToDiTrainer
+from todi_offline.training import load_train_config, train, training_arguments
+
+IGNORED: dict[str, Any] = {
+    "label_smoothing_factor": 0.1,
+    "train_sampling_strategy": "group_by_length",
+    "average_tokens_across_devices": False,
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_an_argument_that_would_be_ignored_is_refused(name: str, cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is .*, which ToDiTrainer does not support; leave it out: "):
+        trainer_of(tmp_path, cache, **{name: IGNORED[name]})
+
+
+@pytest.mark.parametrize(
+    "name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"]
+)
+def test_a_callable_that_would_be_ignored_is_refused(name: str, cache: Cache, tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), **QUIET)
+    with pytest.raises(ConfigError, match=f"ToDiTrainer does not use {name}; "):
+        ToDiTrainer(llama(), args, cache, processing_class=tiny_tokenizer(), **{name: lambda *_: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bf16", "maybe", "bf16 is 'maybe'; expected true or false"),
+        ("bf16", 1, "bf16 is 1; expected true or false"),
+        ("max_steps", 2.5, "max_steps is 2.5; expected int"),
+        ("max_steps", True, "max_steps is True; expected int"),
+        ("learning_rate", "fast", "learning_rate is 'fast'; expected float"),
+        ("data_seed", "x", r"data_seed is 'x'; expected int \| None"),
+        ("dataloader_num_workers", None, "dataloader_num_workers is None; expected int"),
+        ("deepspeed", "ds.json", "deepspeed is 'ds.json', which ToDiTrainer does not support; .*use DDP, or FSDP"),
+        ("resume_from_checkpoint", "x", "resume_from_checkpoint is 'x', .*use --resume"),
+        ("label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1"),
+    ],
+)
+def test_a_setting_is_refused_before_the_student_is_loaded(
+    name: str, value: Any, message: str, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(todi_offline.training, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        train("student", cache, tmp_path / "run", use_cpu=True, **{name: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_paths_and_lists_are_taken_as_python_has_them(tmp_path: Path) -> None:
+    given = {"learning_rate": 1, "logging_steps": 5, "report_to": (), "data_seed": None, "run_name": tmp_path}
+    arguments = training_arguments(
+        load_train_config(None, {"student": "s", "cache": "c", "out": tmp_path, "use_cpu": True} | given)
+    )
+    assert arguments.learning_rate == 1
+
+
+def test_deepspeed_of_accelerates_own_config_is_refused(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="accelerate is configured for DeepSpeed, which ToDiTrainer does not support"):
+        train("student", cache, tmp_path / "run", use_cpu=True)
