@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -11,21 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.arguments import refuse_ignored, require_kinds
+from todi_offline.cache.format.fingerprint import hash_bytes, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError
+from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.recipes import recipe_settings
+from todi_offline.runs import Start, begin, find_start, last_checkpoint, note, weights_fingerprint
 from todi_offline.student import LoraSettings, add_lora
-from todi_offline.trainer import ToDiTrainer
+from todi_offline.trainer import ToDiTrainer, require_targets
 from todi_offline.training_log import print_rows
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "todi_config.json"
 
@@ -78,8 +85,9 @@ class TrainConfig:
     """Whether caches of different teachers may be used together."""
     allow_unsealed: bool = False
     """Whether the committed part of an unfinished cache may be used."""
-    resume: bool = False
-    """Whether to go on from the last checkpoint in `out`."""
+    resume: bool | None = None
+    """Whether to go on from the last checkpoint in `out`, whatever the settings, or to begin anew and delete its
+    checkpoints; by default a run of the same settings goes on, and one of others is refused."""
     recipe: str | None = None
     """Settings of an experiment, for all that is not set here: `paper` (the ToDi paper's GPT-2) or `paper-lora` (its
     TinyLlama)."""
@@ -100,7 +108,7 @@ class TrainSummary:
     seconds: float
     train_loss: float
     before: dict[str, float]
-    """Metrics on the held-out cache before the first step; empty without one, or when resumed."""
+    """Metrics on the held-out cache before the first step; empty without one."""
     after: dict[str, float]
 
 
@@ -168,15 +176,22 @@ def _flat_file(path: Path | None) -> dict[str, Any]:
 
 def load_student(config: StudentConfig) -> tuple[Model, Tokenizer]:
     """Load a student onto the CPU, with its tokenizer; the Trainer places it."""
-    tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
-    model = load_model(
+    tokenizer = _load_tokenizer(config)
+    return _load_model(config), tokenizer
+
+
+def _load_tokenizer(config: StudentConfig) -> Tokenizer:
+    return load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+
+
+def _load_model(config: StudentConfig) -> Model:
+    return load_model(
         config.student,
         dtype=config.dtype,
         device="cpu",
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
-    return model, tokenizer
 
 
 def training_arguments(config: TrainConfig) -> Any:
@@ -196,6 +211,8 @@ def training_arguments(config: TrainConfig) -> Any:
             f"{', '.join(unknown)} is neither a setting of todi_offline nor an argument of transformers' "
             "TrainingArguments; `todi train --help` lists the former"
         )
+    require_kinds(config.trainer, TrainingArguments)
+    refuse_ignored(config.trainer)
     values = {
         "logging_steps": 10,
         "report_to": "none",
@@ -210,6 +227,10 @@ def training_arguments(config: TrainConfig) -> Any:
         raise ConfigError(f"transformers refuses these training arguments: {error}") from error
 
 
+@memory_errors(
+    "lower per_device_train_batch_size (--batch-size) and raise gradient_accumulation_steps as much, or use "
+    "--set gradient_checkpointing=true or bf16=true; the same command goes on from its last checkpoint"
+)
 def run(
     config: TrainConfig,
     student: tuple[Model, Tokenizer | None] | None = None,
@@ -217,22 +238,24 @@ def run(
     eval_cache: Cache | None = None,
     callbacks: list[Any] | None = None,
 ) -> TrainSummary:
-    """Load what is not given, evaluate, train, evaluate, save."""
-    checkpoint = _last_checkpoint(config.out) if config.resume else None
-    model, tokenizer = student or load_student(config.student)
-    staging = Staging(config.staging, config.staging_gb)
-    if cache is None:
-        caches = [
-            open_cache(open_store(place, staging), allow_unsealed=config.allow_unsealed) for place in config.cache
-        ]
-        cache = union(caches, mix_teachers=config.mix_teachers) if len(caches) > 1 else caches[0]
-    if config.data.data is not None:
-        cache = select_data(cache, config.data, tokenizer)
-    if eval_cache is None and config.eval_cache is not None:
-        eval_cache = open_cache(open_store(config.eval_cache, staging), allow_unsealed=config.allow_unsealed)
+    """Load what is not given, evaluate, train, evaluate, save; or go on where a run of the same settings was stopped.
+
+    What can be refused without the student is refused before it is loaded.
+    """
+    arguments = training_arguments(config)
+    tokenizer = student[1] if student else _load_tokenizer(config.student)
+    cache, eval_cache = _open_caches(config, cache, eval_cache, tokenizer)
+    parts = _parts(config, arguments, cache, eval_cache)
+    find_start(config.out, parts, config.resume)
+    model = student[0] if student else _load_model(config.student)
+    parts["student_weights"] = _of_first_rank(lambda: weights_fingerprint(model))
+    start = find_start(config.out, parts, config.resume)
+    if start.finished is not None:
+        logger.warning("%s is finished, after %s steps", config.out, f"{start.finished['num_steps']:,}")
+        return TrainSummary(**start.finished)
     trainer = ToDiTrainer(
         model=add_lora(model, config.lora),
-        args=training_arguments(config),
+        args=arguments,
         train_dataset=cache,
         eval_dataset=eval_cache,
         processing_class=tokenizer,
@@ -240,13 +263,31 @@ def run(
         callbacks=callbacks,
     )
     print_rows(trainer)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
-    before = trainer.evaluate() if eval_cache and not config.resume else {}
+    trainer.accelerator.wait_for_everyone()  # no rank is still looking at what another changes
+    if trainer.is_world_process_zero():
+        begin(config.out, parts, start)
+        (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
+    summary = _train(trainer, config.out, start)
+    if trainer.is_world_process_zero():
+        note(config.out, summary=dataclasses.asdict(summary), planned_steps=trainer.state.max_steps)
+    return summary
+
+
+def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
+    """Evaluate, train, evaluate, save."""
+    before = dict(start.before or {})
+    if trainer.eval_dataset is not None and start.checkpoint is None:
+        before = _without_prefix(trainer.evaluate())
+        if trainer.is_world_process_zero():
+            note(out, before=before)
     started = perf_counter()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        output = trainer.train(resume_from_checkpoint=start.checkpoint)
+    except KeyboardInterrupt:
+        logger.warning("stopped at step %s; %s", f"{trainer.state.global_step:,}", _how_to_go_on(out))
+        raise
     seconds = perf_counter() - started
-    after = trainer.evaluate() if eval_cache else {}
+    after = _without_prefix(trainer.evaluate()) if trainer.eval_dataset is not None else {}
     trainer.save_model()
     trainer.save_state()
     return TrainSummary(
@@ -254,9 +295,65 @@ def run(
         num_tokens=trainer.num_tokens_trained,
         seconds=seconds,
         train_loss=output.training_loss,
-        before=_without_prefix(before),
-        after=_without_prefix(after),
+        before=before,
+        after=after,
     )
+
+
+def _how_to_go_on(out: Path) -> str:
+    checkpoint = last_checkpoint(out)
+    if checkpoint is None:
+        return "no checkpoint was written yet, so the same command begins anew; --set save_steps=N writes them earlier"
+    return f"the same command goes on from {checkpoint}"
+
+
+def _open_caches(
+    config: TrainConfig, cache: Cache | None, eval_cache: Cache | None, tokenizer: Tokenizer | None
+) -> tuple[Cache, Cache | None]:
+    """Open what is not given, and refuse caches that do not fit the tokenizer or the objective."""
+    staging = Staging(config.staging, config.staging_gb)
+
+    def opened(place: str) -> Cache:
+        return open_cache(open_store(place, staging), allow_unsealed=config.allow_unsealed)
+
+    if cache is None:
+        caches = [opened(place) for place in config.cache]
+        cache = union(caches, mix_teachers=config.mix_teachers) if len(caches) > 1 else caches[0]
+    if config.data.data is not None:
+        cache = select_data(cache, config.data, tokenizer)
+    if eval_cache is None and config.eval_cache is not None:
+        eval_cache = opened(config.eval_cache)
+    for each in (cache, eval_cache):
+        if each is not None and tokenizer is not None:
+            require_same_tokenizer(tokenizer_fingerprint(tokenizer), each.manifest, "the student")
+            require_targets(each, config.distillation)
+    return cache, eval_cache
+
+
+def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache | None) -> dict[str, Any]:
+    """Return what the outcome of a run follows from, but for the student's weights; see `todi_offline.runs`.
+
+    Places are left out where their content stands for them, and how a step is split where its size does.
+    """
+    settings = to_dict(config)
+    for name in ("out", "cache", "eval_cache", "data", "staging", "staging_gb", "resume"):
+        del settings[name]
+    del settings["student"]["student"]
+    split = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    settings["trainer"] = {name: value for name, value in config.trainer.items() if name not in split}
+    settings["sequences_a_step"] = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    settings["cache_content"] = hash_bytes([cache.content_keys.tobytes()])
+    settings["eval_cache_content"] = None if eval_cache is None else hash_bytes([eval_cache.content_keys.tobytes()])
+    parts: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return parts
+
+
+def _of_first_rank(value: Callable[[], str]) -> str:
+    """Return what the first of all processes computes: another may hold no weights yet."""
+    values = [value() if PartialState().is_main_process else ""]
+    return str(broadcast_object_list(values)[0])
 
 
 def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -> Cache:
@@ -286,20 +383,6 @@ def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -
             f"`{command} --out {cache.members[0].store}` appends them, `{command}{reuse} --out NEW` copies the others"
         )
     return select(cache, found)
-
-
-def _last_checkpoint(out: Path) -> str:
-    """Return the folder of the last checkpoint of a run.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found: str | None = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if found is None:
-        raise ConfigError(f"{out} holds no checkpoint to go on from; leave out resume (--resume) to begin")
-    return found
 
 
 def _without_prefix(metrics: dict[str, float]) -> dict[str, float]:

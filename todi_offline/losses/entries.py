@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError
 from todi_offline.losses.config import DistillationConfig, Tail
 from todi_offline.losses.divergences import Divergence, resolve, values_of

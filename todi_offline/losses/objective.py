@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from todi_offline.cache.format.encoding import TargetRows
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
 from todi_offline.losses.entries import Entries, as_tensors, entry_divergence, student_entries, teacher_entries

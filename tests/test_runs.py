@@ -1,0 +1,254 @@
+"""A run's folder: the same command goes on, another is refused, nothing of an earlier run stays beside a later one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama, save
+from torch import nn
+from transformers import TrainerCallback
+
+import todi_offline.training
+from todi_offline.cache.reader import Cache
+from todi_offline.errors import ConfigError, DivergedError, OutOfMemoryError
+from todi_offline.training import TrainSummary, train
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_steps": 5,
+}
+
+
+class Stop(TrainerCallback):
+    """Raises after some steps, as a kill would, but for what a kill does not let Python do."""
+
+    def __init__(self, after: int, error: BaseException) -> None:
+        self.after = after
+        self.error = error
+
+    def on_step_end(self, _: Any, state: Any, __: Any, **___: Any) -> None:
+        if state.global_step == self.after:
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save(llama(seed=1), tmp_path_factory.mktemp("student")))
+
+
+@pytest.fixture(scope="module")
+def whole(student: str, cache: Cache, heldout: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(student, cache.root, out, eval_cache=heldout.root, **SETTINGS)
+    return out
+
+
+def killed(student: Any, cache: Any, out: Path, after: int = 3, **settings: Any) -> None:
+    with pytest.raises(RuntimeError, match="killed"):
+        train(student, cache, out, callbacks=[Stop(after, RuntimeError("killed"))], **(SETTINGS | settings))
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("checkpoint-*"))
+
+
+def record(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "todi_run.json").read_text())
+    return found
+
+
+def test_the_same_command_goes_on_after_a_kill_and_ends_the_same(
+    student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    killed(student, cache.root, out, eval_cache=heldout.root)
+    assert "summary" not in record(out)
+    (out / "checkpoint-4").mkdir()  # half written
+    summary = train(student, cache.root, out, eval_cache=heldout.root, **SETTINGS)
+    assert (summary.num_steps, weights(out)) == (5, weights(whole))
+    assert checkpoints(out) == checkpoints(whole) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5]
+    expected = record(whole)["summary"]
+    for name in ("before", "after"):
+        assert getattr(summary, name)["forward_kl"] == expected[name]["forward_kl"]
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for resume in (None, True):
+        again = train(student, cache, out, eval_cache=heldout, resume=resume, **SETTINGS)
+        assert again == TrainSummary(**record(whole)["summary"])
+    assert caplog.text.count("run is finished, after 5 steps") == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+
+
+def test_a_run_of_other_settings_is_refused_with_both_ways_before_a_student_is_loaded(
+    student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(student, cache, tmp_path / "run")
+    monkeypatch.setattr(todi_offline.training, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    both = r"; --resume goes on with it as set now, --no-resume deletes its checkpoints and begins anew; or name"
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"learning_rate": 0.1}, r"trainer.learning_rate: 0.1 now, 0.01 in that run"),
+        ({"beta": 2.0}, r"distillation.beta: 2.0 now, 1.0 in that run"),
+        ({"per_device_train_batch_size": 2}, r"sequences_a_step: 2 now, 4 in that run"),
+        ({"seed": 1}, r"trainer.seed: 1 now, None in that run"),
+    ]
+    for change, message in changes:
+        with pytest.raises(ConfigError, match=rf"holds the checkpoints of a run of other settings \({message}\){both}"):
+            train(student, cache, tmp_path / "run", **(SETTINGS | change))
+    with pytest.raises(ConfigError, match=rf"checkpoints of a run of other settings \(cache_content: .*\){both}"):
+        train(student, heldout, tmp_path / "run", **SETTINGS)
+    with pytest.raises(ConfigError, match=rf"holds a finished run of other settings \(.*beta.*\){both}"):
+        train(student, cache, whole, eval_cache=heldout, beta=2.0, **SETTINGS)
+
+
+def test_another_student_is_another_run(student: str, cache: Cache, tmp_path: Path) -> None:
+    killed(llama(seed=1), cache, tmp_path / "run", tokenizer=tiny_tokenizer())
+    with pytest.raises(ConfigError, match=r"of other settings \(student_weights: '\w+' now, '\w+' in that run\)"):
+        train(llama(seed=2), cache, tmp_path / "run", tokenizer=tiny_tokenizer(), **SETTINGS)
+    train(student, cache, tmp_path / "run", **SETTINGS)  # the same weights, from their folder
+
+
+def test_a_run_goes_on_with_other_settings_where_that_is_asked_for(student: str, cache: Cache, tmp_path: Path) -> None:
+    killed(student, cache, tmp_path / "run")
+    summary = train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"max_steps": 7}))
+    assert summary.num_steps == 7
+    more = train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"max_steps": 8}))
+    assert more.num_steps == 8
+    with pytest.raises(ConfigError, match=r"checkpoint-8 cannot be gone on with \(sequences_a_step: 8 now, 4 in that"):
+        train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"gradient_accumulation_steps": 2}))
+
+
+def test_a_step_may_be_split_otherwise(student: str, cache: Cache, whole: Path, tmp_path: Path) -> None:
+    killed(student, cache, tmp_path / "run")
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert train(student, cache, tmp_path / "run", **(SETTINGS | split)).num_steps == 5
+
+
+def test_what_begins_anew_leaves_nothing_of_the_run_before(
+    student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    killed(student, cache, out, after=5, seed=3, report_to="tensorboard")
+    (out / "notes.txt").write_text("mine")
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
+    train(student, cache, out, eval_cache=heldout, resume=False, **(SETTINGS | {"save_steps": 3}))
+    assert checkpoints(out) == ["checkpoint-3", "checkpoint-5"]
+    assert weights(out) == weights(whole)
+    assert not list((out / "runs").iterdir())
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_checkpoints_of_another_program_are_neither_taken_for_ours_nor_deleted(
+    student: str, cache: Cache, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "todi_run.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds the checkpoints of a run without todi_run\.json, so its"):
+        train(student, cache, out, **SETTINGS)
+    with pytest.raises(ConfigError, match=r"checkpoint-5 lies in a folder without todi_run.json, .*not deleted; name"):
+        train(student, cache, out, resume=False, **SETTINGS)
+    assert train(student, cache, out, resume=True, **(SETTINGS | {"max_steps": 6})).num_steps == 6
+
+
+def test_a_run_without_a_checkpoint_begins_whatever_its_settings(student: str, cache: Cache, tmp_path: Path) -> None:
+    killed(student, cache, tmp_path / "run", after=1)
+    train(student, cache, tmp_path / "run", **(SETTINGS | {"max_steps": 1, "learning_rate": 0.1}))
+    with pytest.raises(ConfigError, match="holds no checkpoint to go on from; leave out resume"):
+        train(student, cache, tmp_path / "other", resume=True, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [(3, "stopped at step 3; the same command goes on from .*run/checkpoint-2"), (1, "no checkpoint was written yet")],
+)
+def test_an_interrupt_says_how_to_go_on(
+    after: int, message: str, student: str, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(student, cache, tmp_path / "run", callbacks=[Stop(after, KeyboardInterrupt())], **SETTINGS)
+    assert caplog.records[-1].levelname == "WARNING"
+    caplog.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(student, cache, tmp_path / "run", callbacks=[Stop(after + 1, KeyboardInterrupt())], **SETTINGS)
+    assert "same command" in caplog.text
+
+
+def test_memory_that_runs_out_is_one_line_with_what_to_lower(student: str, cache: Cache, tmp_path: Path) -> None:
+    gone = Stop(3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it."))
+    with pytest.raises(OutOfMemoryError, match=r"2.00 GiB.; lower per_device_train_batch_size .*and raise") as error:
+        train(student, cache, tmp_path / "run", callbacks=[gone], **SETTINGS)
+    assert "\n" not in str(error.value)
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert train(student, cache, tmp_path / "run", **(SETTINGS | split)).num_steps == 5  # as the line says
+
+
+def test_a_run_that_diverged_saves_no_student(student: str, cache: Cache, tmp_path: Path) -> None:
+    class Spoil(TrainerCallback):
+        def on_step_end(self, _: Any, __: Any, ___: Any, model: nn.Module, **____: Any) -> None:
+            nn.init.constant_(model.lm_head.weight, float("nan"))
+
+    with pytest.raises(DivergedError, match="the loss of step 2 is not a finite number"):
+        train(student, cache, tmp_path / "run", callbacks=[Spoil()], **SETTINGS)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def squares(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    return (teacher.exp() - student.exp()).square().sum(-1)
+
+
+def test_a_divergence_of_ones_own_is_trained_on_and_written_down(student: str, cache: Cache, tmp_path: Path) -> None:
+    given = train(student, cache, tmp_path / "a", divergence=squares, **SETTINGS)
+    assert json.loads((tmp_path / "a" / "todi_config.json").read_text())["distillation"]["divergence"] == (
+        "test_runs:squares"
+    )
+    named = train(student, cache, tmp_path / "b", divergence="test_runs:squares", **SETTINGS)
+    assert named.train_loss == given.train_loss
+    with pytest.raises(ConfigError, match="the divergence <lambda> returns"):
+        train(student, cache, tmp_path / "c", divergence=lambda p, q: p - q, **SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_so_it_does_from_a_shell_at_any_instant(
+    number: signal.Signals, student: str, cache: Cache, tmp_path: Path
+) -> None:
+    """The command is killed a little later each time, until it comes to its end."""
+    options = ["--batch-size", "4", "--learning-rate", "0.01", "--max-steps", "60", "--set", "use_cpu=true"]
+    command = [sys.executable, "-m", "todi_offline.cli", "train", "--student", student, "--cache", str(cache.root)]
+    command += [*options, "--set", "save_steps=5"]
+    command[1:3] = ["-c", "from todi_offline.cli import main; main()"]
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True)
+    for attempt in range(20):
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 8 + attempt
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert "Traceback" not in errors
+    assert process.returncode == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
