@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from todi_offline.arguments import refuse_ignored
 from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
+from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.meters import FiniteLosses, Meter

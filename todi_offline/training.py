@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from todi_offline.arguments import refuse_ignored, require_kinds
-from todi_offline.cache.format.fingerprint import hash_bytes, tokenizer_fingerprint
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
@@ -344,8 +344,8 @@ def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache 
     settings["sequences_a_step"] = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
-    settings["cache_content"] = hash_bytes([cache.content_keys.tobytes()])
-    settings["eval_cache_content"] = None if eval_cache is None else hash_bytes([eval_cache.content_keys.tobytes()])
+    settings["cache_content"] = cache.content_keys.digest()
+    settings["eval_cache_content"] = None if eval_cache is None else eval_cache.content_keys.digest()
     parts: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return parts
 
