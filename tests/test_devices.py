@@ -1,5 +1,6 @@
 """Numbers and devices on an accelerator that is none: see `elsewhere`."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from todi_offline.trainer import ToDiTrainer
 
 if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this release of torch knows no devices made in Python", allow_module_level=True)
-from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres
+from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres, without_reads
 
 NUM_TARGETS, WIDTH, VOCAB, K, NUM_SAMPLES = 6, 8, 600, 5, 3
 
@@ -54,6 +55,18 @@ def test_the_device_refuses_what_is_not_on_it() -> None:
         torch.testing.assert_close(here(there.add_(1)), torch.full((3,), 2.0))
 
 
+def test_the_device_notices_who_reads_from_it() -> None:
+    with Elsewheres():
+        there, numbers = torch.ones(3, device=ELSEWHERE), torch.arange(2).to(ELSEWHERE)
+        reads = [lambda: there[0].item(), lambda: bool(there[0]), there.nonzero, lambda: there[there > 0], there.tolist]
+        for read in [*reads, there.cpu, lambda: torch.equal(there, there)]:
+            read()
+            with without_reads(), pytest.raises(RuntimeError, match="reads from the device"):
+                read()
+        with without_reads():
+            torch.testing.assert_close(here((2 * there)[numbers]), torch.full((2,), 2.0))
+
+
 def test_targets_are_taken_where_the_logits_are() -> None:
     expected, expected_labels = targets_on("cpu")
     with Elsewheres():
@@ -73,8 +86,9 @@ def losses(device: torch.device | str, config: DistillationConfig) -> list[Tenso
     labels, count = LABELS.to(device), torch.tensor(NUM_TARGETS).to(device)
     targets, _ = targets_on(device)
     settings = {"num_targets": count, "vocab_size": VOCAB, "chunk_targets": 4}
-    loss, sums = fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **settings)
-    gradients = torch.autograd.grad(loss, leaves)
+    with without_reads():
+        loss, sums = fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **settings)
+        gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, 2))
     logits = (hidden @ weight.T + bias).detach()[:, :VOCAB]
     readable, _ = distillation_loss(logits, labels, targets, config, num_targets=count)
     return [loss.detach(), *gradients, *sums.values(), readable]
@@ -122,8 +136,11 @@ def test_a_step_is_made_where_the_student_is(is_fused: bool, cache: Cache, tmp_p
         trainer.head = trainer.head if is_fused else None
         batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
         inputs = {name: value.to(device) for name, value in batches[0].items()}
-        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count.to(device))
-        loss.backward()
+        scale, count = torch.full((), 2.0).to(device), count.to(device)
+        with contextlib.ExitStack() as stack:  # from the head on: transformers reads to find out what is packed
+            trainer.model.model.norm.register_forward_hook(lambda *_: stack.enter_context(without_reads()))
+            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
+            (scale * loss).backward()  # as a GradScaler does
         return [loss.detach(), *(weight.grad for weight in trainer.model.parameters())]
 
     expected = step(trainer_of(tmp_path, cache), "cpu")

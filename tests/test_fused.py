@@ -276,6 +276,25 @@ def test_backward_may_run_twice_where_the_graph_is_kept():
     torch.testing.assert_close([gradient / 2 for gradient in once], list(twice))
 
 
+def test_the_gradient_of_the_head_is_handed_over_and_not_copied(monkeypatch):
+    """Whatever the gradient of the loss is, as under DDP, where it is the number of ranks."""
+    places = []
+    empty = todi_offline.losses.fused._empty_where_needed
+
+    def watched(tensor):
+        buffer = empty(tensor)
+        places.append(None if buffer is None else buffer.data_ptr())
+        return buffer
+
+    monkeypatch.setattr(todi_offline.losses.fused, "_empty_where_needed", watched)
+    hidden, weight, bias, labels, targets = case()
+    expected = torch.autograd.grad(fused(hidden, weight, bias, labels, targets)[0], weight)[0]
+    loss, _ = fused(hidden, weight, bias, labels, targets)
+    (3 * loss).backward()
+    torch.testing.assert_close(weight.grad, 3 * expected)
+    assert weight.grad.data_ptr() == places[-2]
+
+
 @pytest.mark.parametrize("settings", [{"k": K + 1}, {"temperature": 3.0}])
 @pytest.mark.parametrize("num_targets", [0, NUM_TARGETS])
 def test_what_the_targets_do_not_hold_is_noticed_even_without_rows(num_targets, settings):

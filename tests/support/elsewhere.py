@@ -2,8 +2,11 @@
 
 What runs here runs where no accelerator is, and yet notices a tensor that was made on the CPU and should have been made
 beside the others, or a number that is copied to the device for an index or a literal, for which a real one waits.
+Within `without_reads` it refuses to be read too: the host would wait until all that was asked of the device is done.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 MOVES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_refuses_reads = False
+
+
+@contextlib.contextmanager
+def without_reads() -> Iterator[None]:
+    """Within, a number that the host takes from the device is an error."""
+    global _refuses_reads
+    _refuses_reads = True
+    try:
+        yield
+    finally:
+        _refuses_reads = False
 
 
 class _Module(backends._DummyBackendModule):
@@ -46,6 +64,7 @@ class Elsewhere(Tensor):
         return tensor
 
     def tolist(self) -> Any:
+        _check_read(torch.ops.aten._local_scalar_dense.default, (self,), {}, is_there=True)
         return self.inner.tolist()
 
     @classmethod
@@ -87,6 +106,7 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{function} of tensors on two devices")
     device = kwargs.get("device")
     is_there = bool(there) if device is None else torch.device(device).type == ELSEWHERE.type
+    _check_read(function, args, kwargs, is_there=bool(there))
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
@@ -99,6 +119,17 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return there[id(leaf)] if id(leaf) in there else Elsewhere(leaf)  # itself where it was changed in place
 
     return tree_map(outer, result)
+
+
+def _check_read(function: Any, args: Any, kwargs: dict[str, Any], *, is_there: bool) -> None:
+    if not (_refuses_reads and is_there):
+        return
+    reads = any(tag in READS for tag in function.tags)
+    if function is torch.ops.aten.index.Tensor:  # by numbers the shape is known, by a mask it has to be read
+        reads = any(index is not None and index.dtype == torch.bool for index in args[1])
+    target = kwargs.get("device") if function is not torch.ops.aten.copy_.default else args[0].device
+    if reads or (function in MOVES and target is not None and torch.device(target).type == "cpu"):
+        raise RuntimeError(f"{function} reads from the device")
 
 
 def _inner(leaf: Any) -> Any:

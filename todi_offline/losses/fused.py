@@ -116,17 +116,22 @@ class _WithGradients(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, gradients: _Gradients, *inputs: Tensor | None) -> Tensor:
         """Keep the gradients, in the dtypes of the inputs."""
         pairs = zip((gradients.hidden, gradients.weight, gradients.bias), inputs, strict=True)
-        ctx.save_for_backward(*(None if g is None or x is None else g.to(x.dtype) for g, x in pairs))
+        ctx.gradients = [None if g is None or x is None else g.to(x.dtype) for g, x in pairs]
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        """Return them times the gradient of the loss; as they are where that is 1, which saves a copy of the head."""
-        gradients = ctx.saved_tensors
-        if outer != 1:
-            gradients = [None if g is None else g * outer.to(g.dtype) for g in gradients]
-        return None, None, *gradients
+        """Return them times the gradient of the loss, in their own memory unless the graph is kept for another time.
+
+        Then nobody else holds them, and the head's becomes its `grad` without a copy.
+        """
+        gradients = ctx.gradients
+        assert gradients is not None, "the gradients of this loss were handed out by an earlier backward"
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return None, None, *(None if g is None else g * outer.to(g.dtype) for g in gradients)
+        ctx.gradients = None
+        return None, None, *(None if g is None else g.mul_(outer.to(g.dtype)) for g in gradients)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,12 +6,19 @@ are a power of them, above one, so that nothing is 0 there that is not 0 at the 
 
 import functools
 import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 CPU_PIECE_BYTES = 4 * 2**20
 """Logits that a CPU passes over at a time. Of 0.5 to 128 MiB tried, with half and with twice as much about as fast;
@@ -70,8 +77,21 @@ def combine_piece(exponentials: Tensor, factor: Tensor, power_factor: Tensor, po
 @functools.cache
 def compiled_for_cuda(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Return the function; on CUDA compiled, so that each logit is read and written once and not thrice."""
-    compiles = device == "cuda" and importlib.util.find_spec("triton") is not None
-    return torch.compile(function, dynamic=True) if compiles else function
+    if device != "cuda" or importlib.util.find_spec("triton") is None:
+        return function
+    if missing := _missing_for_triton():
+        logger.warning("%s is not compiled, for there is no %s: the loss takes longer", function.__name__, missing)
+        return function
+    return torch.compile(function, dynamic=True)
+
+
+def _missing_for_triton() -> str:
+    """Return what triton would not find, which compiles a launcher for each kernel."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+    if compiler is None:
+        return "C compiler (CC, gcc or clang)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"{header}, which a package such as python3-dev has"
 
 
 def _power(temperature: float) -> float:
