@@ -1,5 +1,6 @@
 """Two processes against one: the same steps, the same gradients, no sequence lost or seen twice."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import llama
-from support.tiny_runs import CHECKPOINTING, Noting, trainer_of
+from support.tiny_runs import CHECKPOINTING, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import BatchSampler
+from transformers import TrainerCallback
 
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.stream import EMPTY, CacheDataset, FilledOrder, ShuffledOrder
@@ -47,6 +49,27 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "adapted": (adapted, {}),
     "readable": (tied, {}),
 }
+
+# A step of eight sequences, as two micro-batches of one process or as one of each of two.
+ELASTIC: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "steps"}
+ELASTIC |= {"save_steps": 1}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def elastic(out: Path, cache: Cache, num_micro_batches: int, stop: int, *, goes_on: bool) -> Noting:
+    settings = ELASTIC | {"gradient_accumulation_steps": num_micro_batches}
+    trainer = trainer_of(out, cache, callbacks=[StopAfter(stop)], **settings)
+    trainer.train(resume_from_checkpoint=goes_on)
+    return trainer
+
+
 SHARDED = ("sharded", "sharded, its head by itself", "sharded, tied", "sharded, bfloat16")
 
 
@@ -121,6 +144,7 @@ def work(rank: int, port: int, out: Path, cache_path: str, heldout_path: str) ->
     found |= {name: sharded(name, out / name, cache) for name in SHARDED}
     settings = COMMON | TWO | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer_of(out / "resumed", cache, **settings).train()
+    found["elastic"] = elastic(out / "elastic", cache, 1, stop=4, goes_on=True).batches
     torch.save(found, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -129,6 +153,7 @@ def work(rank: int, port: int, out: Path, cache_path: str, heldout_path: str) ->
 def two(cache: Cache, heldout: Cache, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What both processes found, and the folder in which they worked."""
     out = tmp_path_factory.mktemp("two")
+    elastic(out / "elastic", cache, 2, stop=1, goes_on=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -176,6 +201,25 @@ def test_a_run_of_two_processes_goes_on_in_one(two: Any, cache: Cache, tmp_path:
     assert resumed.losses == pytest.approx(whole_run.losses[8:], rel=1e-4)
     for key, value in whole_run.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[key], value, rtol=0, atol=1e-5)
+
+
+def test_a_run_goes_on_in_two_processes_and_again_in_one_to_the_same_bits(
+    two: Any, cache: Cache, tmp_path: Path
+) -> None:
+    """Stopped in the middle of both epochs, of three steps each: the same batches in each step, the same weights."""
+    whole_run = elastic(tmp_path, cache, 2, stop=6, goes_on=False)
+    resumed = elastic(two[1] / "elastic", cache, 2, stop=6, goes_on=True)
+    first, second = (found["elastic"] for found in two[0])
+    assert (len(first), len(second), len(resumed.batches)) == (3, 3, 4)
+    seen = [batch for step in zip(first, second, strict=True) for batch in step] + resumed.batches
+    for found, expected in zip(seen, whole_run.batches[2:], strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_same_weights(resumed.model, whole_run.model)
+    files = [out / "checkpoint-6" / "trainer_state.json" for out in (two[1] / "elastic", tmp_path)]
+    states = [json.loads(file.read_text()) for file in files]
+    losses, expected_losses = ([entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
