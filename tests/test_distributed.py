@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_models import llama
+from support.tiny_models import llama, save_llama
 from support.tiny_runs import CHECKPOINTING, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -220,6 +222,44 @@ def test_a_run_goes_on_in_two_processes_and_again_in_one_to_the_same_bits(
     states = [json.loads(file.read_text()) for file in files]
     losses, expected_losses = ([entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states)
     assert losses == pytest.approx(expected_losses, rel=1e-6)
+
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+machine_rank: 0
+main_process_port: 0
+mixed_precision: "no"
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_accelerate_launch(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    (tmp_path / "accelerate.yaml").write_text(ACCELERATE)
+    student = save_llama(tmp_path / "student", seed=1)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+    script = tmp_path / "todi.py"
+    script.write_text("from todi_offline.cli import main\nmain()\n")
+
+    def command(out: str, accumulation: int, *more: str) -> list[str]:
+        places = ["--student", str(student), "--cache", str(cache.root), "--eval-cache", str(heldout.root)]
+        settings = [f"gradient_accumulation_steps={accumulation}", "use_cpu=true", "save_steps=2"]
+        options = [word for setting in settings for word in ("--set", setting)]
+        return [str(script), "train", *places, "--out", str(tmp_path / out), "--batch-size", "4", *options, *more]
+
+    def run(words: list[str]) -> str:
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    steps = ("--max-steps", "4")
+    run([*launch, *command("two", 1, *steps)])
+    run([sys.executable, *command("one", 2, *steps)])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert "4" in run([sys.executable, *command("two", 2, *steps)])  # finished: the same run, whatever the ranks
+    assert run([*launch, *command("two", 1, *steps)]).count("Held-out") == 1
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))

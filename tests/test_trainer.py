@@ -539,6 +539,20 @@ def test_bfloat16_gives_losses_near_those_of_float32(cache: Cache, tmp_path: Pat
     assert mixed.losses != plain.losses
 
 
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_workers_give_the_batches_of_the_main_process(
+    is_persistent: bool, cache: Cache, heldout: Cache, tmp_path: Path
+) -> None:
+    plain = trainer_of(tmp_path / "a", cache, num_train_epochs=2)
+    plain.train()
+    settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": is_persistent}
+    worked = trainer_of(tmp_path / "b", cache, eval_dataset=heldout, num_train_epochs=2, **settings)
+    worked.train()
+    assert seen_by(worked, cache) == seen_by(plain, cache)
+    assert worked.losses == plain.losses
+    assert worked.evaluate()["eval_kd"] == pytest.approx(plain.evaluate(heldout)["eval_kd"], rel=1e-6)
+
+
 # What is refused, before the first step
 
 

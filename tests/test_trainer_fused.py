@@ -137,7 +137,7 @@ def test_so_they_are_where_the_model_is_compiled(cache: Cache, tmp_path: Path) -
     subprocess.run(command, check=True, cwd=Path(__file__).parent)
 
 
-@pytest.mark.parametrize("model", ["llama", "tied"])
+@pytest.mark.parametrize("model", ["llama", "tied", "LoRA"])
 def test_so_they_are_with_gradient_checkpointing(model: str, cache: Cache, tmp_path: Path) -> None:
     assert_same_runs(tmp_path, cache, MODELS[model], **{CHECKPOINTING: True})
 

@@ -129,11 +129,11 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
 
     Example: todi train --student student/ --cache cache/ --out run/ --epochs 3 --learning-rate 1e-4 --set bf16=true
     """
-    from todi_offline.training import train_from
+    from todi_offline.training import load_train_config, run
 
     overrides = {**dict(map(argument, arguments)), **given(settings)}
     with contextlib.redirect_stdout(sys.stderr):  # where transformers' log belongs
-        summary = train_from(config, overrides)
+        summary = run(load_train_config(config, overrides))
     if as_json:
         print_json(summary)
         return

@@ -150,11 +150,6 @@ def _places(cache: "str | Path | Sequence[str | Path]") -> list[str]:
     return [str(cache)] if isinstance(cache, str | Path) else list(map(str, cache))
 
 
-def train_from(path: Path | None, settings: dict[str, Any]) -> TrainSummary:
-    """Train what a TOML file and settings say, the latter winning."""
-    return run(load_train_config(path, settings))
-
-
 def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfig:
     """Return the config of a run: defaults < recipe < file < settings; what is no field of it goes to [trainer]."""
     given = {**_flat_file(path), **settings}
