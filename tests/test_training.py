@@ -162,7 +162,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         train(str(folder), cache, run, temperature=4, **SMALL)
     with pytest.raises(TargetsError, match="top 16; choose 1 to 16"):
         train(str(folder), cache, run, k=64, **SMALL)
-    with pytest.raises(CacheFormatError, match="is no cache"):
+    with pytest.raises(CacheFormatError, match="is not a cache"):
         train(str(folder), tmp_path / "nothing", run, **SMALL)
     with pytest.raises(ModelError, match="there is no folder"):
         train(str(tmp_path / "nothing"), cache, run, **SMALL)
