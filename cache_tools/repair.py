@@ -11,6 +11,8 @@ from cache_tools.progress import progress_bar
 from todi_offline.cache.check.repair import Repair, repair_cache
 from todi_offline.cache.planning import describe_part
 
+_PAST = ("gave up", "deleted", "wrote")
+
 
 @click.command()
 @click.argument("cache")
@@ -37,18 +39,18 @@ def command(cache: str, abandon: bool, dry_run: bool, as_json: bool) -> None:
 
 def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
     """Yield what was done, what is wrong still, and what is to be run."""
-    would = "would have " if dry_run else ""
+    give_up, delete, write = ("would give up", "would delete", "would write") if dry_run else _PAST
     for part in repair.abandoned:
-        yield f"{would}given up the capture of {describe_part(part)}"
-    for key in repair.renewed:
-        yield f"{would}written {key} again"
+        yield f"{give_up} the capture of {describe_part(part)}"
     for key in repair.deleted:
-        yield f"{would}deleted {key}"
+        yield f"{delete} {key}"
+    for key in repair.renewed:
+        yield f"{write} {key} again"
     for problem in repair.remaining:
         yield f"not mended: {problem.where}: {problem.what}\n    {problem.remedy.text}"
     if repair.parts:
-        shards = ", ".join(map(str, repair.shards))
-        what = f"redoes shard{'s' * (len(repair.shards) > 1)} {shards}" if shards else "finishes the cache"
+        shards = ", ".join(map(str, repair.lost))
+        what = f"redoes shard{'s' * (len(repair.lost) > 1)} {shards}" if shards else "finishes the cache"
         yield f"run again what captured {'; '.join(map(describe_part, repair.parts))}: it {what}"
     elif repair.is_whole:
-        yield f"{cache} {'would be' if dry_run and repair.deleted else 'is'} whole"
+        yield f"{cache} {'would be' if dry_run and repair.renewed else 'is'} whole"

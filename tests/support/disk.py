@@ -9,6 +9,7 @@ a folder once the folder was; a rename is all or nothing; what is not synced may
 
 import builtins
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -121,6 +122,69 @@ class _File(contextlib.AbstractContextManager["_File"]):
 
     def __exit__(self, *details: Any) -> None:
         self._file.__exit__(*details)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class FailingReads(contextlib.AbstractContextManager["FailingReads"]):
+    """Counts what is asked of the files below a folder to read, look for or list them; the n-th of it fails."""
+
+    def __init__(self, root: Path, at: int = 0, cause: int = errno.EIO) -> None:
+        self.count = 0
+        self.asked = ""
+        """What failed."""
+        self._root, self._at, self._cause = str(root), at, cause
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> "FailingReads":
+        for name in ("stat", "lstat", "scandir", "pread", "fstat"):
+            self._patches.enter_context(mock.patch.object(os, name, self._failing(name, getattr(os, name))))
+        self._patches.enter_context(mock.patch.object(os, "open", self._failing("open", os.open)))
+        opening = self._failing("open", io.open)
+        self._patches.enter_context(mock.patch.object(io, "open", opening))
+        self._patches.enter_context(mock.patch.object(builtins, "open", opening))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def _failing(self, name: str, real: Any) -> Any:
+        def patched(path: Any, *args: Any, **options: Any) -> Any:
+            where = str(Path(f"/proc/self/fd/{path}").readlink()) if isinstance(path, int) else os.fsdecode(path)
+            if where.startswith(self._root):
+                self.count += 1
+                if self.count == self._at:
+                    self.asked = f"{name} {where.removeprefix(self._root)}"
+                    raise OSError(self._cause, os.strerror(self._cause), where)
+            result = real(path, *args, **options)
+            return _FailingFile(result, lambda: patched_read(where)) if isinstance(result, io.IOBase) else result
+
+        def patched_read(where: str) -> None:
+            if where.startswith(self._root):
+                self.count += 1
+                if self.count == self._at:
+                    self.asked = f"read {where.removeprefix(self._root)}"
+                    raise OSError(self._cause, os.strerror(self._cause), where)
+
+        return patched
+
+
+class _FailingFile(contextlib.AbstractContextManager["_FailingFile"]):
+    """A file that asks before it reads."""
+
+    def __init__(self, file: Any, before: Callable[[], None]) -> None:
+        self._file, self._before = file, before
+
+    def read(self, *args: Any) -> Any:
+        self._before()
+        return self._file.read(*args)
+
+    def __exit__(self, *details: Any) -> None:
+        self._file.__exit__(*details)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._file)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

@@ -1,5 +1,6 @@
 """A store in, the objects of its cache out: parsed, and compared with their sums."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 
@@ -57,7 +58,7 @@ def has_cache(store: Store) -> bool:
 
 
 def derived_metadata(root: Root) -> Mapping[str, bytes]:
-    """Return the metadata for other readers of Zarr, by key: they follow from the root."""
+    """Return the metadata for other readers of Zarr, by key: they follow from the root, pending parts left out."""
     manifest = root.manifest
     arrays = {
         name: array_metadata(spec, manifest.settings.codec, manifest.num_shards)
@@ -65,7 +66,7 @@ def derived_metadata(root: Root) -> Mapping[str, bytes]:
     }
     return {
         **{array_key(name): data for name, data in arrays.items()},
-        GROUP_KEY: group_metadata({ATTRIBUTE: root.values()}, arrays),
+        GROUP_KEY: group_metadata({ATTRIBUTE: dataclasses.replace(root, pending=()).values()}, arrays),
     }
 
 

@@ -59,13 +59,16 @@ def _row_problems(store: Store, manifest: Manifest, table: pa.Table, record: Com
     """Look at what a shard holds: its tokens at once, its targets a chunk at a time."""
     shard = record.shard
     files = {name: open_shard(store, manifest, record.objects, name, shard) for name in manifest.arrays}
-    token_ids, mask = (
-        files.pop(name).read_rows(0, manifest.settings.shard_tokens) for name in ("token_ids", "target_mask")
-    )
+    token_ids, mask = (_stored_rows(files.pop(name)) for name in ("token_ids", "target_mask"))
     broken = list(_token_problems(manifest, table, shard, token_ids, mask))
     yield from broken
     if not broken:
         yield from _target_problems(manifest, table, record, files, token_ids[np.flatnonzero(mask) + 1])
+
+
+def _stored_rows(file: ShardFile) -> npt.NDArray[Any]:
+    """Return the rows of all chunks that are stored: what a shard could hold besides is not believed."""
+    return file.read_rows(0, len(file.read_sums()) // CRC_BYTES * file.spec.chunk_rows)
 
 
 def _target_problems(

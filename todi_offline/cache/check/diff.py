@@ -11,6 +11,7 @@ from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.reader import Cache
 
 SHOWN_IDS = 5
+_BLOCK_ENTRIES = 2**17  # of targets that are compared at once
 
 
 def compare_caches(first: Cache, second: Cache, progress: Progress = no_progress) -> dict[str, Any]:
@@ -63,13 +64,20 @@ def bucketed_kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64
 
     Both are normalised: what is stored is rounded.
     """
-    mine, other = np.argsort(first.ids, axis=1), np.argsort(second.ids, axis=1)
-    places = _places(np.take_along_axis(first.ids, mine, axis=1), np.take_along_axis(second.ids, other, axis=1))
+    size = max(_BLOCK_ENTRIES // max(first.ids.shape[1], second.ids.shape[1]), 1)
+    blocks = [_kl(first[start : start + size], second[start : start + size]) for start in range(0, len(first), size)]
+    kl: npt.NDArray[np.float64] = np.concatenate([np.empty(0), *blocks])
+    return kl
+
+
+def _kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64]:
+    """Return `bucketed_kl` of a few targets: it takes some ten times their memory."""
+    order = np.argsort(second.ids, axis=1)
+    places = _places(first.ids, np.take_along_axis(second.ids, order, axis=1))
     is_shared = places >= 0
-    p = np.exp(np.take_along_axis(first.logprobs, mine, axis=1), dtype=np.float64)
-    q = np.exp(np.take_along_axis(second.logprobs, other, axis=1), dtype=np.float64)
+    q = np.exp(np.take_along_axis(second.logprobs, order, axis=1), dtype=np.float64)
     q = np.where(is_shared, np.take_along_axis(q, places.clip(min=0), axis=1), 0)
-    p = np.where(is_shared, p, 0)
+    p = np.where(is_shared, np.exp(first.logprobs, dtype=np.float64), 0)
     p, q = (np.column_stack([kept, _beyond(rows, kept)]) for rows, kept in ((first, p), (second, q)))
     p, q = (mass / mass.sum(axis=1, keepdims=True) for mass in (p, q))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -91,11 +99,13 @@ def _places(wanted: npt.NDArray[Any], ids: npt.NDArray[Any]) -> npt.NDArray[np.i
 
 def _beyond(rows: TargetRows, shared: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the mass [target] of all ids but the shared ones [target, k]."""
+    beyond: npt.NDArray[np.float64]
     if 1.0 not in rows.temperatures:
-        return (1 - shared.sum(axis=1)).clip(min=1e-9)
+        beyond = (1 - shared.sum(axis=1)).clip(min=1e-9)
+        return beyond
     tail = np.exp(rows.tail_logsumexp[:, rows.temperatures.index(1.0)], dtype=np.float64)
     kept = np.exp(rows.logprobs, dtype=np.float64).sum(axis=1)
-    beyond: npt.NDArray[np.float64] = tail + (kept - shared.sum(axis=1)).clip(min=0)
+    beyond = tail + (kept - shared.sum(axis=1)).clip(min=0)
     return beyond
 
 

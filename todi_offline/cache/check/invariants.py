@@ -91,7 +91,8 @@ def _tail_faults(rows: TargetRows, vocab_size: int, within: dict[str, Bounds]) -
     if rows.tail_ids is None or rows.tail_logprobs is None:
         return {}
     drawn = ~np.isneginf(rows.tail_logprobs)  # where the tail has no mass, its samples stand for nothing
-    among_kept = (rows.tail_ids[:, :, None] == rows.ids[:, None, :]).any(axis=2)
+    samples: Any = rows.tail_ids.T  # one after the other: all at once would take [target, sample, k]
+    among_kept: Any = np.stack([(ids[:, None] == rows.ids).any(axis=1) for ids in samples], axis=1)
     least, last_kept = within["tail_logprobs"][0], within["logprobs"][1][:, -1:]
     return {
         "a tail sample is a kept id": (among_kept & drawn).any(axis=1),

@@ -1,44 +1,69 @@
 """A damaged cache in, the same without what is damaged out, so that the capture that wrote it redoes just that."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from todi_offline.cache.check.problems import Problem
-from todi_offline.cache.check.verify import object_keys, require_cache, verify_cache
+from todi_offline.cache.check.verify import examine, expected_metadata, is_version_1, object_keys, require_cache
 from todi_offline.cache.format.manifest import Part
-from todi_offline.cache.format.names import ROOT_KEY, TOKENIZER_KEY, is_own, is_temporary, record_key, shard_of
+from todi_offline.cache.format.names import (
+    APPEND_KEY,
+    RECORDS_PREFIX,
+    ROOT_KEY,
+    SEALED_KEY,
+    TOKENIZER_KEY,
+    is_own,
+    is_temporary,
+    record_key,
+    shard_of,
+)
 from todi_offline.cache.format.root import Root
-from todi_offline.cache.objects import read_root, read_root_copy
+from todi_offline.cache.objects import derived_metadata, read_if_there
 from todi_offline.cache.planning import parts_of
 from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.store import Store, open_store
-from todi_offline.cache.writer import replace_root, write_derived_metadata
-from todi_offline.errors import CacheCorruptError, CacheMismatchError
+from todi_offline.cache.writer import replace_root
+from todi_offline.errors import CacheError, CacheMismatchError
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
     """What a repair did, or would do."""
 
-    deleted: tuple[str, ...]
+    deleted: tuple[str, ...] = ()
     """The objects that it deleted."""
-    renewed: tuple[str, ...]
+    renewed: tuple[str, ...] = ()
     """The objects that it wrote again."""
-    shards: tuple[int, ...]
+    shards: tuple[int, ...] = ()
     """The shards that it took out of the cache."""
-    abandoned: tuple[Part, ...]
+    abandoned: tuple[Part, ...] = ()
     """The captures that had begun to add to the cache and that it gave up."""
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     """The captures that are to be run again: they have lost a shard, or are not finished."""
-    remaining: tuple[Problem, ...]
-    """The problems that nothing here mends."""
+    lost: tuple[int, ...] = ()
+    """The shards that they redo."""
+    remaining: tuple[Problem, ...] = ()
+    """The problems that neither a repair nor a capture mends."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the cache is finished as it is now."""
+        """Whether the cache is finished and sound as it is now."""
         return not self.parts and not self.remaining
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A repair, and what it leads to."""
+
+    repair: Repair
+    root: Root | None = None
+    """The root that the cache then has, where it changes."""
+    metadata: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    """The metadata for other readers that are to be written."""
+    is_restored: bool = False
+    """Whether the root that is there is damaged or lost."""
 
 
 def repair_cache(
@@ -52,91 +77,116 @@ def repair_cache(
 
     Only objects that a cache itself writes are ever deleted: those that `verify_cache` names. A damaged root is
     restored from its copy in `zarr.json`. `abandon` gives up a capture that has begun to add to the cache, with the
-    shards that it has committed.
+    shards that it has committed. A repair that was interrupted ends the same when it is run again.
 
     Raises:
         CacheFormatError: the place holds no cache, or one of an unknown format version.
         CacheLockedError: a capture is writing to it.
-        CacheMismatchError: a capture is to be given up, and there is none, or it has begun the cache.
+        CacheMismatchError: the capture to be given up is the one that began the cache.
         CacheError: something cannot be read, written or deleted.
     """
     store = open_store(place)
-    require_cache(store)
     if dry_run:
-        return _plan(store, abandon, progress)[0]
+        return _plan(store, abandon, progress).repair
+    require_cache(store)  # before the lock makes a folder
     with store.lock():
-        restored = _restore_root(store)
-        repair, root = _plan(store, abandon, progress)
-        if root is not None:
-            _carry_out(store, repair, root)
-    return dataclasses.replace(repair, renewed=(ROOT_KEY, *repair.renewed)) if restored else repair
+        plan = _plan(store, abandon, progress)
+        _carry_out(store, plan)
+    return plan.repair
 
 
-def _restore_root(store: Store) -> bool:
-    """Write a damaged or lost root again, where `zarr.json` has a copy of it."""
-    try:
-        read_root(store)
-        return False
-    except CacheCorruptError:
-        if (copy := read_root_copy(store)) is None:
-            return False
-    store.write(ROOT_KEY, copy.to_bytes())
-    return True
-
-
-def _plan(store: Store, abandon: bool, progress: Progress) -> tuple[Repair, Root | None]:
-    """Return what is to be done, and the root that the cache then has; None where its root cannot be read."""
-    problems = verify_cache(store, progress)
-    try:
-        root = read_root(store)
-    except CacheCorruptError:  # verify has named it
-        mended = [problem.where for problem in problems if problem.remedy.renews]
-        return Repair((), tuple(mended), (), (), (), tuple(p for p in problems if not p.remedy.renews)), None
+def _plan(store: Store, abandon: bool, progress: Progress) -> _Plan:
+    """Return what is to be done; nothing where the root is lost."""
+    root, problems = examine(store, progress)
+    remaining = tuple(problem for problem in problems if problem.remedy.by_hand)
+    if root is None:
+        return _Plan(Repair(remaining=remaining))
     abandoned = _abandoned(store, root) if abandon else ()
     shards = sorted({problem.remedy.shard for problem in problems if problem.remedy.shard is not None})
-    after = _without(root, shards, abandoned)
-    begun = range(len(root.commits), len(root.commits) + sum(part.num_shards for part in abandoned))
-    keys = {key for shard in shards for key in (record_key(shard), *object_keys(root, shard))}
-    keys |= {key for problem in problems for key in problem.remedy.drop}
-    if TOKENIZER_KEY in keys:
-        after = dataclasses.replace(after, tokenizer=None)
-    found = store.find()
-    deleted = {key for key in found if key in keys or (abandoned and shard_of(key) in begun)}
-    assert all(is_own(key) or is_temporary(key) for key in deleted), "nothing else is ever deleted"
-    lost = [shard for shard in {*shards, *root.lost_shards} if shard < len(after.commits)]
-    return (
-        Repair(
-            deleted=tuple(sorted(deleted, key=lambda key: (not key.startswith("commits/"), key))),
-            renewed=tuple(problem.where for problem in problems if problem.remedy.renews),
-            shards=tuple(shards),
-            abandoned=abandoned,
-            parts=(*parts_of(root.manifest.parts, lost), *after.pending),
-            remaining=(),
-        ),
-        after,
+    dropped = {key for problem in problems for key in problem.remedy.drop}
+    after = _without(root, shards, abandoned, has_tokenizer=TOKENIZER_KEY not in dropped)
+    is_damaged = any(problem.where == ROOT_KEY and problem.remedy.renews for problem in problems)
+    is_changed = is_damaged or after != root
+    metadata = _outdated(store, after, is_changed)
+    lost = [shard for shard in sorted({*shards, *root.lost_shards}) if shard < len(after.commits)]
+    repair = Repair(
+        deleted=_deleted(store, root, shards, abandoned, dropped, is_changed),
+        renewed=(*([ROOT_KEY] if is_changed else []), *metadata),
+        shards=tuple(shards),
+        abandoned=abandoned,
+        parts=(*parts_of(root.manifest.parts, lost), *after.pending),
+        lost=tuple(lost),
+        remaining=remaining,
     )
+    return _Plan(repair, after if is_changed else None, metadata, is_damaged)
 
 
 def _abandoned(store: Store, root: Root) -> tuple[Part, ...]:
-    if not root.pending:
-        raise CacheMismatchError(f"{store} has no capture that has begun and not finished; leave out --abandon")
-    if not root.commits:
+    if root.pending and not root.commits:
         raise CacheMismatchError(
             f"the capture that is not finished has begun {store}, so nothing would be left; delete the folder instead"
         )
     return root.pending
 
 
-def _without(root: Root, shards: Sequence[int], abandoned: Sequence[Part]) -> Root:
-    commits = tuple(None if shard in shards else commit for shard, commit in enumerate(root.commits))
-    return dataclasses.replace(root, commits=commits, pending=() if abandoned else root.pending)
+def _without(root: Root, shards: Sequence[int], abandoned: Sequence[Part], *, has_tokenizer: bool) -> Root:
+    return dataclasses.replace(
+        root,
+        commits=tuple(None if shard in shards else commit for shard, commit in enumerate(root.commits)),
+        pending=() if abandoned else root.pending,
+        tokenizer=root.tokenizer if has_tokenizer else None,
+    )
 
 
-def _carry_out(store: Store, repair: Repair, root: Root) -> None:
-    """Take the damaged shards out of the root first, so that at no instant it names what is gone."""
-    if root != read_root(store):
-        replace_root(store, root)
-    for key in repair.deleted:
+def _deleted(
+    store: Store, root: Root, shards: Sequence[int], abandoned: Sequence[Part], dropped: set[str], is_changed: bool
+) -> tuple[str, ...]:
+    """Return the objects that are to go: damaged shards, leftovers, and the shards of abandoned parts."""
+    found = set(store.find())
+    gone = {*shards, *(shard for shard in root.lost_shards if record_key(shard) not in found)}
+    begun = range(len(root.commits), len(root.commits) + sum(part.num_shards for part in abandoned))
+    keys = dropped | {key for shard in gone for key in (record_key(shard), *object_keys(root, shard))}
+    if is_changed and is_version_1(store):  # it becomes one of format 2
+        keys |= {SEALED_KEY, APPEND_KEY}
+    deleted = {key for key in found if key in keys or shard_of(key) in begun}
+    assert all(is_own(key) or is_temporary(key) for key in deleted), "nothing else is ever deleted"
+    return tuple(sorted(deleted, key=lambda key: (not key.startswith(RECORDS_PREFIX), key)))
+
+
+def _outdated(store: Store, after: Root, is_changed: bool) -> dict[str, bytes]:
+    """Return the metadata for other readers that are not what the root leads to."""
+    if not after.commits:
+        return {}
+    expected = derived_metadata(after) if is_changed else expected_metadata(store, after)
+    return {key: data for key, data in expected.items() if not _holds(store, key, data)}
+
+
+def _holds(store: Store, key: str, data: bytes) -> bool:
+    try:
+        return read_if_there(store, key) == data
+    except CacheError:
+        return False
+
+
+def _carry_out(store: Store, plan: _Plan) -> None:
+    """Delete the records of damaged shards, then change the root, then delete the objects.
+
+    A shard without a record does not exist, so no capture takes a damaged shard for a whole one, wherever this stops.
+    Abandoned shards go before the root forgets them: a second run then still knows whose they were.
+    """
+    num_shards = len(plan.root.commits) if plan.root is not None else 0
+    is_early = {
+        key: key == TOKENIZER_KEY or key.startswith(RECORDS_PREFIX) or (shard_of(key) or 0) >= num_shards
+        for key in plan.repair.deleted
+    }
+    for key in filter(is_early.__getitem__, is_early):
         store.delete(key)
-    if store.size(ROOT_KEY) is not None and root.commits:
-        write_derived_metadata(store, root)
+    if plan.root is not None and plan.is_restored:
+        store.write(ROOT_KEY, plan.root.to_bytes())
+    elif plan.root is not None:
+        replace_root(store, plan.root)
+    for key, early in is_early.items():
+        if not early:
+            store.delete(key)
+    for key, data in plan.metadata.items():
+        store.write(key, data)

@@ -2,23 +2,37 @@
 
 Three rounds: the root and what follows from it, the objects of every shard (as their records describe them), and what
 the shards hold (`contents`). A shard with a damaged object is not looked into further than to say which of its chunks
-are damaged.
+are damaged. What cannot be read is a problem like any other, and does not end the search.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import google_crc32c
 import numpy as np
-import pyarrow as pa
 
 from todi_offline.cache.check.contents import content_problems
-from todi_offline.cache.check.problems import NOTHING, Problem, Remedy, redo
+from todi_offline.cache.check.problems import (
+    GO_ON,
+    NOTHING,
+    READ_AGAIN,
+    RENEW,
+    RESTORE,
+    Problem,
+    Remedy,
+    drop,
+    redo,
+    remedy_of,
+)
+from todi_offline.cache.check.sums import Difference, damaged_chunks, difference, object_difference
 from todi_offline.cache.format.manifest import Manifest
 from todi_offline.cache.format.names import (
+    APPEND_KEY,
+    FOLDERS,
+    GROUP_KEY,
+    RECORDS_PREFIX,
     ROOT_KEY,
+    SEALED_KEY,
     TOKENIZER_KEY,
     is_own,
     is_temporary,
@@ -27,12 +41,11 @@ from todi_offline.cache.format.names import (
     shard_of,
 )
 from todi_offline.cache.format.records import CommitRecord, ObjectSum
-from todi_offline.cache.format.root import Root
+from todi_offline.cache.format.root import Root, is_of_other_version
 from todi_offline.cache.objects import (
     committed_shards,
     derived_metadata,
     has_cache,
-    open_shard,
     read_if_there,
     read_record,
     read_root,
@@ -43,201 +56,196 @@ from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.store import Store, open_store
 from todi_offline.errors import CacheError, CacheFormatError
 
-_BLOCK_BYTES = 2**22
-_STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")  # zarr may add others
-
-
-_GO_ON = Remedy("run the same capture again: it goes on")
-_RESTORE = Remedy("bring it back from a copy, or capture into another folder")
-_RENEW = Remedy("`todi-cache repair` writes it again", renews=True)
+_STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")  # every release of zarr writes these
 
 
 def verify_cache(place: str | Path | Store, progress: Progress = no_progress) -> list[Problem]:
-    """Return everything that is wrong with a cache, and what lies in its place and is none of its objects.
+    """Return everything that is wrong with a cache and, as notes, what lies in its place and is no part of it.
 
     Raises:
         CacheFormatError: the place holds no cache, or one of an unknown format version.
+        CacheError: the store cannot tell what is there.
     """
-    with np.errstate(all="ignore"):  # whatever is stored is looked at
-        return list(_problems(open_store(place), progress))
+    return examine(open_store(place), progress)[1]
 
 
-def _problems(store: Store, progress: Progress) -> Iterator[Problem]:
-    if not has_cache(store) and not committed_shards(store):
-        raise CacheFormatError(
-            f"{store} is not a cache: it has no {ROOT_KEY}; name the folder that `todi capture` wrote"
-        )
+def examine(store: Store, progress: Progress = no_progress) -> tuple[Root | None, list[Problem]]:
+    """Return the root of a cache and all problems; of a damaged root its copy, or None where there is none.
+
+    Raises as `verify_cache`.
+    """
+    require_cache(store)
+    problems: list[Problem] = []
     try:
         root = read_root(store)
     except CacheError as error:
-        is_unknown = isinstance(error, CacheFormatError) and not committed_shards(store)
-        if is_unknown:
-            raise
-        yield Problem(ROOT_KEY, str(error), _RENEW if read_root_copy(store) is not None else _RESTORE)
-        return
-    yield from _state_problems(root)
-    yield from _metadata_problems(store, root)
-    yield from _other_objects(store, root)
-    yield from _shards_problems(store, root, progress)
+        copy = read_root_copy(store)
+        problems.append(_root_problem(store, error, copy))
+        if copy is None or problems[0].remedy != RENEW:
+            return None, problems
+        root = copy
+    with np.errstate(all="ignore"):  # stored numbers may be anything
+        problems.extend(_problems(store, root, progress))
+    return root, problems
 
 
 def require_cache(store: Store) -> None:
     """Refuse a place where there is nothing of a cache."""
     if not has_cache(store) and not committed_shards(store):
-        raise CacheFormatError(f"{store} is not a cache: it has no {ROOT_KEY}; name what `todi capture` wrote")
+        raise CacheFormatError(
+            f"{store} is not a cache: it has no {ROOT_KEY}; name the folder that `todi capture` wrote"
+        )
 
 
-def _state_problems(root: Root) -> Iterator[Problem]:
+def is_version_1(store: Store) -> bool:
+    """Whether a cache is still of format 1: it has no root of its own, and no copy of one."""
+    return store.size(ROOT_KEY) is None and read_root_copy(store) is None
+
+
+def _root_problem(store: Store, error: CacheError, copy: Root | None) -> Problem:
+    """Return the problem of a root that cannot be read; raise where it is sound and of another version, or is none."""
+    if isinstance(error, CacheFormatError) and copy is None and not committed_shards(store):
+        raise error
+    where = GROUP_KEY if store.size(ROOT_KEY) is None and copy is None else ROOT_KEY
+    remedy = remedy_of(error, RESTORE if copy is None else RENEW)
+    if isinstance(error, CacheFormatError) and is_of_other_version(read_if_there(store, ROOT_KEY) or b""):
+        raise error
+    return Problem(where, str(error), remedy)
+
+
+def _problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:
+    rounds = {
+        ROOT_KEY: _state_problems(store, root),
+        TOKENIZER_KEY: _tokenizer_problems(store, root),
+        GROUP_KEY: _metadata_problems(store, root),
+        ".": _other_objects(store, root),
+        RECORDS_PREFIX: _shards_problems(store, root, progress),
+    }
+    for where, problems in rounds.items():
+        try:
+            yield from problems
+        except CacheError as error:  # the store cannot list what is there
+            yield Problem(where, str(error), READ_AGAIN)
+
+
+def _state_problems(store: Store, root: Root) -> Iterator[Problem]:
     if root.pending and not root.commits:
-        yield Problem(ROOT_KEY, "the capture has not finished", _GO_ON)
+        yield Problem(ROOT_KEY, "the capture has not finished", GO_ON)
     elif root.pending:
-        yield Problem(ROOT_KEY, "a capture has begun to add to the cache, and has not finished", _GO_ON, is_note=True)
+        yield Problem(ROOT_KEY, "a capture has begun to add to the cache, and has not finished", GO_ON, is_note=True)
     for shard in root.lost_shards:
-        yield Problem(record_key(shard), "the shard was lost, and is not captured again yet", _GO_ON)
+        done = "captured again but not sealed" if store.size(record_key(shard)) else "not captured again"
+        yield Problem(record_key(shard), f"the shard was lost, and is {done} yet", GO_ON)
+
+
+def _tokenizer_problems(store: Store, root: Root) -> Iterator[Problem]:
+    if root.tokenizer is not None and (found := difference(store, TOKENIZER_KEY, root.tokenizer)):
+        text = "`todi-cache repair`, then the same capture again: it writes it anew"
+        yield Problem(TOKENIZER_KEY, found.what, _unless_unreadable(found, Remedy(text, drop=(TOKENIZER_KEY,))))
+
+
+def _unless_unreadable(found: Difference, remedy: Remedy) -> Remedy:
+    return READ_AGAIN if found.is_unreadable else remedy
 
 
 def _metadata_problems(store: Store, root: Root) -> Iterator[Problem]:
-    """Compare the tokenizer with its sum, and the metadata for other readers with what follows from the root."""
-    if root.tokenizer is not None and (what := difference(store, TOKENIZER_KEY, root.tokenizer)):
-        remedy = Remedy("`todi-cache repair`, then the same capture again: it writes it anew", (TOKENIZER_KEY,))
-        yield Problem(TOKENIZER_KEY, what, remedy)
-    if store.size(ROOT_KEY) is None or not root.commits:  # of format 1, or not written yet
+    """Compare the metadata for other readers with what follows from the root."""
+    if not root.commits:  # it is written when the cache is sealed
         return
-    for key, expected in derived_metadata(root).items():
+    for key, expected in expected_metadata(store, root).items():
         try:
             found = read_if_there(store, key)
         except CacheError as error:
-            yield Problem(key, f"it cannot be read: {error}", _RENEW)
+            yield Problem(key, str(error), remedy_of(error, RENEW))
             continue
         if found is None:
-            yield Problem(key, "it is missing", _RENEW)
-        elif found != expected and _stable(found) != _stable(expected):
-            yield Problem(key, "it is not what the root leads to", _RENEW)
+            yield Problem(key, "it is missing", RENEW)
+        elif found != expected and not _says_the_same(found, expected):
+            yield Problem(key, "it is not what the root leads to", RENEW)
+        elif found != expected:
+            yield Problem(key, "this release of zarr-python writes it in other words", RENEW, is_note=True)
 
 
-def _stable(metadata: bytes) -> list[Any] | None:
-    """Return the values that no release of zarr-python writes otherwise: of an array, or of the group."""
+def expected_metadata(store: Store, root: Root) -> dict[str, bytes]:
+    """Return the metadata for other readers as they should be; of format 1 those of the arrays alone."""
+    metadata = dict(derived_metadata(root))
+    if is_version_1(store):
+        del metadata[GROUP_KEY]  # it is the manifest of such a cache
+    return metadata
+
+
+def _says_the_same(found: bytes, expected: bytes) -> bool:
+    """Whether metadata differ only in what releases of zarr-python add or leave out."""
     try:
-        values = json.loads(metadata)
-        names = ["attributes"] if values["node_type"] == "group" else _STABLE_METADATA
-        return [values[name] for name in names]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+        mine, wanted = json.loads(found), json.loads(expected)
+        if wanted["node_type"] == "group":
+            return bool(mine == wanted)
+        shared = mine.keys() & wanted.keys()
+        return shared.issuperset(_STABLE_METADATA) and all(mine[name] == wanted[name] for name in shared)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
     """Yield a note on whatever lies there and belongs neither to the cache nor to a capture that goes on."""
     num_shards, foreign = sum(part.num_shards for part in root.parts), set[str]()
+    old = () if is_version_1(store) else (SEALED_KEY, APPEND_KEY)
     for key in store.find():
         shard = shard_of(key)
         is_named = shard is None or (shard < num_shards and key in {record_key(shard), *object_keys(root, shard)})
-        if is_temporary(key) or (is_own(key) and not is_named):
-            remedy = Remedy("`todi-cache repair` deletes it", (key,))
-            yield Problem(key, "no commit record names it", remedy, is_note=True)
+        if is_temporary(key):
+            yield Problem(key, "a writer that was stopped has left it", drop(key), is_note=True)
+        elif is_own(key) and (not is_named or key in old):
+            yield Problem(key, "no commit record names it", drop(key), is_note=True)
         elif not is_own(key):
-            foreign.add(key.partition("/")[0])
+            folder = key.partition("/")[0]
+            foreign.add(key if folder in FOLDERS else folder)
     for name in sorted(foreign):
         yield Problem(name, "it is not part of the cache, and is left alone", NOTHING, is_note=True)
 
 
 def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:
-    """Look into every shard that is committed."""
-    named = {shard: commit for shard, commit in enumerate(root.commits) if commit is not None}
-    begun = [shard for shard in committed_shards(store) if shard not in named] if root.pending else []
-    shards: dict[int, ObjectSum | None] = {**named, **dict.fromkeys(begun)}
+    """Look into every shard that the root names, and into those that a capture has committed since."""
+    shards: dict[int, ObjectSum | None] = {n: commit for n, commit in enumerate(root.commits) if commit is not None}
+    num_shards = sum(part.num_shards for part in root.parts)
+    try:
+        begun = [shard for shard in committed_shards(store) if shard < num_shards and shard not in shards]
+    except CacheError as error:
+        yield Problem(RECORDS_PREFIX, str(error), READ_AGAIN)
+        begun = []
+    shards |= dict.fromkeys(begun)
     for done, (shard, commit) in enumerate(shards.items()):
         progress(done, len(shards))
         try:
             record = read_record(store, root.manifest, shard, commit)
         except CacheError as error:
-            yield Problem(record_key(shard), str(error), redo(shard))
+            yield Problem(record_key(shard), str(error), remedy_of(error, redo(shard)))
             continue
         yield from _shard_problems(store, root.manifest, record)
     progress(len(shards), len(shards))
 
 
 def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord) -> Iterator[Problem]:
-    shard = record.shard
-    damaged = {
-        key: what
-        for key, sums in record.objects.items()
-        if (what := difference(store, key, sums) or _exchange(store, manifest, record, key))
+    remedy = redo(record.shard)
+    differing = {
+        key: found for key in record.objects if (found := object_difference(store, manifest, record, key)) is not None
     }
     try:
-        table = None if sequences_key(shard) in damaged else read_table(store, record)
-        for key, what in damaged.items():
-            yield Problem(key, what + _damaged_chunks(store, manifest, record, key, table), redo(shard))
-        if table is not None and not damaged:
-            yield from content_problems(store, manifest, table, record)
-    except (CacheError, OSError) as error:  # right checksums over what cannot be read; or the disk fails
-        yield Problem(f"shard {shard}", f"it cannot be read: {error}", redo(shard))
-
-
-def _exchange(store: Store, manifest: Manifest, record: CommitRecord, key: str) -> str | None:
-    """Return how the chunks of an object of the right size and sum differ from those that were written."""
-    name = key.partition("/")[0]
-    if name not in manifest.arrays:
-        return None
-    try:
-        found = open_shard(store, manifest, record.objects, name, record.shard).read_sums()
+        table = None if sequences_key(record.shard) in differing else read_table(store, record)
     except CacheError as error:
-        return str(error)
-    is_same = found == record.objects[key].chunks
-    return None if is_same else "the chunks are intact but are not the ones that this commit record describes"
-
-
-def _damaged_chunks(store: Store, manifest: Manifest, record: CommitRecord, key: str, table: pa.Table | None) -> str:
-    """Return which chunks of a damaged object are damaged, and whose; nothing where that cannot be told."""
-    spec = manifest.arrays.get(key.partition("/")[0])
-    if spec is None or store.size(key) is None:
-        return ""
-    file, chunks = open_shard(store, manifest, record.objects, spec.name, record.shard), []
+        yield Problem(sequences_key(record.shard), str(error), remedy_of(error, remedy))
+        return
+    for key, found in differing.items():
+        chunks = "" if found.is_unreadable else damaged_chunks(store, manifest, record, key, table)
+        yield Problem(key, found.what + chunks, _unless_unreadable(found, remedy))
+    if table is None or differing:
+        return
     try:
-        file.read_sums()
-    except CacheError:
-        return "; its chunk index is lost"
-    for chunk in range(len(record.objects[key].chunks) // 4):
-        try:
-            file.read_chunk(chunk)
-        except CacheError:
-            chunks.append(chunk)
-    if table is None or not chunks:
-        return f"; damaged are the chunks {chunks}" if chunks else ""
-    ends = table[f"{spec.axis}_start"].to_numpy() + table[f"num_{spec.axis}s"].to_numpy()
-    first = record.shard * manifest.settings.shard_tokens + np.array(chunks) * spec.chunk_rows
-    touched = (
-        (table[f"{spec.axis}_start"].to_numpy() < first[:, None] + spec.chunk_rows) & (ends > first[:, None])
-    ).any(0)
-    names = table["id"].filter(pa.array(touched)).to_pylist()
-    shown = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return f"; damaged are the chunks {chunks}, of the sequences {shown or 'none'}"
+        yield from content_problems(store, manifest, table, record)
+    except CacheError as error:  # right checksums over bytes that do not decode, or a disk that fails
+        yield Problem(f"shard {record.shard}", str(error), remedy_of(error, remedy))
 
 
 def object_keys(root: Root, shard: int) -> set[str]:
     """Return the objects of a shard, its commit record apart."""
     return {sequences_key(shard), *(spec.object_key(shard) for spec in root.manifest.arrays.values())}
-
-
-def difference(store: Store, key: str, expected: ObjectSum) -> str | None:
-    """Return how an object differs from what was written, or why it cannot be read."""
-    found = _difference_here(store, key, expected)
-    return _difference_here(store, key, expected) if found and store.discard_copy(key) else found
-
-
-def _difference_here(store: Store, key: str, expected: ObjectSum) -> str | None:
-    """Return how an object, or the local copy of it, differs from what was written, reading it in blocks."""
-    try:
-        path = store.local(key)
-        num_bytes, crc = path.stat().st_size, 0
-        if num_bytes != expected.num_bytes or not path.is_file():  # a pipe or a device may have no end
-            return f"it has {num_bytes} bytes, expected {expected.num_bytes}"
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                crc = google_crc32c.extend(crc, block)
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except CacheError as error:
-        return f"it cannot be read: {error}"
-    if crc == expected.crc32c:
-        return None
-    return f"it has {num_bytes} bytes with crc32c {crc:08x}, expected {expected.crc32c:08x}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.check.verify import difference
+from todi_offline.cache.check.sums import object_difference
 from todi_offline.cache.convert.copying import sequence_rows
 from todi_offline.cache.format.fingerprint import differences
 from todi_offline.cache.format.keys import ContentKeys
@@ -115,9 +115,11 @@ def _parts(caches: Sequence[Cache], pieces: list[_Piece]) -> Iterator[Part]:
 def _write(writer: CacheWriter, number: int, piece: _Piece) -> None:
     store, record = piece.cache.store, piece.record
     if piece.is_whole:
-        for key, expected in record.objects.items():
-            if what := difference(store, key, expected):
-                raise CacheCorruptError(f"{store}/{key} is damaged: {what}; `todi-cache repair {store}` first")
+        for key in record.objects:
+            if found := object_difference(store, piece.cache.members[0].manifest, record, key):
+                raise CacheCorruptError(
+                    f"{store}/{key} cannot be linked: {found.what}; `todi-cache verify {store}` says what mends it"
+                )
         writer.link_shard(number, store, record, read_table(store, record))
     else:
         writer.write_shard(number, list(sequence_rows(piece.cache, piece.kept.tolist())))

@@ -32,6 +32,8 @@ ARRAY_NAMES = (
     "tail_ids",
     "tail_logprobs",
 )
+FOLDERS = (*ARRAY_NAMES, "commits", "sequences")
+"""The folders that objects of a cache lie in."""
 _PLAIN = (ROOT_KEY, GROUP_KEY, TOKENIZER_KEY, LOCK_KEY, SEALED_KEY, APPEND_KEY)
 _SHARD_KEYS = (
     re.compile(r"commits/(\d{6,})\.json"),

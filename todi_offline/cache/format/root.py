@@ -99,6 +99,17 @@ class Root:
         )
 
 
+def is_of_other_version(data: bytes) -> bool:
+    """Whether a root is intact and of another format version, as far as its checksum tells."""
+    try:
+        values = json.loads(data)
+        body = {name: value for name, value in values.items() if name != "crc32c"}
+        is_other: bool = values["manifest"]["format_version"] != FORMAT_VERSION
+        return is_other and bool(values["crc32c"] == _checksum(body))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
 _MEND = "`todi-cache repair` restores it from the copy in zarr.json"
 
 

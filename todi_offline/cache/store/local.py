@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
 
-from todi_offline.cache.format.names import temporary_key
+from todi_offline.cache.format.names import FOLDERS, temporary_key
 from todi_offline.cache.store.base import Store, read_limit
 from todi_offline.cache.store.locks import FolderLock
 from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError
@@ -37,7 +37,7 @@ class LocalStore:
             if not (stat.S_ISREG(status.st_mode) or path.is_dir()):
                 raise CacheError(f"cannot read {path}: it is not a regular file")
             with path.open("rb") as file:
-                data = file.read(limit + 1)
+                data = file.read(min(status.st_size, limit) + 1)  # a buffer of this size is made at once
         except FileNotFoundError as error:
             raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
         except OSError as error:
@@ -120,9 +120,20 @@ class LocalStore:
             raise CacheError(f"cannot list {folder}: {error.strerror}; mend that first") from error
 
     def _walk(self, folder: Path) -> Iterator[str]:
-        for path in folder.rglob("*"):
-            if not path.is_dir() or path.is_symlink():
-                yield path.relative_to(self.root).as_posix()
+        """Yield all keys in a folder; a folder of somebody else that cannot be listed counts as one object."""
+        closed: list[Path] = []
+
+        def note(error: OSError) -> None:
+            path = Path(error.filename)
+            is_ours = path == self.root or path.relative_to(self.root).parts[0] in FOLDERS
+            if is_ours and not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+            closed.append(path)
+
+        for parent, folders, files in os.walk(folder, onerror=note):
+            links = [name for name in folders if Path(parent, name).is_symlink()]
+            yield from (Path(parent, name).relative_to(self.root).as_posix() for name in (*links, *files))
+        yield from (path.relative_to(self.root).as_posix() for path in closed if path.exists() and path != folder)
 
     def local(self, key: str) -> Path:
         """Return the object's own file; see `Store`."""
