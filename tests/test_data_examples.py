@@ -18,7 +18,7 @@ from todi_offline.data import (
     DataReport,
     Example,
     Examples,
-    examples,
+    keeping,
     load_examples,
 )
 from todi_offline.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ def test_many_rows_are_held_in_order():
 
 def test_large_data_sets_live_in_a_mapped_file_of_which_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(examples, "IN_MEMORY_BYTES", 10_000)
+    monkeypatch.setattr(keeping, "IN_MEMORY_BYTES", 10_000)
     rows = [{"id": number, "text": f"Number {number}:" + " word" * 200} for number in range(2_345)]
     bytes_before = pa.total_allocated_bytes()
     mapped = encode(rows)

@@ -221,7 +221,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row_and_a_wa
     turns = [dict(turn) for turn in THREE_TURNS]
     turns[1]["content"] = "<think>Hm.</think>Nobody knows."
     with pytest.raises(
-        DataError, match=r"rows, row 1 \(counted from 0\): .* messages 0 to 1 .*generation.* one answer"
+        DataError,
+        match=r"rows, row 1 \(counted from 0\): .* 0 to 1 .*todi-offline\[trl\].*--chat-template.*one answer",
     ):
         encode([{"messages": THREE_TURNS}, {"messages": turns}], chat_tokenizer(FORGETFUL))
 
@@ -240,7 +241,7 @@ def test_what_a_template_writes_after_the_last_message_of_all_is_no_part_of_earl
     tokenizer.eos_token = "<|endoftext|>"
     text = marked(encode_one({"messages": THREE_TURNS}, tokenizer), tokenizer)
     assert "[Nobody knows.<|im_end|>]\n<|im_start|>user" in text
-    assert text.endswith("[Long ago.<|im_end|>\n<|endoftext|>]")
+    assert text.endswith("[Long ago.<|im_end|>]")
 
 
 def test_eos_ends_a_conversation_whose_template_ends_no_turn():
@@ -267,7 +268,7 @@ def test_what_a_template_refuses_is_an_error_that_names_the_row():
 
 
 def test_conversations_need_a_chat_template():
-    with pytest.raises(ModelError, match=r"no chat template; take the tokenizer of an instruct model"):
+    with pytest.raises(ModelError, match=r"no chat template; name one \(--chat-template FILE\), take the tok"):
         encode({"messages": THREE_TURNS}, PLAIN)
 
 
@@ -279,17 +280,17 @@ def test_a_tokenizer_without_eos_is_refused():
 # What is cut and what is dropped
 
 
-def test_too_long_a_prompt_keeps_bos_and_its_end():
+def test_too_long_a_prompt_keeps_bos_its_beginning_and_its_end():
     tokenizer = with_bos()
     prompt = "word " * 50 + "and then?\n"
     examples = encode({"prompt": prompt, "completion": "Yes."}, tokenizer, max_length=40, max_prompt_length=10)
     plain = PLAIN(prompt).input_ids
-    assert examples[0].token_ids[:10].tolist() == [tokenizer.bos_token_id, *plain[-9:]]
+    assert examples[0].token_ids[:10].tolist() == [tokenizer.bos_token_id, *plain[:4], *plain[-5:]]
     assert marked(examples[0], tokenizer).endswith("[Yes.<|endoftext|>]")
     assert examples.report == DataReport(num_rows=1, num_examples=1, num_prompts_cut=1)
 
 
-def test_too_long_a_chat_prompt_loses_the_beginning_of_its_question_and_nothing_of_the_template():
+def test_too_long_a_chat_prompt_loses_the_middle_of_its_question_and_nothing_of_the_template():
     question = " ".join(str(number) for number in range(200))
     row = {"instruction": question, "output": "Yes."}
     examples = encode(row, CHAT, max_length=60, max_prompt_length=40)
@@ -298,11 +299,9 @@ def test_too_long_a_chat_prompt_loses_the_beginning_of_its_question_and_nothing_
     assert text.startswith(head)
     assert text.endswith(f" 199{tail}")
     kept = text[len(head) : -len(tail)]
-    assert question.endswith(kept)
-    one_more = head + question[-len(kept) - 1 :] + "<|im_end|>\n<|im_start|>assistant\n"
-    assert (
-        len(CHAT(head + kept + "<|im_end|>\n<|im_start|>assistant\n").input_ids) <= 40 < len(CHAT(one_more).input_ids)
-    )
+    half = (len(kept) + 1) // 2
+    assert kept == question[:half] + question[len(question) - (len(kept) - half) :]
+    assert 36 < len(CHAT(head + kept + "<|im_end|>\n<|im_start|>assistant\n").input_ids) <= 40
     assert examples.report.num_prompts_cut == 1
 
 
@@ -314,7 +313,7 @@ def test_a_prompt_as_messages_is_cut_in_its_last_message():
     assert text.endswith("so why?<|im_end|>\n<|im_start|>assistant\n[No.<|im_end|>]")
 
 
-def test_a_prompt_that_is_too_long_before_its_last_message_is_dropped_and_counted():
+def test_a_prompt_whose_system_message_alone_is_too_long_is_dropped_and_counted():
     prompt = [{"role": "system", "content": "Be brief. " * 50}, {"role": "user", "content": "Why?"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "No."}]}
     report = encode([row, {**row, "prompt": prompt[1:]}], CHAT, max_length=60, max_prompt_length=40).report
@@ -329,8 +328,8 @@ def test_a_response_is_cut_at_the_whole_length_and_then_has_no_eos():
     assert examples.report.num_prompts_cut == 0
 
 
-@pytest.mark.parametrize("row", [{"text": "la " * 90}, {"messages": THREE_TURNS}])
-def test_texts_and_conversations_are_cut_at_the_whole_length_alone(row):
+def test_conversations_are_cut_at_the_whole_length_alone():
+    row = {"messages": THREE_TURNS}
     whole = encode_one(row, CHAT)
     examples = encode(row, CHAT, max_length=30, max_prompt_length=3)
     np.testing.assert_array_equal(examples[0].token_ids, whole.token_ids[:30])
@@ -340,6 +339,7 @@ def test_texts_and_conversations_are_cut_at_the_whole_length_alone(row):
 
 BLANK_ANSWER = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " "}]
 LONG_QUESTION = [{"role": "user", "content": "so " * 99}, {"role": "assistant", "content": "No."}]
+LONG_SYSTEM = [{"role": "system", "content": "so " * 99}, *THREE_TURNS]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ LONG_QUESTION = [{"role": "user", "content": "so " * 99}, {"role": "assistant", 
         ({"messages": THREE_TURNS + BLANK_ANSWER}, {"messages": THREE_TURNS}, "num_empty"),
         ({"messages": []}, {"messages": THREE_TURNS}, "num_unsupervised"),
         ({"messages": THREE_TURNS[:1]}, {"messages": THREE_TURNS}, "num_unsupervised"),
-        ({"messages": LONG_QUESTION}, {"messages": THREE_TURNS}, "num_unsupervised"),
+        ({"messages": LONG_SYSTEM}, {"messages": THREE_TURNS}, "num_prompt_too_long"),
     ],
 )
 def test_rows_without_anything_to_learn_are_dropped_and_counted_by_reason(row, good, reason):
@@ -404,9 +404,12 @@ def test_prompt_and_completion_are_of_one_kind(row, message):
     [
         ("Hello", r"column 'messages' holds 'Hello' \(str\); expected a list of messages"),
         (["Hello"], r"messages\[0\] is a str; expected an object with role and content"),
-        ([{"role": "human", "content": "Hi"}], r"messages\[0\] has the role 'human'; expected a text by .*assistant"),
-        ([{"role": "tool", "content": "Hi"}], r"messages\[0\] has the role 'tool'"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"messages\[0\] has tool calls; .*such rows out"),
+        ([{"role": "human", "content": "Hi"}], r"messages\[0\] has the role 'human'; expected one of .*assistant"),
+        ([{"role": "tool", "content": {"a": 1}}], r"the content of messages\[0\] holds \{'a': 1\}"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+            r"messages\[0\] has the tool calls \[\{\}\]",
+        ),
         ([{"role": "user", "content": None}], r"the content of messages\[0\] holds None"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"the content of messages\[0\] holds \[\{'type'"),
         (THREE_TURNS[1:], "its first message is the assistant's"),
@@ -417,9 +420,14 @@ def test_what_is_no_conversation_of_texts_is_named(messages, message):
         encode([{"messages": THREE_TURNS}, {"messages": messages}], CHAT)
 
 
-def test_tools_are_refused():
-    with pytest.raises(DataError, match="it has tools, which are not supported"):
-        encode({"messages": THREE_TURNS, "tools": [{"name": "clock"}]}, CHAT)
+def test_tools_that_the_template_does_not_read_are_refused():
+    calling = {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    for row, message in (
+        ({"messages": THREE_TURNS, "tools": [{"name": "clock"}]}, "the chat template leaves tools out"),
+        ({"messages": [*THREE_TURNS[:1], calling]}, "the chat template leaves calls of tools out"),
+    ):
+        with pytest.raises(DataError, match=message):
+            encode(row, CHAT)
 
 
 def test_no_rows_and_rows_that_are_none_are_refused():

@@ -29,7 +29,7 @@ TOKENIZER_PARTS = ("vocabulary", "merges", "normalizer", "added_tokens", "specia
 """What decides which ids a text has, and what ids mean."""
 
 _SAMPLE = "Ünïcode ﬁ e\u0301 İı ß\t tabs  two   three\r\n\n 3.14 1234567 don't WORLD'S <b>x</b> /a_b/ 東京 🙂‍↔️ ع\u00a0…"
-"""Accents, ligatures, cases, spaces, digits, marks and scripts: two tokenizers that treat them alike normalise alike."""
+"""Accents, ligatures, cases, spaces, digits, marks, scripts: tokenizers that treat them alike normalise alike."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
