@@ -139,6 +139,9 @@ def test_the_recipe_is_plain_json_without_a_path_and_the_same_on_every_run(tmp_p
         ({"limit": 0}, "limit is 0"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0"),
         ({"max_length": 512, "max_prompt_length": 512}, "no token is left for a response"),
+        ({"max_length": 1}, "max_length is 1; expected at least 2"),
+        ({"max_length": 100, "overlap": 51}, "overlap is 51; expected 0 to 50"),
+        ({"num_proc": 0}, "num_proc is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

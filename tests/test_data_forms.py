@@ -16,7 +16,7 @@ from todi_offline.data import (
     DataReport,
     load_examples,
 )
-from todi_offline.errors import DataError, ModelError
+from todi_offline.errors import ConfigError, DataError, ModelError
 
 # The boundary
 
@@ -162,6 +162,49 @@ def test_every_token_of_a_text_is_supervised():
 def test_the_most_specific_form_that_the_columns_have_is_taken_and_others_are_ignored(columns, form):
     row = {column: THREE_TURNS if column == "messages" else "Some words." for column in columns}
     assert encode(row, CHAT).recipe["form"] == form
+
+
+@pytest.mark.parametrize(
+    ("mask", "supervised"),
+    [
+        ({}, "a[bcdef]"),
+        ({"completion_mask": [0, 0, 0, 1, 1, 1]}, "abc[def]"),
+        ({"assistant_masks": [0, 1, 1, 0, 0, 1]}, "a[bc]de[f]"),
+        ({"completion_mask": [0, 0, 1, 1, 1, 1], "assistant_masks": [0, 1, 1, 1, 0, 0]}, "ab[cd]"),
+        ({"labels": "ids"}, "ab[cdef]"),
+    ],
+)
+def test_rows_of_tokens_bring_their_own_mask(mask, supervised):
+    ids = PLAIN.convert_tokens_to_ids(list("abcdef"))
+    row = {"input_ids": ids, "text": "never read", **mask}
+    if "labels" in mask:
+        row["labels"] = [-100, -100, *ids[2:]]
+    example = encode_one(row)
+    assert marked(example, PLAIN).startswith(supervised)
+    assert example.token_ids.tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": "abc"}, "column 'input_ids' holds 'abc' .*expected a list of integers"),
+        ({"input_ids": [1, 512]}, "holds the id 512; the tokenizer knows 0 to 511"),
+        ({"input_ids": [1, 2], "labels": [1]}, "column 'labels' has 1 entries for 2 of 'input_ids'"),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "'labels' holds other ids than 'input_ids'"),
+    ],
+)
+def test_wrong_tokens_and_masks_are_named(row, message):
+    with pytest.raises(DataError, match=message):
+        encode([{"input_ids": [1, 2]}, row])
+
+
+def test_of_several_references_the_first_is_learnt():
+    for row in (
+        {"instruction": "Greet.", "output": ["Hello.", "Hi."]},
+        {"instruction": "Greet.", "response": ["Hello."]},
+        {"prompt": "Greet: ", "completion": ["Hello.", "Hi."]},
+    ):
+        assert marked(encode_one(row), PLAIN).endswith("[Hello.<|endoftext|>]")
 
 
 def test_columns_of_no_form_are_listed_with_the_forms_that_there_are():
@@ -335,6 +378,82 @@ def test_conversations_are_cut_at_the_whole_length_alone():
     np.testing.assert_array_equal(examples[0].token_ids, whole.token_ids[:30])
     np.testing.assert_array_equal(examples[0].target_mask, [*whole.target_mask[:29], False])
     assert (examples.report.num_responses_cut, examples.report.num_prompts_cut) == (1, 0)
+
+
+def test_too_long_a_prompt_loses_its_oldest_turns_before_its_question():
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": [system, *THREE_TURNS[:3]], "completion": THREE_TURNS[3:]}
+    examples = encode(row, CHAT, max_length=60, max_prompt_length=44)
+    assert marked(examples[0], CHAT) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAnd when?<|im_end|>\n<|im_start|>assistant\n"
+        "[Long ago.<|im_end|>]"
+    )
+    assert examples.report.num_prompts_cut == 1
+
+
+def test_a_conversation_whose_first_question_fills_it_loses_the_middle_of_that():
+    examples = encode({"messages": LONG_QUESTION}, CHAT, max_length=70)
+    assert marked(examples[0], CHAT).endswith("so <|im_end|>\n<|im_start|>assistant\n[No.<|im_end|>]")
+    assert len(examples[0].token_ids) <= 70
+    assert examples.report.num_prompts_cut == 1
+
+
+def test_the_maximal_length_alone_is_enough():
+    row = {"prompt": "word " * 400, "completion": "la " * 400}
+    examples = encode(row, max_length=256)
+    assert examples.recipe["max_prompt_length"] == 128
+    assert int(examples[0].target_mask.argmax()) + 1 == 128
+    assert examples.num_tokens.tolist() == [256]
+
+
+def test_more_than_a_hundredth_cut_or_dropped_is_a_warning_with_the_numbers(caplog):
+    rows = [{"text": "Once."}] * 99
+    with caplog.at_level("WARNING"):
+        encode([*rows, {"text": ""}])
+        assert not caplog.records
+        encode([*rows, {"text": ""}, {"text": " "}])
+    (record,) = caplog.records
+    assert "rows: 101 rows, 99 examples; 0 prompts and 0 responses cut; 2 dropped (2 empty" in record.getMessage()
+
+
+# Long and short texts
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 7])
+@pytest.mark.parametrize("tokenizer", [PLAIN, with_bos("<|im_start|> $A")], ids=["plain", "bos"])
+def test_a_long_text_is_split_and_each_token_supervised_once(tokenizer, overlap):
+    text = " ".join(str(number) for number in range(100))
+    examples = encode({"id": "a", "text": text}, tokenizer, max_length=30, overlap=overlap)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    expected = [*PLAIN(text).input_ids, PLAIN.eos_token_id]
+    read: list[int] = []
+    num_supervised = 0
+    for number, example in enumerate(examples):
+        ids = example.token_ids.tolist()
+        assert len(ids) <= 30
+        assert ids[: len(start)] == start
+        body, num_context = ids[len(start) :], overlap if number else 0
+        assert body[:num_context] == read[len(read) - num_context :]
+        read += body[num_context:]
+        num_supervised += int(example.target_mask.sum())
+    assert read == expected
+    num_unpredicted = (not start) + (0 if overlap else len(examples) - 1)  # nothing stands before them
+    assert num_supervised == len(expected) - num_unpredicted
+    assert [example.id for example in examples] == [f"a#{number}" for number in range(1, len(examples) + 1)]
+    assert (examples.report.num_rows, examples.report.num_texts_split, examples.report.num_responses_cut) == (1, 1, 0)
+
+
+def test_short_texts_are_packed_and_none_predicts_the_beginning_of_the_next():
+    rows = [{"text": f"Story {number}."} for number in range(40)]
+    examples = encode(rows, max_length=64, pack=True)
+    whole = [token for row in rows for token in [*PLAIN(row["text"]).input_ids, PLAIN.eos_token_id]]
+    assert [token for example in examples for token in example.token_ids.tolist()] == whole
+    assert len(examples) < 8
+    for example in examples:
+        ends = example.token_ids[:-1] == PLAIN.eos_token_id
+        np.testing.assert_array_equal(example.target_mask[:-1], ~ends)
+    with pytest.raises(ConfigError, match="pack joins rows of `text`, and those of rows are prompt"):
+        encode(ROWS, pack=True)
 
 
 BLANK_ANSWER = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " "}]

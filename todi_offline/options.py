@@ -47,7 +47,7 @@ class ConfigCommand(click.Command):
         return [*self._options, *super().get_params(ctx)]
 
 
-class _JsonObject(click.ParamType):
+class _JsonObject(click.ParamType[dict[str, Any]]):
     name = "JSON"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:

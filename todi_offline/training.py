@@ -18,7 +18,7 @@ from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
-from todi_offline.data import DataConfig, load_examples
+from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
@@ -228,6 +228,8 @@ def run(
         cache = union(caches, mix_teachers=config.mix_teachers) if len(caches) > 1 else caches[0]
     if config.data.data is not None:
         cache = select_data(cache, config.data, tokenizer)
+    if tokenizer is not None:
+        tokenizer = with_recorded_template(tokenizer, [part.recipe for part in cache.manifest.parts])
     if eval_cache is None and config.eval_cache is not None:
         eval_cache = open_cache(open_store(config.eval_cache, staging), allow_unsealed=config.allow_unsealed)
     trainer = ToDiTrainer(
@@ -273,7 +275,10 @@ def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -
     recipe = cache.manifest.parts[0].recipe
     lengths = {name: getattr(data, name) or recipe.get(name) for name in ("max_length", "max_prompt_length")}
     known = {name: value for name, value in lengths.items() if isinstance(value, int)}
-    examples = load_examples(DataConfig(data=data.data or "", split=data.split, limit=data.limit, **known), tokenizer)
+    settings = recorded_settings(recipe) | known
+    examples = load_examples(
+        DataConfig(data=data.data or "", split=data.split, limit=data.limit, **settings), tokenizer
+    )
     found = cache.content_keys.find(examples.content_keys())
     if missing := np.flatnonzero(found < 0).tolist():
         names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -37,7 +37,8 @@ The modules, in the order in which a row goes through them:
 
 from todi_offline.data.examples import DataConfig, DataReport, Example, Examples
 from todi_offline.data.forms import ALPACA, ALPACA_WITH_INPUT
-from todi_offline.data.loading import examples_from_rows, load_examples
+from todi_offline.data.loading import examples_from_rows, load_examples, recorded_settings
+from todi_offline.data.templates import with_recorded_template
 
 __all__ = [
     "ALPACA",
@@ -48,4 +49,6 @@ __all__ = [
     "Examples",
     "examples_from_rows",
     "load_examples",
+    "recorded_settings",
+    "with_recorded_template",
 ]

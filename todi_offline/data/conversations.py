@@ -29,11 +29,12 @@ def read_messages(row: Row, column: str) -> list[Message]:
 
 def read_conversation(encoder: Encoder, row: Row, messages: Sequence[Message]) -> Conversation:
     """Return messages with what the row and the config say of their template: tools and arguments."""
-    tools = _json_of(row, "tools", list) or None
+    tools: list[Any] | None = _json_of(row, "tools", list) or None
     options = {**encoder.config.chat_template_kwargs, **(_json_of(row, "chat_template_kwargs", Mapping) or {})}
     if tools is not None:
         tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-    return adapted(_chat_of(encoder), Conversation(tuple(messages), tools and tuple(tools), options))
+    given = None if tools is None else tuple(tools)
+    return adapted(_chat_of(encoder), Conversation(tuple(messages), given, options))
 
 
 def encode_conversation(encoder: Encoder, conversation: Conversation) -> Tokens:
@@ -145,7 +146,8 @@ def _message(message: Any, where: str) -> Message:
             string_of(message[name], f"{name} of {where}")
     if calls and not all(isinstance(call, Mapping) and "name" in call.get("function", call) for call in calls):
         raise DataError(f"{where} has the tool calls {calls!r:.60}; expected objects with function, name and arguments")
-    return _without_nulls({**message, "content": content})
+    read: Message = _without_nulls({**message, "content": content})
+    return read
 
 
 def _without_nulls(value: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_RECORDED = (
+    "max_length",
+    "max_prompt_length",
+    "overlap",
+    "pack",
+    "supervise",
+    "chat_template",
+    "chat_template_kwargs",
+)
 
 WARN_SHARE = 0.01
 """Of the rows; where more are cut or dropped, it is a warning."""
@@ -41,6 +51,11 @@ def load_examples(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> E
         return _examples_from(source, config, tokenizer, place)
     table, facts = kept
     return _examples(table, source, DataReport(**facts["report"]), facts["recipe"])
+
+
+def recorded_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of `DataConfig` that a recipe records: the same rows give the same examples with them."""
+    return {name: recipe[name] for name in _RECORDED if recipe.get(name) is not None}
 
 
 def examples_from_rows(

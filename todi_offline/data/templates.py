@@ -4,9 +4,11 @@ A template serves conversations of several turns if it writes a turn in the same
 Where the tokenizer's own does not, or ends no turn, the training template that `trl` publishes for it is taken.
 """
 
+import copy
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,8 @@ from todi_offline.errors import DataError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -89,6 +93,22 @@ def choose_template(
     traits = traits_of(own, options)
     published = _published_template(tokenizer) if traits.rewrites or not traits.end_of_turn else None
     return own if published is None else ChatTemplate(tokenizer, published, "trl", longest_first)
+
+
+def with_recorded_template(tokenizer: Any, recipes: Iterable[Mapping[str, Any]]) -> Any:
+    """Return a tokenizer with the chat template of a cache's data, for a student is served with what it learnt.
+
+    A template that differs is reported. No id changes by it.
+    """
+    recorded = {recipe["chat_template"] for recipe in recipes if recipe.get("chat_template")}
+    if len(recorded) > 1:
+        logger.warning("the cache was captured with %s chat templates; the student keeps its own", len(recorded))
+    if len(recorded) != 1 or tokenizer.chat_template in recorded:
+        return tokenizer
+    logger.warning("the student's chat template is not the one of the cache, which is saved with the student")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = recorded.pop()
+    return tokenizer
 
 
 def read_template(given: str) -> str:
