@@ -119,14 +119,14 @@ def _make_teacher(folder: Path) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator((pair.response for pair in stdlib_pairs()), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=CHATML)
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(folder)
 
 
 def _make_rows(path: Path, num_rows: int) -> None:
@@ -138,8 +138,8 @@ def _make_rows(path: Path, num_rows: int) -> None:
                 pair = pairs[turn % len(pairs)]
                 start = turn // len(pairs) * 7 % 80
                 messages += [
-                    {"role": "user", "content": f"{pair.instruction} ({turn})"},
-                    {"role": "assistant", "content": pair.response[start : start + 60]},
+                    {"role": "user", "content": f"{pair.instruction[-24:]} ({turn})"},
+                    {"role": "assistant", "content": pair.response[start : start + 40]},
                 ]
             file.write(json.dumps({"messages": messages}) + "\n")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from todi_offline.data.chat import ROLES, Conversation, adapted, prompt_text, rendered_turns
-from todi_offline.data.encoder import Encoder, ids_of, next_ids
+from todi_offline.data.encoder import Encoder, ids_of, ids_of_pieces
 from todi_offline.data.templates import THOUGHTS, ChatTemplate, Message
 from todi_offline.data.tokens import Dropped, Row, Tokens, filled, string_of
 from todi_offline.errors import DataError
@@ -74,8 +74,8 @@ def _encode(encoder: Encoder, conversation: Conversation, answers: Sequence[int]
     rendered = rendered_turns(_chat_of(encoder), conversation, answers)
     ids: list[int] = []
     supervised: list[bool] = []
-    for piece in rendered.pieces:
-        more = next_ids(encoder, piece.text) if ids else ids_of(encoder, piece.text)
+    texts = [piece.text for piece in rendered.pieces]
+    for piece, more in zip(rendered.pieces, ids_of_pieces(encoder, texts) if texts else [], strict=True):
         ids += more
         supervised += [piece.supervised] * len(more)
     if not any(supervised):

@@ -74,6 +74,14 @@ def next_ids(encoder: Encoder, text: str) -> list[int]:
     return ids[len(line) :] if ids[: len(line)] == line else ids_of(encoder, text)
 
 
+def ids_of_pieces(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    """Return the ids of texts that follow each other from the beginning of a sequence, each by itself."""
+    if encoder.starts_with_space:
+        return [next_ids(encoder, text) if number else ids_of(encoder, text) for number, text in enumerate(texts)]
+    ids: list[list[int]] = encoder.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def ended(encoder: Encoder, ids: list[int]) -> list[int]:
     """Return the ids with EOS at their end."""
     return ids if ids[-1:] == [encoder.eos] else [*ids, encoder.eos]
