@@ -108,8 +108,8 @@ def _around_teacher(settings: Settings, work: Path) -> World:
     teacher = load_teacher(TeacherConfig(teacher=settings.teacher, dtype="float32"))
 
     def read(data: str, split: str, limit: int) -> Examples:
-        named = {"split": split} if data == "stdlib" else {}
-        config = DataConfig(data=data, limit=limit, max_length=256, max_prompt_length=128, **named)
+        named = split if data == "stdlib" else None
+        config = DataConfig(data=data, split=named, limit=limit, max_length=256, max_prompt_length=128)
         return load_examples(config, teacher.tokenizer)
 
     train, heldout = read(settings.data, "train", 2_000), read(settings.heldout, "heldout", 100)

@@ -23,7 +23,7 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture, capture_from
 from todi_offline.data import Example, Examples
-from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, TeacherOutputError
+from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TeacherOutputError
 from todi_offline.stream import Collator
 from todi_offline.targets import SparseTargets
 from todi_offline.teacher import Teacher, as_teacher
@@ -324,6 +324,16 @@ def test_a_capture_from_a_toml_file_is_the_capture_of_its_settings(folder: Path,
     lengths = {"limit": 5, "max_length": 64, "max_prompt_length": 32}
     capture(str(folder), str(chats), tmp_path / "b", k=4, shard_tokens=4096, device="cpu", **lengths)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_wrong_columns_are_refused_before_the_teacher_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(todi_offline.capturing, "load_teacher", None)
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "Because."}')
+    with pytest.raises(DataError, match="has the columns question, answer; expected messages"):
+        capture(str(folder), str(tmp_path / "rows.jsonl"), tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_setting_that_does_not_exist_is_refused(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:

@@ -134,6 +134,21 @@ def test_errors_are_one_line_with_exit_code_1(
     assert "there is no file" in missing
 
 
+def test_arguments_of_the_chat_template_are_json(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_start|>' +", "'<|im_start|>' + (title or '') +")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    common = ("keys", "--tokenizer", tmp_path / "tokenizer", "--limit", "3", "--out")
+    for name, arguments in (("plain", "{}"), ("titled", '{"title": "Dr. "}')):
+        run(*common, tmp_path / name, "--chat-template-kwargs", arguments)
+    assert (tmp_path / "plain").read_text() != (tmp_path / "titled").read_text()
+    (tmp_path / "own.jinja").write_text("{% set title = 'Dr. ' %}" + tokenizer.chat_template)
+    run(*common, tmp_path / "given", "--chat-template", tmp_path / "own.jinja")
+    assert (tmp_path / "given").read_text() == (tmp_path / "titled").read_text()
+    for arguments, message in (("{", "is not valid JSON"), ("[1]", "is not an object")):
+        assert message in run(*common, tmp_path / "no", "--chat-template-kwargs", arguments, code=2).output
+
+
 def test_the_readme_names_every_command_and_its_python_runs() -> None:
     text = README.read_text(encoding="utf-8")
     for name in cli.commands:

@@ -18,7 +18,7 @@ from todi_offline.data import (
     DataReport,
     Example,
     Examples,
-    examples,
+    keeping,
     load_examples,
 )
 from todi_offline.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ def test_many_rows_are_held_in_order():
 
 def test_large_data_sets_live_in_a_mapped_file_of_which_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(examples, "IN_MEMORY_BYTES", 10_000)
+    monkeypatch.setattr(keeping, "IN_MEMORY_BYTES", 10_000)
     rows = [{"id": number, "text": f"Number {number}:" + " word" * 200} for number in range(2_345)]
     bytes_before = pa.total_allocated_bytes()
     mapped = encode(rows)
@@ -139,6 +139,9 @@ def test_the_recipe_is_plain_json_without_a_path_and_the_same_on_every_run(tmp_p
         ({"limit": 0}, "limit is 0"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0"),
         ({"max_length": 512, "max_prompt_length": 512}, "no token is left for a response"),
+        ({"max_length": 1}, "max_length is 1; expected at least 2"),
+        ({"max_length": 100, "overlap": 51}, "overlap is 51; expected 0 to 50"),
+        ({"num_proc": 0}, "num_proc is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

@@ -16,7 +16,7 @@ from todi_offline.data import (
     DataReport,
     load_examples,
 )
-from todi_offline.errors import DataError, ModelError
+from todi_offline.errors import ConfigError, DataError, ModelError
 
 # The boundary
 
@@ -164,6 +164,49 @@ def test_the_most_specific_form_that_the_columns_have_is_taken_and_others_are_ig
     assert encode(row, CHAT).recipe["form"] == form
 
 
+@pytest.mark.parametrize(
+    ("mask", "supervised"),
+    [
+        ({}, "a[bcdef]"),
+        ({"completion_mask": [0, 0, 0, 1, 1, 1]}, "abc[def]"),
+        ({"assistant_masks": [0, 1, 1, 0, 0, 1]}, "a[bc]de[f]"),
+        ({"completion_mask": [0, 0, 1, 1, 1, 1], "assistant_masks": [0, 1, 1, 1, 0, 0]}, "ab[cd]"),
+        ({"labels": "ids"}, "ab[cdef]"),
+    ],
+)
+def test_rows_of_tokens_bring_their_own_mask(mask, supervised):
+    ids = PLAIN.convert_tokens_to_ids(list("abcdef"))
+    row = {"input_ids": ids, "text": "never read", **mask}
+    if "labels" in mask:
+        row["labels"] = [-100, -100, *ids[2:]]
+    example = encode_one(row)
+    assert marked(example, PLAIN).startswith(supervised)
+    assert example.token_ids.tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": "abc"}, "column 'input_ids' holds 'abc' .*expected a list of integers"),
+        ({"input_ids": [1, 512]}, "holds the id 512; the tokenizer knows 0 to 511"),
+        ({"input_ids": [1, 2], "labels": [1]}, "column 'labels' has 1 entries for 2 of 'input_ids'"),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "'labels' holds other ids than 'input_ids'"),
+    ],
+)
+def test_wrong_tokens_and_masks_are_named(row, message):
+    with pytest.raises(DataError, match=message):
+        encode([{"input_ids": [1, 2]}, row])
+
+
+def test_of_several_references_the_first_is_learnt():
+    for row in (
+        {"instruction": "Greet.", "output": ["Hello.", "Hi."]},
+        {"instruction": "Greet.", "response": ["Hello."]},
+        {"prompt": "Greet: ", "completion": ["Hello.", "Hi."]},
+    ):
+        assert marked(encode_one(row), PLAIN).endswith("[Hello.<|endoftext|>]")
+
+
 def test_columns_of_no_form_are_listed_with_the_forms_that_there_are():
     with pytest.raises(DataError, match=r"rows has the columns question, answer; expected messages, or prompt and"):
         encode({"question": "Why?", "answer": "Because."})
@@ -221,7 +264,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row_and_a_wa
     turns = [dict(turn) for turn in THREE_TURNS]
     turns[1]["content"] = "<think>Hm.</think>Nobody knows."
     with pytest.raises(
-        DataError, match=r"rows, row 1 \(counted from 0\): .* messages 0 to 1 .*generation.* one answer"
+        DataError,
+        match=r"rows, row 1 \(counted from 0\): .* 0 to 1 .*todi-offline\[trl\].*--chat-template.*one answer",
     ):
         encode([{"messages": THREE_TURNS}, {"messages": turns}], chat_tokenizer(FORGETFUL))
 
@@ -240,7 +284,7 @@ def test_what_a_template_writes_after_the_last_message_of_all_is_no_part_of_earl
     tokenizer.eos_token = "<|endoftext|>"
     text = marked(encode_one({"messages": THREE_TURNS}, tokenizer), tokenizer)
     assert "[Nobody knows.<|im_end|>]\n<|im_start|>user" in text
-    assert text.endswith("[Long ago.<|im_end|>\n<|endoftext|>]")
+    assert text.endswith("[Long ago.<|im_end|>]")
 
 
 def test_eos_ends_a_conversation_whose_template_ends_no_turn():
@@ -267,7 +311,7 @@ def test_what_a_template_refuses_is_an_error_that_names_the_row():
 
 
 def test_conversations_need_a_chat_template():
-    with pytest.raises(ModelError, match=r"no chat template; take the tokenizer of an instruct model"):
+    with pytest.raises(ModelError, match=r"no chat template; name one \(--chat-template FILE\), take the tok"):
         encode({"messages": THREE_TURNS}, PLAIN)
 
 
@@ -279,17 +323,17 @@ def test_a_tokenizer_without_eos_is_refused():
 # What is cut and what is dropped
 
 
-def test_too_long_a_prompt_keeps_bos_and_its_end():
+def test_too_long_a_prompt_keeps_bos_its_beginning_and_its_end():
     tokenizer = with_bos()
     prompt = "word " * 50 + "and then?\n"
     examples = encode({"prompt": prompt, "completion": "Yes."}, tokenizer, max_length=40, max_prompt_length=10)
     plain = PLAIN(prompt).input_ids
-    assert examples[0].token_ids[:10].tolist() == [tokenizer.bos_token_id, *plain[-9:]]
+    assert examples[0].token_ids[:10].tolist() == [tokenizer.bos_token_id, *plain[:4], *plain[-5:]]
     assert marked(examples[0], tokenizer).endswith("[Yes.<|endoftext|>]")
     assert examples.report == DataReport(num_rows=1, num_examples=1, num_prompts_cut=1)
 
 
-def test_too_long_a_chat_prompt_loses_the_beginning_of_its_question_and_nothing_of_the_template():
+def test_too_long_a_chat_prompt_loses_the_middle_of_its_question_and_nothing_of_the_template():
     question = " ".join(str(number) for number in range(200))
     row = {"instruction": question, "output": "Yes."}
     examples = encode(row, CHAT, max_length=60, max_prompt_length=40)
@@ -298,11 +342,9 @@ def test_too_long_a_chat_prompt_loses_the_beginning_of_its_question_and_nothing_
     assert text.startswith(head)
     assert text.endswith(f" 199{tail}")
     kept = text[len(head) : -len(tail)]
-    assert question.endswith(kept)
-    one_more = head + question[-len(kept) - 1 :] + "<|im_end|>\n<|im_start|>assistant\n"
-    assert (
-        len(CHAT(head + kept + "<|im_end|>\n<|im_start|>assistant\n").input_ids) <= 40 < len(CHAT(one_more).input_ids)
-    )
+    half = (len(kept) + 1) // 2
+    assert kept == question[:half] + question[len(question) - (len(kept) - half) :]
+    assert 36 < len(CHAT(head + kept + "<|im_end|>\n<|im_start|>assistant\n").input_ids) <= 40
     assert examples.report.num_prompts_cut == 1
 
 
@@ -314,7 +356,7 @@ def test_a_prompt_as_messages_is_cut_in_its_last_message():
     assert text.endswith("so why?<|im_end|>\n<|im_start|>assistant\n[No.<|im_end|>]")
 
 
-def test_a_prompt_that_is_too_long_before_its_last_message_is_dropped_and_counted():
+def test_a_prompt_whose_system_message_alone_is_too_long_is_dropped_and_counted():
     prompt = [{"role": "system", "content": "Be brief. " * 50}, {"role": "user", "content": "Why?"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "No."}]}
     report = encode([row, {**row, "prompt": prompt[1:]}], CHAT, max_length=60, max_prompt_length=40).report
@@ -329,8 +371,8 @@ def test_a_response_is_cut_at_the_whole_length_and_then_has_no_eos():
     assert examples.report.num_prompts_cut == 0
 
 
-@pytest.mark.parametrize("row", [{"text": "la " * 90}, {"messages": THREE_TURNS}])
-def test_texts_and_conversations_are_cut_at_the_whole_length_alone(row):
+def test_conversations_are_cut_at_the_whole_length_alone():
+    row = {"messages": THREE_TURNS}
     whole = encode_one(row, CHAT)
     examples = encode(row, CHAT, max_length=30, max_prompt_length=3)
     np.testing.assert_array_equal(examples[0].token_ids, whole.token_ids[:30])
@@ -338,8 +380,85 @@ def test_texts_and_conversations_are_cut_at_the_whole_length_alone(row):
     assert (examples.report.num_responses_cut, examples.report.num_prompts_cut) == (1, 0)
 
 
+def test_too_long_a_prompt_loses_its_oldest_turns_before_its_question():
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": [system, *THREE_TURNS[:3]], "completion": THREE_TURNS[3:]}
+    examples = encode(row, CHAT, max_length=60, max_prompt_length=44)
+    assert marked(examples[0], CHAT) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAnd when?<|im_end|>\n<|im_start|>assistant\n"
+        "[Long ago.<|im_end|>]"
+    )
+    assert examples.report.num_prompts_cut == 1
+
+
+def test_a_conversation_whose_first_question_fills_it_loses_the_middle_of_that():
+    examples = encode({"messages": LONG_QUESTION}, CHAT, max_length=70)
+    assert marked(examples[0], CHAT).endswith("so <|im_end|>\n<|im_start|>assistant\n[No.<|im_end|>]")
+    assert len(examples[0].token_ids) <= 70
+    assert examples.report.num_prompts_cut == 1
+
+
+def test_the_maximal_length_alone_is_enough():
+    row = {"prompt": "word " * 400, "completion": "la " * 400}
+    examples = encode(row, max_length=256)
+    assert examples.recipe["max_prompt_length"] == 128
+    assert int(examples[0].target_mask.argmax()) + 1 == 128
+    assert examples.num_tokens.tolist() == [256]
+
+
+def test_more_than_a_hundredth_cut_or_dropped_is_a_warning_with_the_numbers(caplog):
+    rows = [{"text": "Once."}] * 99
+    with caplog.at_level("WARNING"):
+        encode([*rows, {"text": ""}])
+        assert not caplog.records
+        encode([*rows, {"text": ""}, {"text": " "}])
+    (record,) = caplog.records
+    assert "rows: 101 rows, 99 examples; 0 prompts and 0 responses cut; 2 dropped (2 empty" in record.getMessage()
+
+
+# Long and short texts
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 7])
+@pytest.mark.parametrize("tokenizer", [PLAIN, with_bos("<|im_start|> $A")], ids=["plain", "bos"])
+def test_a_long_text_is_split_and_each_token_supervised_once(tokenizer, overlap):
+    text = " ".join(str(number) for number in range(100))
+    examples = encode({"id": "a", "text": text}, tokenizer, max_length=30, overlap=overlap)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    expected = [*PLAIN(text).input_ids, PLAIN.eos_token_id]
+    read: list[int] = []
+    num_supervised = 0
+    for number, example in enumerate(examples):
+        ids = example.token_ids.tolist()
+        assert len(ids) <= 30
+        assert ids[: len(start)] == start
+        body, num_context = ids[len(start) :], overlap if number else 0
+        assert body[:num_context] == read[len(read) - num_context :]
+        read += body[num_context:]
+        num_supervised += int(example.target_mask.sum())
+    assert read == expected
+    num_unpredicted = (not start) + (0 if overlap else len(examples) - 1)  # nothing stands before them
+    assert num_supervised == len(expected) - num_unpredicted
+    assert [example.id for example in examples] == [f"a#{number}" for number in range(1, len(examples) + 1)]
+    assert (examples.report.num_rows, examples.report.num_texts_split, examples.report.num_responses_cut) == (1, 1, 0)
+
+
+def test_short_texts_are_packed_and_none_predicts_the_beginning_of_the_next():
+    rows = [{"text": f"Story {number}."} for number in range(40)]
+    examples = encode(rows, max_length=64, pack=True)
+    whole = [token for row in rows for token in [*PLAIN(row["text"]).input_ids, PLAIN.eos_token_id]]
+    assert [token for example in examples for token in example.token_ids.tolist()] == whole
+    assert len(examples) < 8
+    for example in examples:
+        ends = example.token_ids[:-1] == PLAIN.eos_token_id
+        np.testing.assert_array_equal(example.target_mask[:-1], ~ends)
+    with pytest.raises(ConfigError, match="pack joins rows of `text`, and those of rows are prompt"):
+        encode(ROWS, pack=True)
+
+
 BLANK_ANSWER = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " "}]
 LONG_QUESTION = [{"role": "user", "content": "so " * 99}, {"role": "assistant", "content": "No."}]
+LONG_SYSTEM = [{"role": "system", "content": "so " * 99}, *THREE_TURNS]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +470,7 @@ LONG_QUESTION = [{"role": "user", "content": "so " * 99}, {"role": "assistant", 
         ({"messages": THREE_TURNS + BLANK_ANSWER}, {"messages": THREE_TURNS}, "num_empty"),
         ({"messages": []}, {"messages": THREE_TURNS}, "num_unsupervised"),
         ({"messages": THREE_TURNS[:1]}, {"messages": THREE_TURNS}, "num_unsupervised"),
-        ({"messages": LONG_QUESTION}, {"messages": THREE_TURNS}, "num_unsupervised"),
+        ({"messages": LONG_SYSTEM}, {"messages": THREE_TURNS}, "num_prompt_too_long"),
     ],
 )
 def test_rows_without_anything_to_learn_are_dropped_and_counted_by_reason(row, good, reason):
@@ -404,9 +523,12 @@ def test_prompt_and_completion_are_of_one_kind(row, message):
     [
         ("Hello", r"column 'messages' holds 'Hello' \(str\); expected a list of messages"),
         (["Hello"], r"messages\[0\] is a str; expected an object with role and content"),
-        ([{"role": "human", "content": "Hi"}], r"messages\[0\] has the role 'human'; expected a text by .*assistant"),
-        ([{"role": "tool", "content": "Hi"}], r"messages\[0\] has the role 'tool'"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"messages\[0\] has tool calls; .*such rows out"),
+        ([{"role": "human", "content": "Hi"}], r"messages\[0\] has the role 'human'; expected one of .*assistant"),
+        ([{"role": "tool", "content": {"a": 1}}], r"the content of messages\[0\] holds \{'a': 1\}"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+            r"messages\[0\] has the tool calls \[\{\}\]",
+        ),
         ([{"role": "user", "content": None}], r"the content of messages\[0\] holds None"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"the content of messages\[0\] holds \[\{'type'"),
         (THREE_TURNS[1:], "its first message is the assistant's"),
@@ -417,9 +539,14 @@ def test_what_is_no_conversation_of_texts_is_named(messages, message):
         encode([{"messages": THREE_TURNS}, {"messages": messages}], CHAT)
 
 
-def test_tools_are_refused():
-    with pytest.raises(DataError, match="it has tools, which are not supported"):
-        encode({"messages": THREE_TURNS, "tools": [{"name": "clock"}]}, CHAT)
+def test_tools_that_the_template_does_not_read_are_refused():
+    calling = {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    for row, message in (
+        ({"messages": THREE_TURNS, "tools": [{"name": "clock"}]}, "the chat template leaves tools out"),
+        ({"messages": [*THREE_TURNS[:1], calling]}, "the chat template leaves calls of tools out"),
+    ):
+        with pytest.raises(DataError, match=message):
+            encode(row, CHAT)
 
 
 def test_no_rows_and_rows_that_are_none_are_refused():

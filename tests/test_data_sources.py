@@ -92,7 +92,11 @@ def test_a_csv_file_holds_texts_whatever_they_look_like(tmp_path):
         ("rows.parquet", b"nonsense", "cannot be read"),
         ("rows.arrow", b"nonsense, too", "cannot be read"),
         ("rows.arrow", b"", "cannot be read"),
-        ("rows.txt", b"Hello", r"rows.txt is of no known kind; expected one of .jsonl, .json, .csv, .parquet, .arrow"),
+        (
+            "rows.doc",
+            b"Hello",
+            r"is of no known kind; expected one of .jsonl, .json, .csv, .parquet, .arrow, .txt",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, message, tmp_path):
@@ -155,18 +159,44 @@ def test_the_limit_takes_the_first_rows_and_reads_no_others(tmp_path):
 
 
 def test_a_hub_id_is_loaded_by_datasets_in_the_split_that_it_has(monkeypatch):
-    def load_dataset(name, split):
-        assert (name, split) == ("someone/rows", "train")
+    def load_dataset(name, subset, split, streaming, **where):
+        assert (name, subset, split, where) == ("someone/rows", None, "train", {})
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: ["test", "train"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["test", "train"])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     examples = load_examples(DataConfig(data="someone/rows"), PLAIN)
     assert (len(examples), examples[0].source, examples.recipe["source"]) == (3, "someone/rows/train", "someone/rows")
 
 
+def test_a_hub_data_set_has_subsets_and_revisions_and_can_be_streamed(monkeypatch):
+    def split_names(name, subset, revision):
+        assert (name, subset, revision) == ("someone/rows", "small", "v2")
+        return ["train"]
+
+    def load_dataset(name, subset, split, streaming, revision):
+        assert (name, subset, split, streaming, revision) == ("someone/rows", "small", "train", True, "v2")
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", split_names)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(data="someone/rows", subset="small", data_revision="v2", streaming=True, limit=2)
+    examples = load_examples(config, PLAIN)
+    assert len(examples) == 2
+    assert (examples.recipe["subset"], examples.recipe["revision"]) == ("small", "v2")
+
+
+def test_the_paragraphs_of_a_text_file_are_texts(tmp_path):
+    (tmp_path / "book.txt").write_text("\n\nOnce upon\n  a time.\n \n\nThe end.\n", encoding="utf-8")
+    examples = load_examples(DataConfig(data=str(tmp_path / "book.txt")), PLAIN)
+    assert [marked(example, PLAIN) for example in examples] == [
+        "O[nce upon\n  a time.<|endoftext|>]",
+        "The[ end.<|endoftext|>]",
+    ]
+
+
 def test_what_the_hub_does_not_give_is_one_line(monkeypatch):
-    def refuse(name):
+    def refuse(*_):
         raise ConnectionError("the hub cannot be reached\nand so on")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)

@@ -105,7 +105,7 @@ def test_what_cannot_be_used_is_named(folder: Path, heldout: Cache, tmp_path: Pa
     with pytest.raises(DataError, match="there is no file or folder"):
         evaluate(str(folder), data=str(tmp_path / "no.jsonl"), **QUICK)
     other = save(llama(seed=1), tmp_path / "other", chat=False)
-    with pytest.raises(CacheMismatchError, match="chat_template"):
+    with pytest.raises(CacheMismatchError, match="special_ids"):
         evaluate(str(other), cache=heldout, **QUICK)
     with pytest.raises(ConfigError, match=r"'sedes' is no setting .* did you mean 'seeds'"):
         evaluate(str(folder), cache=heldout, sedes=(1,))

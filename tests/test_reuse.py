@@ -200,7 +200,7 @@ def test_the_cache_of_another_teacher_tokenizer_or_vocabulary_is_refused(
 ) -> None:
     others = {
         r"teacher\.weights: '\w+' there, '\w+' here": as_teacher(llama(seed=1), tiny_tokenizer()),
-        r"tokenizer\.chat_template: '\w+' there, '\w+' here": as_teacher(teacher.model, tiny_tokenizer(chat=False)),
+        r"tokenizer\.special_ids: '\w+' there, '\w+' here": as_teacher(teacher.model, tiny_tokenizer(chat=False)),
         "vocab_size: 512 there, 500 here": dataclasses.replace(teacher, vocab_size=500),
     }
     for message, other in others.items():

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tokenised
+from conftest import Row, tokenised
 from peft import PeftModel
-from support.tiny import tiny_tokenizer
+from support.tiny import CHATML, tiny_tokenizer
 from support.tiny_models import llama, save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -63,6 +63,23 @@ def test_a_student_is_trained_measured_and_saved(folder: Path, cache: Cache, hel
     assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == tiny_tokenizer().get_vocab()
     again = train(str(tmp_path / "run"), cache, tmp_path / "more", eval_cache=heldout, max_steps=1, **SMALL)
     assert again.before["forward_kl"] == pytest.approx(summary.after["forward_kl"], rel=1e-5)
+
+
+def test_a_student_is_saved_with_the_chat_template_of_its_data(
+    folder: Path, teacher: Teacher, conversations: list[Row], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another template is reported and not refused, and the data are found again through the recorded one."""
+    rows, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in conversations[:6]))
+    template = CHATML.replace("<|im_start|>", "<|im_start|>the ")
+    settings = {"k": 8, "tail_samples": 0, "max_length": 96, "chat_template": template, "supervise": "last"}
+    capture(teacher, str(rows), cache, **settings)
+    assert open_cache(cache).manifest.parts[0].recipe["chat_template"] == template
+    caplog.set_level("WARNING", "todi_offline")
+    train(str(folder), cache, tmp_path / "run", data=str(rows), max_steps=1, **SMALL)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == template
+    assert "the student's chat template is not the one of the cache" in caplog.text
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
 
 
 def test_the_resolved_settings_are_saved_with_the_student(folder: Path, cache: Cache, tmp_path: Path) -> None:
@@ -156,7 +173,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
 ) -> None:
     other = save(llama(seed=1), tmp_path / "other", chat=False)
     run = tmp_path / "run"
-    with pytest.raises(CacheMismatchError, match="chat_template"):
+    with pytest.raises(CacheMismatchError, match="special_ids"):
         train(str(other), cache, run, **SMALL)
     with pytest.raises(TargetsError, match=r"or capture 4 too"):
         train(str(folder), cache, run, temperature=4, **SMALL)

@@ -28,6 +28,7 @@ from todi_offline.cache.writer import CacheWriter
 from todi_offline.config import load_config
 from todi_offline.data import DataConfig, Example, Examples, load_examples
 from todi_offline.errors import CacheCorruptError, memory_errors
+from todi_offline.models import Tokenizer, load_tokenizer
 from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
@@ -126,10 +127,11 @@ def run(
     progress: Progress | None = None,
 ) -> CaptureSummary:
     """Load what is not given, plan, copy and capture what is not committed yet, seal."""
+    if examples is None:  # before the teacher: wrong data are refused at once
+        examples = load_examples(config.data, teacher.tokenizer if teacher else _tokenizer_of(config.teacher))
     teacher = teacher or load_teacher(config.teacher)
     manifest = describe(teacher, config.cache)
     reused = open_reusable(config.reuse, manifest)
-    examples = load_examples(config.data, teacher.tokenizer) if examples is None else examples
     keys = examples.content_keys()
     manifest = dataclasses.replace(manifest, parts=(_part(examples, keys),))
     plan = plan_capture(open_store(config.out), manifest, keys, examples.num_tokens)
@@ -140,6 +142,10 @@ def run(
         tally = _capture_shards(writer, [shard for shard in plan.shards if shard.index in missing], job, progress)
         writer.seal()
     return _summarise(job, tally)
+
+
+def _tokenizer_of(config: TeacherConfig) -> Tokenizer:
+    return load_tokenizer(config.teacher, trust_remote_code=config.trust_remote_code)
 
 
 def describe(teacher: Teacher, settings: CacheSettings) -> Manifest:

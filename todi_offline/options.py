@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import json
 import textwrap
 import tomllib
 import types
@@ -46,6 +47,19 @@ class ConfigCommand(click.Command):
         return [*self._options, *super().get_params(ctx)]
 
 
+class _JsonObject(click.ParamType[dict[str, Any]]):
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            parsed = value if isinstance(value, dict) else json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not valid JSON ({error}); expected an object", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is not an object; expected one, such as {{}}", param, ctx)
+        return parsed
+
+
 def _option(field: str, holder: type) -> click.Option | None:
     """Return the option of a config's field, or None for a table that has no single value."""
     item = next(item for item in dataclasses.fields(holder) if item.name == field)
@@ -54,12 +68,14 @@ def _option(field: str, holder: type) -> click.Option | None:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(arg for arg in args if arg is not type(None))
         args = typing.get_args(kind)
-    if typing.get_origin(kind) is dict:
+    if typing.get_origin(kind) is dict and "json" not in item.metadata:
         return None
     name = _OPTION_NAMES.get(field, field).replace("_", "-")
     described = _help(field, holder, item)
     if kind is bool:
         return click.Option([f"--{name}/--no-{name}", field], default=None, help=described)
+    if typing.get_origin(kind) is dict:
+        return click.Option([f"--{name}", field], type=_JsonObject(), default=None, help=described)
     multiple = typing.get_origin(kind) is tuple
     choice = click.Choice(args) if typing.get_origin(kind) is typing.Literal else None
     scalar = args[0] if multiple else click.Path(path_type=Path) if kind is Path else kind

@@ -22,7 +22,7 @@ from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.config import flat_fields, load_config, read_toml, to_dict
-from todi_offline.data import DataConfig, load_examples
+from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
@@ -240,6 +240,8 @@ def run(
     arguments = training_arguments(config)
     tokenizer = student[1] if student else _load_tokenizer(config.student)
     cache, eval_cache = _open_caches(config, cache, eval_cache, tokenizer)
+    if tokenizer is not None:
+        tokenizer = with_recorded_template(tokenizer, [part.recipe for part in cache.manifest.parts])
     parts = _parts(config, arguments, cache, eval_cache)
     find_start(config.out, parts, config.resume)
     model = student[0] if student else _load_model(config.student)
@@ -365,7 +367,10 @@ def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -
     recipe = cache.manifest.parts[0].recipe
     lengths = {name: getattr(data, name) or recipe.get(name) for name in ("max_length", "max_prompt_length")}
     known = {name: value for name, value in lengths.items() if isinstance(value, int)}
-    examples = load_examples(DataConfig(data=data.data or "", split=data.split, limit=data.limit, **known), tokenizer)
+    settings = recorded_settings(recipe) | known
+    examples = load_examples(
+        DataConfig(data=data.data or "", split=data.split, limit=data.limit, **settings), tokenizer
+    )
     found = cache.content_keys.find(examples.content_keys())
     if missing := np.flatnonzero(found < 0).tolist():
         names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")

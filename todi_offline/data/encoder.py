@@ -1,16 +1,14 @@
-"""Text or messages in, token ids out, so that pieces tokenised apart fit together."""
+"""Text in, token ids out, so that pieces tokenised apart fit together."""
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from todi_offline.data.examples import DataConfig
-from todi_offline.errors import DataError, ModelError, first_line
+from todi_offline.data.templates import ChatTemplate
+from todi_offline.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +17,6 @@ class Encoder:
 
     tokenizer: "PreTrainedTokenizerBase"
     config: DataConfig
-    template: str | None
-    marks_answers: bool
-    """The template has {% generation %} blocks."""
     eos: int
     closing: dict[int, str]
     """The special tokens that may end a turn, with their texts."""
@@ -29,6 +24,8 @@ class Encoder:
     """What the tokenizer puts before a text: BOS, or nothing."""
     starts_with_space: bool
     """It reads a text as though a space stood before it, as SentencePiece does: wrong in the middle of a sequence."""
+    chat: ChatTemplate | None = None
+    """The template of the rows, where they are conversations."""
 
 
 def make_encoder(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> Encoder:
@@ -38,10 +35,6 @@ def make_encoder(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> En
             "the tokenizer has no EOS token, so no response could end; set tokenizer.eos_token, or eos_token in its "
             "tokenizer_config.json"
         )
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    if template and "strftime_now" in template:
-        # A prompt with the date of today would be another one tomorrow: capture could not go on, nor match.
-        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
     closing = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     closing.pop(tokenizer.unk_token_id, None)
     closing[tokenizer.eos_token_id] = tokenizer.eos_token
@@ -51,8 +44,6 @@ def make_encoder(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> En
     return Encoder(
         tokenizer,
         config,
-        template,
-        marks_answers=bool(template and re.search(r"\{%-?\s*generation\s*-?%\}", template)),
         eos=tokenizer.eos_token_id,
         closing=closing,
         start=next((whole[:n] for n in range(len(whole)) if whole[n : n + len(alone)] == alone), []),
@@ -83,31 +74,14 @@ def next_ids(encoder: Encoder, text: str) -> list[int]:
     return ids[len(line) :] if ids[: len(line)] == line else ids_of(encoder, text)
 
 
+def ids_of_pieces(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    """Return the ids of texts that follow each other from the beginning of a sequence, each by itself."""
+    if encoder.starts_with_space:
+        return [next_ids(encoder, text) if number else ids_of(encoder, text) for number, text in enumerate(texts)]
+    ids: list[list[int]] = encoder.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def ended(encoder: Encoder, ids: list[int]) -> list[int]:
     """Return the ids with EOS at their end."""
     return ids if ids[-1:] == [encoder.eos] else [*ids, encoder.eos]
-
-
-def render(encoder: Encoder, messages: list[Message], *, asks: bool = False) -> str:
-    """Return the conversation as text; with `asks`, up to where the assistant is to answer."""
-    return str(apply_template(encoder, messages, tokenize=False, add_generation_prompt=asks))
-
-
-def apply_template(encoder: Encoder, messages: list[Message], **options: Any) -> Any:
-    """Put a conversation through the chat template.
-
-    Raises:
-        ModelError: there is none.
-        DataError: it refuses the conversation.
-    """
-    from jinja2 import TemplateError
-
-    if encoder.template is None:
-        raise ModelError(
-            "the rows are conversations, and the tokenizer has no chat template; take the tokenizer of an instruct "
-            "model, set tokenizer.chat_template, or give prompt and completion as texts"
-        )
-    try:
-        return encoder.tokenizer.apply_chat_template(messages, chat_template=encoder.template, **options)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template refuses its messages: {first_line(error)}") from error

@@ -1,18 +1,17 @@
 """Tokenised examples, their report and their recipe, over Arrow."""
 
 import itertools
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.format.keys import ContentKeys, content_key
+from todi_offline.cache.format.keys import KEY_BYTES, ContentKeys, content_key
 from todi_offline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # a second of import, and not needed to read a config
@@ -24,13 +23,11 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("token_ids", pa.list_(pa.uint32())),
         ("target_mask", pa.list_(pa.bool_())),
+        ("key", pa.binary(KEY_BYTES)),
     ]
 )
 
 BATCH_ROWS = 1_000
-
-IN_MEMORY_BYTES = 1 << 30
-"""Examples beyond this size live in a memory-mapped temporary file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,19 +35,51 @@ class DataConfig:
     """Which data set, how much of it, and where its examples are cut."""
 
     data: str = "stdlib"
-    """A file (.jsonl .json .csv .parquet .arrow), a folder saved by `datasets`, a hub id, or `stdlib`."""
+    """A file (.jsonl .json .csv .parquet .arrow .txt), a folder saved by `datasets`, a hub id, or `stdlib`."""
 
     split: str | None = None
     """The split to read. By default `train`, or the only one that there is."""
+
+    subset: str | None = None
+    """The configuration of a hub data set that has several."""
+
+    data_revision: str | None = None
+    """The branch, tag or commit of a hub data set."""
+
+    streaming: bool = False
+    """Read a hub data set as it is downloaded, and no more of it than `limit`."""
 
     limit: int | None = None
     """Read the first rows only, this many."""
 
     max_length: int = 1024
-    """Tokens at which an example is cut."""
+    """Tokens at which an example is cut; a longer `text` becomes several examples."""
 
-    max_prompt_length: int = 512
-    """Tokens at which the prompt before a response is cut. `messages` and `text` have `max_length` alone."""
+    max_prompt_length: int | None = None
+    """Tokens that the prompt before a response may have: half of `max_length` by default. `messages` and `text` have
+    `max_length` alone."""
+
+    overlap: int = 0
+    """Tokens of a `text` that stand in two examples, as context in the later one."""
+
+    pack: bool = False
+    """Join short rows of `text` to examples of up to `max_length`."""
+
+    chat_template: str | None = None
+    """A file with the chat template to use, or the template itself. By default the tokenizer's, or the training
+    template that trl publishes for it where it writes earlier turns in another way than the last."""
+
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"json": True})
+    """Arguments of the chat template, as JSON: {"enable_thinking": false}. A column of this name adds to them."""
+
+    supervise: Literal["all", "last"] = "all"
+    """Of `messages`: all turns of the assistant, or those after the last message of the user."""
+
+    num_proc: int = 1
+    """Processes that tokenise."""
+
+    examples_dir: Path | None = None
+    """The folder that keeps large tokenised data sets, by default ~/.cache/todi_offline/examples."""
 
     def __post_init__(self) -> None:
         """Refuse lengths that leave no room for a response.
@@ -62,13 +91,24 @@ class DataConfig:
             raise ConfigError("data is empty; expected a file, a folder, a hub id, or stdlib")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit is {self.limit}; expected a number of rows above 0, or none for all")
-        if self.max_prompt_length < 1:
+        if self.num_proc < 1:
+            raise ConfigError(f"num_proc is {self.num_proc}; expected a number of processes above 0")
+        if self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length}; expected at least 2 tokens")
+        if not 0 <= self.overlap <= self.max_length // 2:
+            raise ConfigError(f"overlap is {self.overlap}; expected 0 to {self.max_length // 2}, half of max_length")
+        if self.prompt_limit < 1:
             raise ConfigError(f"max_prompt_length is {self.max_prompt_length}; expected a number of tokens above 0")
-        if self.max_prompt_length >= self.max_length:
+        if self.prompt_limit >= self.max_length:
             raise ConfigError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length is {self.max_length}: no token is left "
                 "for a response; lower the one or raise the other"
             )
+
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -111,7 +151,13 @@ class DataReport:
     num_examples: int
     num_prompts_cut: int = 0
     num_responses_cut: int = 0
-    """Examples cut at `max_length`, of whatever form."""
+    """Examples cut at `max_length`."""
+
+    num_texts_split: int = 0
+    """Rows of `text` that gave more than one example."""
+
+    num_thoughts_lost: int = 0
+    """Conversations whose chat template left thoughts of the assistant out."""
 
     num_empty: int = 0
     """Dropped: the response, text or an assistant turn is blank."""
@@ -120,12 +166,17 @@ class DataReport:
     """Dropped: no assistant turn, or none within `max_length`."""
 
     num_prompt_too_long: int = 0
-    """Dropped: the chat template alone, or what precedes the last message, is over `max_prompt_length`."""
+    """Dropped: the chat template and the system message alone are over `max_prompt_length`."""
 
     @property
     def num_dropped(self) -> int:
         """Rows that gave no example."""
         return self.num_empty + self.num_unsupervised + self.num_prompt_too_long
+
+    @property
+    def share_cut(self) -> float:
+        """Of the rows, those that were cut or dropped."""
+        return (self.num_prompts_cut + self.num_responses_cut + self.num_dropped) / max(self.num_rows, 1)
 
     def __str__(self) -> str:
         """Return one line for a person."""
@@ -133,8 +184,9 @@ class DataReport:
             f"{self.num_empty:,} empty, {self.num_unsupervised:,} without a supervised token, "
             f"{self.num_prompt_too_long:,} with too long a prompt"
         )
+        split = f"; {self.num_texts_split:,} texts split" if self.num_texts_split else ""
         return (
-            f"{self.num_rows:,} rows, {self.num_examples:,} examples; {self.num_prompts_cut:,} prompts and "
+            f"{self.num_rows:,} rows, {self.num_examples:,} examples{split}; {self.num_prompts_cut:,} prompts and "
             f"{self.num_responses_cut:,} responses cut; {self.num_dropped:,} dropped ({reasons})"
         )
 
@@ -150,7 +202,7 @@ class Examples:
     """
 
     dataset: "datasets.Dataset"
-    """Columns id, source, token_ids (list of uint32) and target_mask (list of bool), in the format `arrow`."""
+    """Columns id, source, token_ids (list of uint32), target_mask (list of bool) and key, in the format `arrow`."""
 
     report: DataReport
     recipe: dict[str, Any]
@@ -170,7 +222,8 @@ class Examples:
         if len(ids) < len(examples):
             raise DataError(f"two examples have the id {ids.most_common(1)[0][0]!r}; ids must be unique")
         report = DataReport(num_rows=len(examples), num_examples=len(examples))
-        return cls(as_dataset(gather_table(record_batches(examples))), report, dict(recipe or {"form": "examples"}))
+        table = pa.Table.from_batches(record_batches(examples), SCHEMA)
+        return cls(as_dataset(table), report, dict(recipe or {"form": "examples"}))
 
     @property
     def num_tokens(self) -> npt.NDArray[np.int64]:
@@ -182,7 +235,7 @@ class Examples:
 
     def content_keys(self) -> ContentKeys:
         """Return what identifies each in a cache."""
-        return ContentKeys.of(content_key(example.token_ids, example.target_mask) for example in self)
+        return ContentKeys.from_column(self.dataset.data.column("key"))
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -198,34 +251,18 @@ class Examples:
             yield from _examples_of(table)
 
 
+def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    """Return examples as Arrow, with what identifies each in a cache."""
+    columns: dict[str, list[Any]] = {name: [getattr(one, name) for one in examples] for name in SCHEMA.names[:-1]}
+    columns["key"] = [content_key(one.token_ids, one.target_mask) for one in examples]
+    return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
 def record_batches(examples: Iterable[Example]) -> Iterator[pa.RecordBatch]:
     """Yield the examples as Arrow, many at a time."""
     iterator = iter(examples)
     while batch := list(itertools.islice(iterator, BATCH_ROWS)):
-        columns = [pa.array([getattr(example, field.name) for example in batch], field.type) for field in SCHEMA]
-        yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
-
-
-def gather_table(batches: Iterator[pa.RecordBatch]) -> pa.Table:
-    """Gather batches in memory or, where they are large, in a memory-mapped file that goes when its user does."""
-    gathered: list[pa.RecordBatch] = []
-    num_bytes = 0
-    for batch in batches:
-        gathered.append(batch)
-        num_bytes += batch.nbytes
-        if num_bytes > IN_MEMORY_BYTES:
-            return _mapped_table(itertools.chain(gathered, batches))
-    return pa.Table.from_batches(gathered, SCHEMA)
-
-
-def _mapped_table(batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    # The mapping outlives the file's name, so nothing is left behind, however the process ends.
-    with tempfile.TemporaryDirectory(prefix="todi-", ignore_cleanup_errors=True) as folder:
-        path = str(Path(folder, "examples.arrow"))
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        return pa.ipc.open_file(pa.memory_map(path)).read_all()
+        yield record_batch(batch)
 
 
 def as_dataset(table: pa.Table) -> "datasets.Dataset":
@@ -239,7 +276,7 @@ def as_dataset(table: pa.Table) -> "datasets.Dataset":
 
 
 def _examples_of(table: pa.Table) -> Iterator[Example]:
-    columns = [table.column(name) for name in SCHEMA.names]
+    columns = [table.column(name) for name in SCHEMA.names[:-1]]
     for name, source, ids, mask in zip(*columns, strict=True):
         yield Example(
             name.as_py(),

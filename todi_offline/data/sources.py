@@ -2,11 +2,12 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,10 +15,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from todi_offline.data.examples import BATCH_ROWS, DataConfig
+from todi_offline.data.tokens import Row
 from todi_offline.errors import DataError, first_line
 from todi_offline.stdlib_corpus import SPLITS, stdlib_pairs
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Source:
     rows: Iterable[Row]
     name: str
     recipe: dict[str, Any]
+    identity: Any = None
+    """What changes when the rows do, as JSON knows it; None where nothing says so, or it does not matter."""
 
 
 def open_source(config: DataConfig) -> Source:
@@ -45,10 +47,12 @@ def open_source(config: DataConfig) -> Source:
         return _open_folder(path, config.split)
     if path.is_file():
         _choose_split(config.split, ["train"], path.name)
-        return Source(_read_file(path), path.name, {"source": path.name, "split": None})
+        stat = path.stat()
+        identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+        return Source(_read_file(path), path.name, {"source": path.name, "split": None}, identity)
     if path.suffix.lower() in _READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", config.data):
         raise DataError(f"there is no file or folder {config.data}; expected one, a hub id, or stdlib")
-    return _open_hub(config.data, config.split)
+    return _open_hub(config)
 
 
 def _split_source(name: str, split: str, rows: Iterable[Row], **more: str) -> Source:
@@ -77,22 +81,30 @@ def _open_folder(path: Path, split: str | None) -> Source:
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose_split(split, list(loaded), name)
-        return _split_source(name, chosen, loaded[chosen].with_format(None))
+        rows = loaded[chosen].with_format(None)
+        return Source(rows, f"{name}/{chosen}", {"source": name, "split": chosen}, rows._fingerprint)
     _choose_split(split, [str(loaded.split or "train")], name)
-    return Source(loaded.with_format(None), name, {"source": name, "split": None})
+    rows = loaded.with_format(None)
+    return Source(rows, name, {"source": name, "split": None}, rows._fingerprint)
 
 
-def _open_hub(name: str, split: str | None) -> Source:
+def _open_hub(config: DataConfig) -> Source:
     import datasets
 
+    name, where = config.data, {"revision": config.data_revision} if config.data_revision else {}
     try:
         with _quiet():
-            chosen = _choose_split(split, datasets.get_dataset_split_names(name), name)
-            return _split_source(name, chosen, datasets.load_dataset(name, split=chosen))
+            splits = datasets.get_dataset_split_names(name, config.subset, **where)
+            chosen = _choose_split(config.split, splits, name)
+            rows = datasets.load_dataset(name, config.subset, split=chosen, streaming=config.streaming, **where)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name} is no file or folder here, and cannot be had from the hub: {first_line(error)}"
         ) from error
+    recipe = {"source": name, "split": chosen}
+    recipe |= {"subset": config.subset} if config.subset else {}
+    recipe |= where
+    return Source(rows, f"{name}/{chosen}", recipe, None if config.streaming else rows._fingerprint)
 
 
 @contextlib.contextmanager
@@ -176,10 +188,19 @@ def _read_arrow(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
+def _read_text(path: Path) -> Iterator[Row]:
+    """Yield the paragraphs of a text file, between which blank lines stand, one after the other."""
+    with path.open(encoding="utf-8-sig") as file:
+        for is_blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
+            if not is_blank:
+                yield {"text": "".join(lines).rstrip("\n")}
+
+
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+    ".txt": _read_text,
 }

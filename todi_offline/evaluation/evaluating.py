@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ class EvaluateConfig:
     max_new_tokens: int = 256
     """Tokens at which a response is stopped."""
     max_prompt_length: int = 256
-    """Tokens at which a prompt is cut; it loses its beginning."""
+    """Tokens at which a prompt is cut; it loses its oldest turns or its middle."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"json": True})
+    """Arguments of the chat template, as JSON: {"enable_thinking": false}."""
     no_repeat_ngram_size: int = 0
     """Forbid n-grams of this size to occur twice, prompt included. The paper's code has 6; 0 forbids none."""
 
@@ -173,8 +175,15 @@ def _questions(config: EvaluateConfig, tokenizer: Tokenizer) -> Prompts | None:
     if config.data is None:
         return None
     rouge_l_scorer()  # that it is missing shows here too
-    lengths = {"max_prompt_length": config.max_prompt_length, "max_length": config.max_prompt_length + 1}
-    return load_prompts(DataConfig(data=config.data, split=config.split, limit=config.limit, **lengths), tokenizer)
+    data = DataConfig(
+        data=config.data,
+        split=config.split,
+        limit=config.limit,
+        max_length=config.max_prompt_length + 1,
+        max_prompt_length=config.max_prompt_length,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    return load_prompts(data, tokenizer)
 
 
 def _distance(

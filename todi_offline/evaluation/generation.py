@@ -7,15 +7,15 @@ instructions, and then mean and deviation over seeds.
 
 The code of DSKD, which those scripts run, differs in three things. It forbids repeated 6-grams when it tests
 (`no_repeat_ngram_size`); here that is to be asked for. It cuts a long prompt at its end, where it asks for the
-response; here a prompt loses its beginning, as in training. It can draw ids of a padded embedding, which the tokenizer
-does not know; here it cannot.
+response; here a prompt loses its oldest turns or its middle, as in
+training. It can draw ids of a padded embedding, which the tokenizer does not know; here it cannot.
 """
 
 import contextlib
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,17 +25,16 @@ from torch import Tensor
 
 from todi_offline.data import DataConfig
 from todi_offline.data.encoder import make_encoder
-from todi_offline.data.forms import Dropped, Form, columns_of, recognise_form
-from todi_offline.data.sources import Row, open_source
+from todi_offline.data.forms import Form, columns_of, encoder_of, recognise_form
+from todi_offline.data.questions import without_answer
+from todi_offline.data.sources import open_source
+from todi_offline.data.tokens import Dropped
 from todi_offline.errors import ConfigError, DataError
 from todi_offline.models import Model, Tokenizer, evaluation_mode, output_head, real_vocab_size
 
 Progress = Callable[[int, int], None]
 
 SEEDS = (10, 20, 30, 40, 50)
-
-_STAND_IN = "-"
-"""In place of an answer where a row is encoded for its prompt, which does not depend on the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +86,8 @@ class _Response:
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
     """Read a data set as prompts and references.
 
-    Of `config` the name, the split, the limit and `max_prompt_length` are used. The forms are those of
-    `todi_offline.data` that have a response; of `messages` it is the last one, and `output`, `response` and
-    `completion` may be lists of references.
+    Of `config` all that decides rows and prompts is used. The forms are those of `todi_offline.data` that have a
+    response; of `messages` it is the last one, and `output`, `response` and `completion` may be lists of references.
 
     Raises:
         DataError, ModelError: as `todi_offline.data.load_examples`.
@@ -100,8 +98,10 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
     num_cut = num_dropped = 0
     for number, row in enumerate(itertools.islice(source.rows, config.limit)):
         try:
-            question, references = _without_answer(columns_of(row, "it"))
-            form = form or recognise_form(question, encoder, source.name)
+            question, references = without_answer(columns_of(row, "it"))
+            if form is None:
+                form = recognise_form(question, encoder, source.name)
+                encoder = encoder_of(form, encoder)
             tokens = form.encode(encoder, question)
             if tokens.supervised[0]:
                 raise DataError("its prompt is empty, so there is nothing to answer; take such rows out")
@@ -116,7 +116,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
     if not prompts:
         raise DataError(
             f"{source.name} gives no prompt: of its rows, {num_dropped} end without an assistant's answer or are over "
-            f"max_prompt_length, {config.max_prompt_length}, with all cut off that can be"
+            f"max_prompt_length, {config.prompt_limit}, with all cut off that can be"
         )
     return Prompts(tuple(prompts), num_cut, num_dropped)
 
@@ -190,40 +190,6 @@ def rouge_l_scorer() -> Callable[[str, str], float]:
         raise ConfigError("ROUGE-L needs rouge-score: pip install 'todi-offline[evaluate]'") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return lambda response, reference: 100.0 * scorer.score(reference, response)["rougeL"].fmeasure
-
-
-def _without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
-    """Return a row with a stand-in for its answer, and the references."""
-    if row.get("tools"):
-        raise DataError("it has tools, which are not supported; take such rows out")
-    if "messages" in row:
-        *before, last = _list_of(row, "messages")
-        if not isinstance(last, Mapping):
-            raise DataError(f"its last message is {last!r:.60}; expected an object with role and content")
-        row = {name: value for name, value in row.items() if name != "messages"}
-        row |= {"prompt": before, "completion": [last]}
-    names = ["completion"] if "prompt" in row and "completion" in row else ["output", "response"]
-    column = next((name for name in names if name in row), None)
-    if column is None:
-        found = ", ".join(map(str, row))
-        raise DataError(f"it has the columns {found}; expected messages, completion, output or response")
-    answer = row[column]
-    if isinstance(answer, list) and answer and isinstance(answer[0], Mapping):
-        stand_in: Any = [*answer[:-1], {**answer[-1], "content": _STAND_IN}]
-        texts = [answer[-1].get("content")]
-    else:
-        stand_in = _STAND_IN
-        texts = _list_of(row, column) if isinstance(answer, list) else [answer]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"column {column!r} holds {texts!r:.60}; expected a text, or a list of texts")
-    return {**row, column: stand_in}, tuple(texts)
-
-
-def _list_of(row: Row, column: str) -> list[Any]:
-    values = row[column]
-    if not isinstance(values, list) or not values:
-        raise DataError(f"column {column!r} holds {values!r:.60}; expected a list that is not empty")
-    return values
 
 
 def _generation_settings(model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Any:

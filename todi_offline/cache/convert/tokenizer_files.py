@@ -18,7 +18,6 @@ class TokenizerFiles:
 
     backend_tokenizer: Tokenizer
     special_ids: dict[str, int | None]
-    chat_template: str | None
 
     def get_vocab(self) -> dict[str, int]:
         """Return all ids, those of added tokens too."""
@@ -39,7 +38,7 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read tokenizer.json, tokenizer_config.json and the chat template of a folder that `save_pretrained` wrote.
+    """Read tokenizer.json and tokenizer_config.json of a folder that `save_pretrained` wrote.
 
     Raises:
         DataError: one is missing or cannot be read.
@@ -47,8 +46,6 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     try:
         backend = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        template = folder / "chat_template.jinja"
-        chat_template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
     except Exception as error:  # tokenizers raises nothing more precise
         raise DataError(
             f"{folder} holds no tokenizer that can be read ({first_line(error)}); expected the tokenizer.json and "
@@ -56,7 +53,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         ) from error
     tokens = {kind: _content(config.get(f"{kind}_token")) for kind in _SPECIAL}
     special_ids = {kind: None if token is None else backend.token_to_id(token) for kind, token in tokens.items()}
-    return TokenizerFiles(backend, special_ids, chat_template)
+    return TokenizerFiles(backend, special_ids)
 
 
 def _content(token: Any) -> str | None:

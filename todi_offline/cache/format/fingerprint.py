@@ -25,10 +25,18 @@ def hash_bytes(pieces: Iterable[bytes]) -> str:
     return state.hexdigest()
 
 
+TOKENIZER_PARTS = ("vocabulary", "merges", "normalizer", "added_tokens", "special_ids")
+"""What decides which ids a text has, and what ids mean."""
+
+_SAMPLE = "Ünïcode ﬁ e\u0301 İı ß\t tabs  two   three\r\n\n 3.14 1234567 don't WORLD'S <b>x</b> /a_b/ 東京 🙂‍↔️ ع\u00a0…"
+"""Accents, ligatures, cases, spaces, digits, marks, scripts: tokenizers that treat them alike normalise alike."""
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     """Return a hash for each part of a transformers tokenizer that decides what ids mean.
 
-    Parts: `vocabulary`, `merges`, `added_tokens`, `special_ids`, `chat_template`. A copy in another folder, and one
+    The parts are those of `TOKENIZER_PARTS`. `normalizer` hashes the ids of a sample text, so that it stands for
+    normaliser and pre-tokenizer however a release of `tokenizers` writes them down. A copy in another folder, and one
     saved and loaded again, has the same.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -39,10 +47,30 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     return {
         "vocabulary": hash_json(tokenizer.get_vocab()),
         "merges": hash_json(merges),
+        "normalizer": hash_json(_sample_ids(tokenizer, backend)),
         "added_tokens": hash_json(added),
         "special_ids": hash_json(special),
-        "chat_template": hash_json(tokenizer.chat_template),
     }
+
+
+def _sample_ids(tokenizer: Any, backend: Any) -> list[int]:
+    if backend is None:
+        return list(tokenizer.encode(_SAMPLE, add_special_tokens=False))
+    backend.no_truncation()  # either may stand in a tokenizer.json; transformers sets both at every call
+    backend.no_padding()
+    return list(backend.encode(_SAMPLE, add_special_tokens=False).ids)
+
+
+def tokenizer_differences(
+    found: Mapping[str, str], expected: Mapping[str, str], where: tuple[str, str] = ("here", "there")
+) -> list[str]:
+    """Return a line for each part of two tokenizers that differs and decides ids.
+
+    Caches of earlier releases have no `normalizer`, and a `chat_template`, which decides no id: both are passed over.
+    """
+    parts = [name for name in TOKENIZER_PARTS if name != "normalizer" or {name} <= found.keys() & expected.keys()]
+    mine, other = ({name: values.get(name) for name in parts} for values in (found, expected))
+    return differences(mine, other, where)
 
 
 def differences(

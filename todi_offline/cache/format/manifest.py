@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from todi_offline.cache.format.fingerprint import differences
+from todi_offline.cache.format.fingerprint import tokenizer_differences
 from todi_offline.cache.format.layout import FORMAT_VERSION, READABLE_VERSIONS, ArraySpec, CacheSettings, array_specs
 from todi_offline.config import load_config, to_dict
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError
@@ -105,12 +105,12 @@ class Manifest:
 
 
 def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: str) -> None:
-    """Refuse a tokenizer that is not the one whose ids the cache holds.
+    """Refuse a tokenizer that gives or reads ids otherwise than the cache's; its chat template does not matter.
 
     Raises:
         CacheMismatchError: with the parts that differ, side by side.
     """
-    lines = differences(found, manifest.tokenizer, (f"in {what}", "in the cache"))
+    lines = tokenizer_differences(found, manifest.tokenizer, (f"in {what}", "in the cache"))
     if lines:
         raise CacheMismatchError(
             f"the tokenizer of {what} is not the one that the cache was captured with ({'; '.join(lines)}); "
