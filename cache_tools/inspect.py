@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from todi_offline.cache.check.summary import summarise_cache
+from todi_offline.cache.format.manifest import describe_recipe
 from todi_offline.cache.reader import open_cache
 
 
@@ -36,7 +37,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     known = (teacher.get("model_type"), teacher.get("name"), size, teacher.get("dtype"))
     yield "teacher      " + ", ".join(str(fact) for fact in known if fact is not None)
     for part in manifest["parts"]:
-        recipe = ", ".join(f"{name} {value}" for name, value in part["recipe"].items() if value is not None)
+        recipe = describe_recipe(part["recipe"])
         yield f"data         {part['num_sequences']:,} sequences: {recipe}"
     yield f"vocabulary   {manifest['vocab_size']:,}"
     yield f"kept         k = {settings['k']}, {settings['tail_samples']} tail samples, T = {settings['temperatures']}"

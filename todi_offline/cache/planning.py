@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from todi_offline.cache.format.fingerprint import differences
 from todi_offline.cache.format.keys import ContentKeys
-from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.manifest import Manifest, Part, describe_recipe, identity_differences
 from todi_offline.cache.format.root import Root
 from todi_offline.cache.objects import has_cache, read_record, read_root, read_table
 from todi_offline.cache.store import Store
@@ -113,7 +112,7 @@ def require_same_identity(store: Store, found: Manifest, wanted: Manifest) -> No
     Raises:
         CacheMismatchError: with all that differs, side by side.
     """
-    lines = differences(found.identity, wanted.identity, ("in the cache", "now"))
+    lines = identity_differences(found, wanted, ("in the cache", "now"))
     if lines:
         raise CacheMismatchError(
             f"{store} was begun otherwise: {'; '.join(lines)}; go on with the command that began it, or choose another "
@@ -123,7 +122,7 @@ def require_same_identity(store: Store, found: Manifest, wanted: Manifest) -> No
 
 def describe_part(part: Part) -> str:
     """Return for people what a part was captured from."""
-    return ", ".join(f"{name} {value}" for name, value in part.recipe.items() if value is not None)
+    return describe_recipe(part.recipe)
 
 
 def parts_of(parts: Sequence[Part], shards: Sequence[int]) -> list[Part]:

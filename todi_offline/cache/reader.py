@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.format.fingerprint import differences
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.layout import CacheSettings
-from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.manifest import Manifest, identity_differences
 from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.store import LocalStore, Store, open_store
@@ -194,11 +193,9 @@ def require_alike(caches: Sequence[Cache], *, mix_teachers: bool = False) -> Non
     """Refuse caches of different tokenizers, vocabularies or, unless they are to be mixed, teachers."""
     names = ("tokenizer", "vocab_size") if mix_teachers else ("tokenizer", "vocab_size", "teacher")
 
-    def identity(cache: Cache) -> dict[str, Any]:
-        return {name: getattr(cache.manifest, name) for name in names}
-
     for cache in caches[1:]:
-        lines = differences(identity(cache), identity(caches[0]), (f"in {cache.root}", f"in {caches[0].root}"))
+        where = (f"in {cache.root}", f"in {caches[0].root}")
+        lines = identity_differences(cache.manifest, caches[0].manifest, where, names)
         if lines:
             only_teachers = all(line.startswith("teacher.") for line in lines)
             remedy = "mix teachers (--mix-teachers), or use one" if only_teachers else "use one"

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from todi_offline.cache.format.fingerprint import differences
-from todi_offline.cache.format.manifest import Manifest
+from todi_offline.cache.format.manifest import Manifest, identity_differences
 from todi_offline.cache.reader import Cache, holds, open_cache, union
 from todi_offline.errors import CacheMismatchError
 
@@ -27,9 +26,7 @@ def open_reusable(places: Sequence[str], wanted: Manifest) -> Cache | None:
 def _require_serving(cache: Cache, wanted: Manifest) -> None:
     """Refuse a cache whose rows are not what the teacher would say here, or hold less of it."""
     found, asked = cache.manifest.settings, wanted.settings
-    names = ("teacher", "tokenizer", "vocab_size")
-    mine, other = ({name: getattr(manifest, name) for name in names} for manifest in (cache.manifest, wanted))
-    lines = differences(mine, other, ("there", "here"))
+    lines = identity_differences(cache.manifest, wanted, ("there", "here"), ("teacher", "tokenizer", "vocab_size"))
     serves = {
         "encoding": found.encoding == asked.encoding,
         "k": found.k >= asked.k,

@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from todi_offline.cache.check.sums import object_difference
 from todi_offline.cache.convert.copying import sequence_rows
-from todi_offline.cache.format.fingerprint import differences
 from todi_offline.cache.format.keys import ContentKeys
-from todi_offline.cache.format.manifest import Part
+from todi_offline.cache.format.manifest import Part, identity_differences
 from todi_offline.cache.format.records import CommitRecord
 from todi_offline.cache.objects import read_root, read_table, read_tokenizer
 from todi_offline.cache.progress import Progress, no_progress
@@ -80,7 +79,7 @@ def merge_caches(places: Sequence[str], out: str, progress: Progress = no_progre
 
 def _require_alike(cache: Cache, first: Cache) -> None:
     where = (f"in {cache.root}", f"in {first.root}")
-    lines = differences(cache.manifest.identity, first.manifest.identity, where)
+    lines = identity_differences(cache.manifest, first.manifest, where)
     if lines:
         raise CacheMismatchError(
             f"{cache.root} and {first.root} cannot become one cache: {'; '.join(lines)}; where only settings differ, "

@@ -5,11 +5,11 @@ absolute path does, so that the same capture gives the same bytes anywhere.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from todi_offline.cache.format.fingerprint import tokenizer_differences
+from todi_offline.cache.format.fingerprint import differences, tokenizer_differences
 from todi_offline.cache.format.layout import FORMAT_VERSION, READABLE_VERSIONS, ArraySpec, CacheSettings, array_specs
 from todi_offline.config import load_config, to_dict
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError
@@ -60,12 +60,6 @@ class Manifest:
         """Return the manifest as JSON-able values."""
         return to_dict(self)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for rows of two caches to be of one kind: teacher, tokenizer, vocabulary and settings."""
-        values = self.to_json()
-        return {name: values[name] for name in ("teacher", "tokenizer", "vocab_size", "settings")}
-
     @classmethod
     def from_json(cls, values: Any, where: str) -> "Manifest":
         """Read what `to_json` wrote.
@@ -102,6 +96,30 @@ class Manifest:
             parts=read_parts(values["parts"], where),
             format_version=values["format_version"],
         )
+
+
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """Return for people what a part was made from; a chat template is a page of text, and is left out."""
+    shown = {name: value for name, value in recipe.items() if value is not None and name != "chat_template"}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def identity_differences(
+    found: Manifest,
+    wanted: Manifest,
+    where: tuple[str, str],
+    names: Sequence[str] = ("teacher", "tokenizer", "vocab_size", "settings"),
+) -> list[str]:
+    """Return a line for all that differs between two caches and decides whether their rows are of one kind.
+
+    Of a tokenizer that is what decides ids; see `tokenizer_differences`.
+    """
+    plain = [name for name in names if name != "tokenizer"]
+    mine, other = ({name: values[name] for name in plain} for values in (found.to_json(), wanted.to_json()))
+    lines = differences(mine, other, where)
+    if "tokenizer" in names:
+        lines += [f"tokenizer.{line}" for line in tokenizer_differences(found.tokenizer, wanted.tokenizer, where)]
+    return lines
 
 
 def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: str) -> None:
