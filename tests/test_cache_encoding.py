@@ -1,6 +1,7 @@
 """Log-probs through their stored forms, within the bounds that the module states."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,10 +120,10 @@ def test_logits_that_are_no_bf16_or_not_known_are_refused() -> None:
 @settings(max_examples=200, deadline=None)
 def test_root8_keeps_sums_labels_and_samples_to_half_a_step(nats: np.ndarray) -> None:
     column = nats.reshape(len(nats), -1)
-    rows = TargetRows(
-        np.zeros_like(column, np.uint32), -abs(column), column, column[:, 0], (1.0,), 1.0, column, np.minimum(column, 0)
-    )
-    back = decode_rows(encode_rows(rows, "root8"), "root8", (1.0,), 1.0)
+    ids = np.zeros_like(column, np.uint32)
+    temperatures = tuple(range(1, column.shape[1] + 1))
+    rows = TargetRows(ids, -abs(column), column, column[:, 0], temperatures, 1.0, ids, np.minimum(column, 0))
+    back = decode_rows(encode_rows(rows, "root8"), "root8", temperatures, 1.0)
     for name, error, least in (
         ("tail_logsumexp", 1 / 64, -32767 / 32),
         ("label_logprob", 1 / 32, -32767 / 16),
@@ -181,3 +182,56 @@ def test_rows_are_cut_and_joined_field_by_field() -> None:
     assert len(joined) == 6
     assert joined.tail_ids is None
     assert all((joined.arrays()[name] == array).all() for name, array in rows.arrays().items())
+
+
+@pytest.mark.parametrize("encoding", ["f16", "q8", "bf16_logit", "root8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["logprobs", "tail_logsumexp", "label_logprob"])
+def test_a_number_that_is_none_is_refused_before_an_encoding_makes_one_of_it(
+    encoding: str, value: float, name: str
+) -> None:
+    rows = logits_in_bf16(3, 5)
+    damaged = getattr(rows, name).copy()
+    damaged[7] = value
+    rows = dataclasses.replace(rows, **{name: damaged})
+    with pytest.raises(TargetsError, match=f"{name} of target 7 holds NaN"):
+        encode_rows(rows, encoding)
+
+
+def row_arrays() -> dict[str, Any]:
+    """The fields of two valid rows of three entries, two temperatures and one sample."""
+    numbers = np.zeros((2, 6), np.float32)
+    return {
+        "ids": np.arange(6, dtype=np.uint32).reshape(2, 3),
+        "logprobs": numbers[:, :3],
+        "tail_logsumexp": numbers[:, :2],
+        "label_logprob": numbers[:, 0],
+        "temperatures": (1.0, 2.0),
+        "tail_ids": np.ones((2, 1), np.uint32),
+        "tail_logprobs": numbers[:, :1],
+        "log_partition": numbers[:, 0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ids", np.zeros((2, 3), np.int64)),
+        ("ids", np.zeros(2, np.uint32)),
+        ("logprobs", np.zeros((2, 4), np.float32)),
+        ("logprobs", np.zeros((2, 3), np.int32)),
+        ("tail_logsumexp", np.zeros((2, 3), np.float32)),
+        ("label_logprob", np.zeros(3, np.float32)),
+        ("label_logprob", np.zeros((2, 1), np.float32)),
+        ("tail_ids", None),
+        ("tail_ids", np.zeros((2, 2), np.uint32)),
+        ("tail_ids", np.zeros((2, 1), np.float32)),
+        ("tail_logprobs", None),
+        ("tail_logprobs", np.zeros((1, 1), np.float32)),
+        ("log_partition", np.zeros((2, 1), np.float32)),
+    ],
+)
+def test_rows_that_do_not_fit_together_cannot_be_built(name: str, value: Any) -> None:
+    assert len(TargetRows(**row_arrays())) == 2
+    with pytest.raises(TargetsError):
+        TargetRows(**(row_arrays() | {name: value}))

@@ -70,6 +70,34 @@ def test_samples_of_a_wider_tail_are_drawn_in_proportion_to_it() -> None:
     assert (np.abs(share - expected) <= 5 * error).all()
 
 
+@pytest.mark.parametrize("steps", [(2,), (6, 2), (9, 6, 4, 2), (11, 2)], ids=str)
+def test_the_samples_of_a_narrowed_narrow_have_the_distribution_of_a_narrow(steps: tuple[int, ...]) -> None:
+    """From 12 entries to 2, in one step or in several: ranks 3 to 12 and beyond have their shares of the tail."""
+    num_rows, samples = 30_000, 2
+    logits = np.random.default_rng(1).normal(0, 2, VOCAB)
+    logprobs = np.sort(logits - np.logaddexp.reduce(logits))[::-1].astype(np.float32)  # ids are ranks
+    weights = np.exp(logprobs.astype(np.float64))
+    draws = 12 + np.random.default_rng(2).choice(VOCAB - 12, (num_rows, samples), p=weights[12:] / weights[12:].sum())
+    rows = TargetRows(
+        ids=np.tile(np.arange(12, dtype=np.uint32), (num_rows, 1)),
+        logprobs=np.tile(logprobs[:12], (num_rows, 1)),
+        tail_logsumexp=np.full((num_rows, 1), np.log(weights[12:].sum()), np.float32),
+        label_logprob=np.zeros(num_rows, np.float32),
+        temperatures=(1.0,),
+        tail_ids=draws.astype(np.uint32),
+        tail_logprobs=logprobs[draws],
+    )
+    for k in steps:
+        rows = narrow(rows, settings(k=k, tail_samples=samples, temperatures=(1.0,)), KEY)
+    assert rows.tail_ids is not None
+    counts = np.bincount(rows.tail_ids.ravel(), minlength=VOCAB)
+    assert not counts[:2].any()
+    found = np.append(counts[2:12], counts[12:].sum())
+    expected = np.append(weights[2:12], weights[12:].sum()) / weights[2:].sum() * counts.sum()
+    chi_square = float(((found - expected) ** 2 / expected).sum())
+    assert chi_square < 30  # 10 degrees of freedom: one in a thousand is above 29.6, and the seeds are fixed
+
+
 def test_which_samples_stay_follows_from_content_and_seed_alone() -> None:
     rows = sequence(3, settings()).targets
     small = settings(k=2)

@@ -1,18 +1,20 @@
 """Small caches of a made-up teacher: real softmaxes over a small vocabulary, in shards of the smallest size."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, Part
-from todi_offline.cache.format.names import record_key, sequences_key
-from todi_offline.cache.format.records import ObjectSum
+from todi_offline.cache.format.names import ROOT_KEY, record_key, sequences_key
+from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import SequenceRows, table_bytes
 from todi_offline.cache.format.shard import chunk_sums, encode_shard
@@ -100,7 +102,7 @@ def forge(root: Path, key: str, data: bytes, chunks: bytes | None = None) -> Non
     replace_file(root / key, data)
     found = read_root(store)
     for shard in committed_shards(store):
-        record = read_record(store, found.manifest, shard, None)
+        record = CommitRecord.from_bytes(store.read(record_key(shard)), record_key(shard))
         if key in record.objects:
             changed = ObjectSum.of(data, record.objects[key].chunks if chunks is None else chunks)
             record = dataclasses.replace(record, objects={**record.objects, key: changed})
@@ -111,6 +113,16 @@ def forge(root: Path, key: str, data: bytes, chunks: bytes | None = None) -> Non
     )
     replace_root(store, dataclasses.replace(found, commits=commits))
     write_derived_metadata(store, read_root(store))
+
+
+def edit_root(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the values of the root of a cache in place, and make its checksum right again."""
+    values = json.loads((root / ROOT_KEY).read_text())
+    change(values)
+    del values["crc32c"]
+    text = json.dumps(values, separators=(",", ":"))
+    values["crc32c"] = google_crc32c.value(text.encode())
+    replace_file(root / ROOT_KEY, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -38,15 +38,20 @@ def read_root(store: Store) -> Root:
     data = read_if_there(store, ROOT_KEY)
     if data is not None:
         return Root.from_bytes(data, f"{store}/{ROOT_KEY}")
-    if read_root_copy(store) is not None:
+    group = read_if_there(store, GROUP_KEY)
+    if _copy_in(group, store) is not None:
         raise CacheCorruptError(f"{store} lacks {ROOT_KEY}; `todi-cache repair` restores it from the copy in zarr.json")
-    return read_version_1(lambda key: read_if_there(store, key), str(store))
+    return read_version_1(lambda key: group if key == GROUP_KEY else read_if_there(store, key), str(store))
 
 
 def read_root_copy(store: Store) -> Root | None:
     """Return the copy of the root that `zarr.json` carries; None where there is none, or a damaged one."""
+    return _copy_in(read_if_there(store, GROUP_KEY), store)
+
+
+def _copy_in(group: bytes | None, store: Store) -> Root | None:
     try:
-        values = json.loads(read_if_there(store, GROUP_KEY) or b"null")["attributes"][ATTRIBUTE]
+        values = json.loads(group or b"null")["attributes"][ATTRIBUTE]
         return Root.from_values(values, f"{store}/{GROUP_KEY}") if "manifest" in values else None
     except (ValueError, TypeError, KeyError, RecursionError, CacheCorruptError, CacheFormatError):
         return None

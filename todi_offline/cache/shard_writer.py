@@ -5,9 +5,9 @@ and no commit record, that object makes way, but only while the capture's lock i
 process that stood still cannot touch what another one has committed since.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, 
 from todi_offline.cache.format.shard import chunk_sums, encode_shard
 from todi_offline.cache.store import Store
 from todi_offline.cache.store.locks import read_holder, require_held
-from todi_offline.errors import CacheLockedError, DataError
+from todi_offline.errors import CacheError, CacheLockedError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,12 @@ class ShardWriter:
         settings = self.manifest.settings
         encoded = [encode_rows(sequence.targets, settings.encoding) for sequence in sequences]
         objects: dict[str, ObjectSum] = {}
-        for name, values in _shard_arrays(sequences, encoded).items():
-            spec = self.manifest.arrays[name]
-            data = encode_shard(spec, values, settings.codec)
-            objects[spec.object_key(shard)] = self._create(shard, spec.object_key(shard), data, chunk_sums(spec, data))
-        return self._commit(shard, sequence_table(shard, sequences, encoded, settings), objects)
+        with self._naming_successor():
+            for name, values in _shard_arrays(sequences, encoded).items():
+                spec = self.manifest.arrays[name]
+                key, data = spec.object_key(shard), encode_shard(spec, values, settings.codec)
+                objects[key] = self._create(shard, key, data, chunk_sums(spec, data))
+            return self._commit(shard, sequence_table(shard, sequences, encoded, settings), objects)
 
     def link(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
         """Take over a committed shard of a cache with the same settings, without moving its bytes where possible.
@@ -64,11 +65,12 @@ class ShardWriter:
         """
         require_held(self.store, self.token)
         objects = {}
-        for spec in self.manifest.arrays.values():
-            there, here = spec.object_key(record.shard), spec.object_key(shard)
-            self._place(shard, here, partial(self.store.copy_from, source, there, here))
-            objects[here] = record.objects[there]
-        return self._commit(shard, renumbered_table(table, shard, self.manifest.settings.shard_tokens), objects)
+        with self._naming_successor():
+            for spec in self.manifest.arrays.values():
+                there, here = spec.object_key(record.shard), spec.object_key(shard)
+                self._copy(shard, here, source, there)
+                objects[here] = record.objects[there]
+            return self._commit(shard, renumbered_table(table, shard, self.manifest.settings.shard_tokens), objects)
 
     def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))
@@ -80,24 +82,42 @@ class ShardWriter:
             content=ContentKeys.from_column(table["content_key"]).digest(),
             objects=objects,
         )
+        require_held(self.store, self.token)
         if not self.store.create(record_key(shard), record.to_bytes()):
             raise self._taken(shard)
         return record
 
     def _create(self, shard: int, key: str, data: bytes, chunks: bytes = b"") -> ObjectSum:
-        self._place(shard, key, partial(self.store.create, key, data))
+        if not self.store.create(key, data):
+            leftover = self.store.read(key, self.store.size(key) or 0)
+            self._require_uncommitted(shard)
+            if not self.store.swap(key, data, leftover):
+                raise self._taken(shard)
         return ObjectSum.of(data, chunks)
 
-    def _place(self, shard: int, key: str, create: Callable[[], bool]) -> None:
-        """Create an object; what an attempt that was never committed has left in its place is removed first."""
-        if create():
-            return
+    def _copy(self, shard: int, key: str, source: Store, source_key: str) -> None:
+        if not self.store.copy_from(source, source_key, key):
+            self._require_uncommitted(shard)
+            self.store.delete(key)
+            if not self.store.copy_from(source, source_key, key):
+                raise self._taken(shard)
+
+    def _require_uncommitted(self, shard: int) -> None:
+        """Refuse to replace an object unless it is what an attempt that was never committed has left behind."""
         require_held(self.store, self.token)
         if self.store.size(record_key(shard)) is not None:
             raise self._taken(shard)
-        self.store.delete(key)
-        if not create():
-            raise self._taken(shard)
+
+    @contextlib.contextmanager
+    def _naming_successor(self) -> Iterator[None]:
+        """Within, an error of a process whose lock was taken over names the successor, which may have caused it."""
+        try:
+            yield
+        except CacheLockedError:
+            raise
+        except CacheError:
+            require_held(self.store, self.token)
+            raise
 
     def _taken(self, shard: int) -> CacheLockedError:
         holder = read_holder(self.store)

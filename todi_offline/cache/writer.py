@@ -212,17 +212,21 @@ class CacheWriter:
     def _swap(self, root: Root) -> None:
         assert self._lock is not None, "the place is locked on entering"
         require_held(self.store, self._lock.token)
-        replace_root(self.store, root)
+        replace_root(self.store, root, self._root)
         self._root = root
 
 
-def replace_root(store: Store, root: Root) -> None:
+def replace_root(store: Store, root: Root, before: Root | None = None) -> None:
     """Replace the root of a cache in one step; one of format 1 gets a root, and is of format 2 from then on.
+
+    `before` is the root that the change is based on, by default the one that is there.
 
     Raises:
         CacheLockedError: another process has replaced it meanwhile.
     """
     old = read_if_there(store, ROOT_KEY)
+    if old is not None and before is not None:
+        old = before.to_bytes()
     data = root.to_bytes()
     if not (store.create(ROOT_KEY, data) if old is None else store.swap(ROOT_KEY, data, old)):
         raise CacheLockedError(f"another process has changed {store} meanwhile; run the command again")

@@ -52,7 +52,7 @@ class Store(Protocol):
         """
 
     def swap(self, key: str, data: bytes, old: bytes) -> bool:
-        """Replace an object in one step if it still holds `old`; return whether it now holds `data`.
+        """Replace an object in one step, if it still holds `old`; return whether it now holds `data`.
 
         The same errors as `write`.
         """
@@ -84,7 +84,7 @@ class Store(Protocol):
         """Forget the local copy of an object that turned out to be damaged; False where there is none."""
 
     def copy_from(self, source: "Store", source_key: str, key: str) -> bool:
-        """Create an object with the bytes of another store's, moving none where possible; False where one is there."""
+        """Create an object with the bytes of another store's, moving none where possible; returns as `create`."""
 
     def lock(self) -> AbstractContextManager[Lock]:
         """Return a context within which no other process writes here.

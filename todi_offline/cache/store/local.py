@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import filecmp
 import os
 import shutil
 import stat
@@ -61,14 +62,35 @@ class LocalStore:
                 _write_synced(temporary, data)
                 if _rename_to_new(temporary, path):
                     return True
-        return self.size(key) == len(data) and self.read(key, len(data)) == data
+        return self._holds(key, data)
 
     def swap(self, key: str, data: bytes, old: bytes) -> bool:
-        """Replace an object that still holds `old`; see `Store`. The lock keeps others away in between."""
-        if self.size(key) != len(old) or self.read(key) != old:
-            return False
-        self.write(key, data)
-        return True
+        """Replace an object that still holds `old`; see `Store`.
+
+        Between the look and the renaming nothing but the lock keeps others away: no file system compares and renames.
+        """
+        path = self.root / key
+        if self._holds(key, old):
+            with self._writing(path) as temporary:
+                _write_synced(temporary, data)
+                if self._holds(key, old):
+                    temporary.replace(path)
+        return self._holds(key, data)
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        """Whether an object has these bytes; if so, makes its name durable: a killed process may not have done so."""
+        is_same = self.size(key) == len(data) and self.read(key, len(data)) == data
+        if is_same:
+            self._sync_folder(key)
+        return is_same
+
+    def _sync_folder(self, key: str) -> None:
+        folder = (self.root / key).parent
+        try:
+            self._make_folder(folder)
+            _sync(folder)
+        except OSError as error:
+            raise CacheError(f"cannot write {folder}: {error.strerror}; mend that first") from error
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[Path]:
@@ -149,6 +171,20 @@ class LocalStore:
     def copy_from(self, source: Store, source_key: str, key: str) -> bool:
         """Link to an object of another folder where the file system can, else copy it; see `Store`."""
         path = self.root / key
+        if self._copy(source, source_key, path):
+            return True
+        origin = source.local(source_key)
+        try:
+            is_same = origin.samefile(path) or filecmp.cmp(origin, path, shallow=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise CacheError(f"cannot compare {path} with {origin}: {error.strerror}; mend that first") from error
+        if is_same:
+            self._sync_folder(key)
+        return is_same
+
+    def _copy(self, source: Store, source_key: str, path: Path) -> bool:
         with self._writing(path) as temporary:
             origin = source.local(source_key).resolve()  # a link to a symbolic link would lead elsewhere from here
             _sync(origin)  # a copy of a remote object may not be on its disk yet

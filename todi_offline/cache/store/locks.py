@@ -207,8 +207,9 @@ class LeaseLock:
         """Replace the lock of a process that is gone."""
         try:
             data = self._store.read(LOCK_KEY)
-        except CacheIncompleteError:
-            data = b""  # let go of since
+        except CacheIncompleteError as error:
+            message = f"another process has just let go of {self._store}; run the same command again"
+            raise CacheLockedError(message) from error
         holder = Holder.from_bytes(data)
         is_free = holder is not None and (holder.has_ended or holder.is_dead())
         if not is_free:

@@ -20,6 +20,7 @@ from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteEr
 
 logger = logging.getLogger(__name__)
 
+_CONDITIONAL = ("s3://", "s3a://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -93,15 +94,20 @@ class RemoteStore:
 
     def swap(self, key: str, data: bytes, old: bytes) -> bool:
         """Replace an object that still holds `old`: one conditional request on S3; see `Store`."""
-        info = self._info(key) if self.size(key) is not None else {}
-        if not info or self.read(key) != old:
+        try:
+            info = self._info(key)
+            found = self.read(key, max(len(old), len(data)))
+        except (CacheIncompleteError, CacheCorruptError):  # gone, or longer than both
             return False
-        condition = {"IfMatch": info["ETag"]} if "ETag" in info else {}
+        if found != old:
+            return found == data
+        # In one request: s3fs sends the parts of a large object without the condition.
+        condition = {"IfMatch": info["ETag"], "chunksize": len(data) + 1} if "ETag" in info else {}
         try:
             with self._at(key, "write") as (files, path):
                 files.pipe_file(path, data, **condition)
         except CacheError:
-            found = self.read(key)  # as in `create`
+            found = self.read(key, max(self.size(key) or 0, len(data)))  # as in `create`
             if found == old:
                 raise
             return found == data
@@ -147,17 +153,30 @@ class RemoteStore:
 
     def copy_from(self, source: Store, source_key: str, key: str) -> bool:
         """Let the object store copy what it holds itself, and send it the rest; see `Store`."""
-        if self.size(key) is not None:
-            return False
+        if self.size(key) is None:
+            try:
+                self._copy(source, source_key, key)
+                return True
+            except CacheIncompleteError:
+                raise
+            except CacheError:
+                if self.size(key) is None:
+                    raise
+            finally:
+                self._versions.pop(key, None)
+        size = source.size(source_key)
+        return size is not None and self.size(key) == size and self.read(key, size) == source.read(source_key, size)
+
+    def _copy(self, source: Store, source_key: str, key: str) -> None:
+        """Create a copy; as in `create`, on S3 in one conditional request."""
         if isinstance(source, RemoteStore) and source._open()[0] is self._open()[0]:
+            condition = {"IfNoneMatch": "*"} if self.url.startswith(_CONDITIONAL) else {}
             with source._at(source_key, f"copy to {self}/{key}") as (files, origin):
-                files.cp_file(origin, self._open()[1] + key)
+                files.cp_file(origin, self._open()[1] + key, **condition)
         else:
             copy = source.local(source_key)
             with self._at(key, f"copy {copy} to") as (files, path):
-                files.put_file(str(copy), path)
-        self._versions.pop(key, None)
-        return True
+                files.put_file(str(copy), path, mode="create")
 
     def lock(self) -> LeaseLock:
         """Return the lock of the place; see `Store`."""
