@@ -151,7 +151,7 @@ def test_shards_have_as_many_tokens_as_take_a_gibibyte(k: int, samples: int, sha
 
 
 def test_a_shard_whose_rows_no_memory_would_hold_is_refused_with_what_would_do() -> None:
-    with pytest.raises(ConfigError, match=r"293 GiB of memory .*lower shard_tokens to 28,672"):
+    with pytest.raises(ConfigError, match=r"293 GiB of memory .*lower shard_tokens to 24,576"):
         CacheSettings(k=150_000, tail_samples=0, shard_tokens=262_144)
 
 
@@ -237,7 +237,7 @@ def test_what_a_record_names_is_never_replaced(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache", manifest(chosen)) as writer:
         writer.write_shard(0, [sequence(1, chosen)])
         before = contents(tmp_path / "cache")
-        with pytest.raises(CacheLockedError, match="shard 0 .* was written by"):
+        with pytest.raises(CacheLockedError, match=r"shard 0 .* was written by"):
             writer.write_shard(0, [sequence(2, chosen)])
         assert contents(tmp_path / "cache") == before
 

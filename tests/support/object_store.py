@@ -3,12 +3,14 @@
 import contextlib
 import http.client
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+import fsspec
 import pytest
 
 Fault = Literal["refuse", "fail", "lose", "cut", "shorten", "stall"]
@@ -31,6 +33,25 @@ def s3_server() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def s3_bucket() -> Iterator["Proxy"]:
+    """Yield a proxy before an S3 server with one bucket, which is where `s3://bucket` leads meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        with s3_server() as endpoint, Proxy(endpoint) as proxy:
+            patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield proxy
 
 
 @dataclass
