@@ -15,6 +15,7 @@ from support.fake_cache import manifest, sequence, settings, write_cache
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.names import record_key, temporary_key
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import SequenceRows
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter
@@ -182,6 +183,11 @@ def test_a_sequence_whose_parts_do_not_fit_together_cannot_be_built(
         dataclasses.replace(rows, **change(rows))
 
 
+def with_ids_from(first: int) -> TargetRows:
+    targets = rows_of(1).targets
+    return dataclasses.replace(targets, ids=targets.ids + np.uint32(first))
+
+
 SEQUENCES: list[tuple[Callable[[], list[SequenceRows]], str]] = [
     (list, "no sequence"),
     (lambda: [sequence(1, settings(k=5))], "keeps"),
@@ -189,9 +195,7 @@ SEQUENCES: list[tuple[Callable[[], list[SequenceRows]], str]] = [
     (lambda: [sequence(1, settings(temperatures=(1.0,)))], "keeps"),
     (lambda: [rows_of(1, token_ids=rows_of(1).token_ids + np.uint32(300))], "beyond the vocabulary of 300"),
     (
-        lambda: [
-            rows_of(1, targets=dataclasses.replace(rows_of(1).targets, ids=rows_of(1).targets.ids + np.uint32(300)))
-        ],
+        lambda: [rows_of(1, targets=with_ids_from(300))],
         "beyond the vocabulary of 300",
     ),
     (lambda: [sequence(1, settings())] * 600, "more than the 4,096"),

@@ -5,8 +5,7 @@ and no commit record, that object makes way, but only while the capture's lock i
 process that stood still cannot touch what another one has committed since.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,8 @@ from todi_offline.cache.format.rows import Array
 from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, sequence_table, table_bytes
 from todi_offline.cache.format.shard import chunk_sums, encode_shard
 from todi_offline.cache.store import Store
-from todi_offline.cache.store.locks import read_holder, require_held
-from todi_offline.errors import CacheError, CacheLockedError, DataError
+from todi_offline.cache.store.locks import naming_successor, read_holder, require_held
+from todi_offline.errors import CacheLockedError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class ShardWriter:
         settings = self.manifest.settings
         encoded = [encode_rows(sequence.targets, settings.encoding) for sequence in sequences]
         objects: dict[str, ObjectSum] = {}
-        with self._naming_successor():
+        with naming_successor(self.store, self.token):
             for name, values in _shard_arrays(sequences, encoded).items():
                 spec = self.manifest.arrays[name]
                 key, data = spec.object_key(shard), encode_shard(spec, values, settings.codec)
@@ -65,7 +64,7 @@ class ShardWriter:
         """
         require_held(self.store, self.token)
         objects = {}
-        with self._naming_successor():
+        with naming_successor(self.store, self.token):
             for spec in self.manifest.arrays.values():
                 there, here = spec.object_key(record.shard), spec.object_key(shard)
                 self._copy(shard, here, source, there)
@@ -107,17 +106,6 @@ class ShardWriter:
         require_held(self.store, self.token)
         if self.store.size(record_key(shard)) is not None:
             raise self._taken(shard)
-
-    @contextlib.contextmanager
-    def _naming_successor(self) -> Iterator[None]:
-        """Within, an error of a process whose lock was taken over names the successor, which may have caused it."""
-        try:
-            yield
-        except CacheLockedError:
-            raise
-        except CacheError:
-            require_held(self.store, self.token)
-            raise
 
     def _taken(self, shard: int) -> CacheLockedError:
         holder = read_holder(self.store)

@@ -43,7 +43,7 @@ from todi_offline.cache.planning import describe_part, parts_of, require_same_id
 from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.cache.store import LocalStore, Store, open_store
 from todi_offline.cache.store.base import Lock
-from todi_offline.cache.store.locks import require_held
+from todi_offline.cache.store.locks import naming_successor, require_held
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, CacheMismatchError
 
 _READERS = 16  # threads; each waits for a store
@@ -74,7 +74,8 @@ class CacheWriter:
         with contextlib.ExitStack() as stack:
             self._lock = stack.enter_context(self.store.lock())
             _remove_temporaries(self.store)
-            self._begin()
+            with naming_successor(self.store, self._lock.token):
+                self._begin()
             self._locked = stack.pop_all()
         return self
 
@@ -130,7 +131,8 @@ class CacheWriter:
             manifest = dataclasses.replace(self._root.manifest, parts=self.manifest.parts)
             ordered = tuple(commits[shard] for shard in range(self.manifest.num_shards))
             self._swap(dataclasses.replace(self._root, manifest=manifest, commits=ordered, pending=()))
-        write_derived_metadata(self.store, self._root)
+        with naming_successor(self.store, self._lock.token):
+            write_derived_metadata(self.store, self._root)
         return self._root
 
     def _commit(self, shard: int) -> ObjectSum:
@@ -237,10 +239,16 @@ def replace_root(store: Store, root: Root, before: Root | None = None) -> None:
 
 
 def write_derived_metadata(store: Store, root: Root) -> None:
-    """Write the metadata for other readers of Zarr where it is not what follows from the root."""
+    """Write the metadata for other readers of Zarr where it is not what follows from the root.
+
+    What another process replaces meanwhile is left to it: it follows from a newer root.
+    """
     for key, data in derived_metadata(root).items():
-        if read_if_there(store, key) != data:
-            store.write(key, data)
+        found = read_if_there(store, key)
+        if found is None:
+            store.create(key, data)
+        elif found != data:
+            store.swap(key, data, found)
 
 
 def _are_same(found: Sequence[Part], wanted: Sequence[Part]) -> bool:

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -108,6 +109,18 @@ def require_held(store: Store, token: str) -> None:
         f"{store} was taken over by {who} while this process stood still; nothing that is committed was changed: "
         "run the command again, and it goes on from there"
     )
+
+
+@contextlib.contextmanager
+def naming_successor(store: Store, token: str) -> Iterator[None]:
+    """Within, an error of a holder whose lock was taken over names the successor, whose work may have caused it."""
+    try:
+        yield
+    except CacheLockedError:
+        raise
+    except CacheError:
+        require_held(store, token)
+        raise
 
 
 class FolderLock:
