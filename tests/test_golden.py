@@ -1,5 +1,6 @@
 """What was once written is read the same for ever: by this release, and by others that only know the description."""
 
+import dataclasses
 import json
 import warnings
 import zipfile
@@ -11,11 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
-from support.make_golden import CACHES, DATA, NUM_SHARDS, PER_SHARD, values_of
+from support.damage import Files
+from support.disk import Watch
+from support.fake_cache import sequence
+from support.make_golden import CACHES, DATA, NUM_SHARDS, PER_SHARD, values_of, write_golden
+from support.tools import run
 
 from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import open_cache
-from todi_offline.errors import CacheFormatError
+from todi_offline.cache.writer import CacheWriter
+from todi_offline.errors import CacheIncompleteError
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -31,6 +38,10 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         archive.extractall(folder)
     with np.load(DATA / f"{request.param}.npz") as values:
         return folder, dict(values)
+
+
+def files_of(root: Path) -> Files:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def expected_of(golden: tuple[Path, Values], name: str, number: int) -> Values:
@@ -59,16 +70,112 @@ def test_a_golden_cache_is_whole_and_reads_as_it_always_did(golden: tuple[Path, 
     assert number == NUM_SHARDS * PER_SHARD - 1
 
 
-def test_a_golden_cache_of_a_newer_version_is_refused_with_both_versions(golden: tuple[Path, Values]) -> None:
-    path = golden[0] / "q8-fast" / "zarr.json"
-    text = path.read_text()
-    version = json.loads(text)["attributes"]["todi_offline"]["format_version"]
-    path.write_text(text.replace(f'"format_version": {version}', f'"format_version": {version + 1}'))
-    try:
-        with pytest.raises(CacheFormatError, match=f"of format version {version + 1}, this release reads version 1; "):
-            open_cache(path.parent)
-    finally:
-        path.write_text(text)
+# A cache of an earlier format in the hands of this release
+
+
+@pytest.fixture
+def old_cache(tmp_path: Path) -> Callable[..., Path]:
+    """Unpacks golden caches of format 1."""
+
+    def unpacked(name: str, place: str = "old") -> Path:
+        with zipfile.ZipFile(DATA / "format-1.zip") as archive:
+            for member in archive.namelist():
+                if member.startswith(f"{name}/"):
+                    archive.extract(member, tmp_path / place)
+        return tmp_path / place / name
+
+    return unpacked
+
+
+def append(root: Path, numbers: list[int], vocab_size: int = 300) -> None:
+    """Add a shard of these sequences."""
+    found = open_cache(root).manifest
+    part = dataclasses.replace(found.parts[0], content="more", num_sequences=len(numbers), num_shards=1)
+    with CacheWriter(root, dataclasses.replace(found, parts=(*found.parts, part))) as writer:
+        (shard,) = writer.missing_shards()
+        writer.write_shard(shard, [sequence(number, found.settings, vocab_size) for number in numbers])
+        writer.seal()
+
+
+@pytest.mark.parametrize("name", ["f16-compact", "root8-fast", "bf16_logit-balanced"])
+def test_a_cache_of_format_1_is_appended_to_and_is_of_format_2_then(
+    old_cache: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    root = old_cache(name)
+    before = files_of(root)
+    append(root, [7, 8])
+    after = files_of(root)
+    assert {key for key in before if before[key] != after.get(key)} == {
+        "sealed.json",
+        "zarr.json",
+        *(f"{array}/zarr.json" for array in open_cache(root).manifest.arrays),
+    }
+    assert "cache.json" in after
+    assert not {"sealed.json", "append.json"} & after.keys()
+    assert verify_cache(root) == []
+    cache = open_cache(root)
+    assert cache.manifest.format_version == 2
+    assert cache.sequences["id"].to_pylist() == [f"fake:{number}" for number in (0, 1, 2, 3, 7, 8)]
+    fresh = write_golden(tmp_path / "fresh", **CACHES[name])
+    append(fresh, [7, 8])
+    for found, expected in zip(cache, open_cache(fresh), strict=True):
+        assert_same(values_of(found), values_of(expected))
+
+
+def test_the_capture_of_a_cache_of_format_1_confirms_it_and_makes_it_format_2(old_cache: Callable[..., Path]) -> None:
+    root = old_cache("f16-fast")
+    with CacheWriter(root, open_cache(root).manifest) as writer:
+        assert (writer.missing_shards(), writer.is_sealed) == ([], True)
+        writer.seal()
+    assert (root / "cache.json").exists()
+    assert not (root / "sealed.json").exists()
+    assert verify_cache(root) == []
+
+
+def test_a_capture_that_an_earlier_release_began_goes_on(old_cache: Callable[..., Path], tmp_path: Path) -> None:
+    root, whole = old_cache("q8-balanced"), open_cache(old_cache("q8-balanced", "whole"))
+    (root / "sealed.json").unlink()
+    (root / "commits/000001.json").unlink()
+    with pytest.raises(CacheIncompleteError, match="not finished"):
+        open_cache(root)
+    with CacheWriter(root, whole.manifest) as writer:
+        assert writer.missing_shards() == [1]
+        writer.write_shard(1, [sequence(number, whole.manifest.settings) for number in (2, 3)])
+        writer.seal()
+    assert verify_cache(root) == []
+    for found, expected in zip(open_cache(root), whole, strict=True):
+        assert_same(values_of(found), values_of(expected))
+
+
+def test_an_append_to_a_cache_of_format_1_is_one_step(old_cache: Callable[..., Path], tmp_path: Path) -> None:
+    """At every operation of the disk a reader finds the old cache or the new one."""
+    root, found = old_cache("f16-fast"), list[int]()
+    with Watch(root, lambda _: found.append(len(open_cache(root)))):
+        append(root, [7, 8])
+    assert set(found) == {4, 6}
+    assert found == sorted(found)
+
+
+def test_a_cache_of_format_1_is_subset_merged_and_narrowed(old_cache: Callable[..., Path], tmp_path: Path) -> None:
+    root = old_cache("f16-compact")
+    cache = open_cache(root)
+    small = cache.manifest.settings
+    run("subset", root, "--out", tmp_path / "subset", "--k", 3, "--tail-samples", 2)
+    append(tmp_path / "subset", [7])
+    other = write_golden(tmp_path / "other", encoding="f16", codec="compact", vocab_size=300)
+    run("merge", root, other, "--out", tmp_path / "merged")
+    for number, expected in enumerate(cache):
+        assert_same(values_of(open_cache(tmp_path / "merged")[number]), values_of(expected))
+        narrowed = narrow(expected.targets, dataclasses.replace(small, k=3, tail_samples=2), cache.content_keys[number])
+        found = open_cache(tmp_path / "subset")[number].targets
+        np.testing.assert_array_equal(found.tail_ids, narrowed.tail_ids)
+        np.testing.assert_array_equal(found.logprobs, narrowed.logprobs)
+    for place in ("subset", "merged"):
+        assert verify_cache(tmp_path / place) == []
+    assert "sealed.json" in files_of(root)  # nothing was written to it
+
+
+# Other readers
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -102,7 +209,8 @@ def with_tensorstore(root: Path, name: str) -> Array:
 def assert_described(golden: tuple[Path, Values], name: str, read: Callable[[Path, str], Array]) -> None:
     """Compare what a reader makes of a cache, that knows Zarr, Parquet and the README alone, with what it holds."""
     root = golden[0] / name
-    settings = json.loads((root / "zarr.json").read_text())["attributes"]["todi_offline"]["settings"]
+    described = json.loads((root / "zarr.json").read_text())["attributes"]["todi_offline"]
+    settings = described.get("manifest", described)["settings"]
     arrays = {path.parent.name: read(root, path.parent.name) for path in root.glob("*/zarr.json")}
     tables = [pq.read_table(path).to_pylist() for path in sorted((root / "sequences").iterdir())]
     for number, row in enumerate(row for table in tables for row in table):
@@ -126,6 +234,9 @@ def ids_of_gaps(gaps: Array, targets: slice) -> Array:
     rows: list[list[int]] = [[] for _ in range(len(gaps))]
     for chunk in range(0, len(gaps), 512):
         key = 0
+        if not gaps[chunk : chunk + 512].any():  # an absent one: there are no such rows
+            rows[chunk : chunk + 512] = gaps[chunk : chunk + 512].tolist()
+            continue
         for gap in gaps[chunk : chunk + 512].ravel().tolist():
             key += gap
             rows[chunk + key % 512].append(key // 512)
