@@ -13,6 +13,7 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
 import todi_offline.capturing
+from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.format.layout import ENCODINGS
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.reader import open_cache
@@ -139,8 +140,8 @@ def test_of_an_unfinished_cache_the_committed_shards_serve(
 ) -> None:
     capture(teacher, whole, tmp_path / "whole", **SMALL)
     capture(teacher, whole, tmp_path / "part", **SMALL)
-    (tmp_path / "part" / "sealed.json").unlink()
     (tmp_path / "part" / "commits" / "000001.json").unlink()
+    repair_cache(tmp_path / "part")
     lost = open_cache(tmp_path / "whole").sequences.to_pandas().query("shard == 1")["id"]
     watch.ids.clear()
     capture(teacher, whole, tmp_path / "out", reuse=[str(tmp_path / "part")], **SMALL)
@@ -206,7 +207,7 @@ def test_the_cache_of_another_teacher_tokenizer_or_vocabulary_is_refused(
     for message, other in others.items():
         with pytest.raises(CacheMismatchError, match=message):
             capture(other, whole, tmp_path / "out", reuse=[str(nine_tenths)], **SMALL)
-    with pytest.raises(CacheFormatError, match="is no cache"):
+    with pytest.raises(CacheFormatError, match="is not a cache"):
         capture(teacher, whole, tmp_path / "out", reuse=[str(tmp_path / "nothing")], **SMALL)
     assert not (tmp_path / "out").exists()
 

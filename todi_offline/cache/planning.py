@@ -154,8 +154,6 @@ def _held(store: Store, root: Root, parts: Iterable[Part]) -> ContentKeys:
             shard = len(keys)
             commit = root.commits[shard] if shard < len(root.commits) else None
             try:
-                if commit is None and shard < len(root.commits):
-                    raise CacheIncompleteError(f"{store} has lost shard {shard}")
                 table = read_table(store, read_record(store, root.manifest, shard, commit))
             except CacheIncompleteError as error:
                 what = describe_part(part)
