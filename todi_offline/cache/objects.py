@@ -1,5 +1,6 @@
 """A store in, the objects of its cache out: parsed, and compared with their sums."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 
@@ -57,15 +58,15 @@ def has_cache(store: Store) -> bool:
 
 
 def derived_metadata(root: Root) -> Mapping[str, bytes]:
-    """Return the metadata for other readers of Zarr, by key: they follow from the root."""
-    manifest = root.manifest
+    """Return the metadata for other readers of Zarr, by key: they follow from the finished parts of the root."""
+    manifest, finished = root.manifest, dataclasses.replace(root, pending=())
     arrays = {
         name: array_metadata(spec, manifest.settings.codec, manifest.num_shards)
         for name, spec in manifest.arrays.items()
     }
     return {
         **{array_key(name): data for name, data in arrays.items()},
-        GROUP_KEY: group_metadata({ATTRIBUTE: root.values()}, arrays),
+        GROUP_KEY: group_metadata({ATTRIBUTE: finished.values()}, arrays),
     }
 
 
