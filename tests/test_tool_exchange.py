@@ -5,44 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.damage import contents_of
 from support.fake_cache import VOCAB, sequence, settings, write_cache
+from support.foreign_rows import DESCRIBED, plain_rows, write_rows
+from support.stopping import StoppedError, stop_at
 from support.tiny import tiny_tokenizer
 from support.tools import run
 
-from todi_offline.cache.convert.importing import fewest_entries, import_table, imported_manifest
+from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.convert.describing import fewest_entries, imported_manifest
+from todi_offline.cache.convert.export import MANIFEST_KEY
+from todi_offline.cache.convert.importing import import_table
 from todi_offline.cache.convert.tokenizer_files import read_tokenizer_files
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
-from todi_offline.cache.format.layout import ENCODINGS
+from todi_offline.cache.format.layout import ENCODINGS, FORMAT_VERSION
 from todi_offline.cache.reader import open_cache
-from todi_offline.errors import CacheMismatchError, DataError, TargetsError
-
-DESCRIBED = imported_manifest(settings(temperatures=(1.0,), tail_samples=0), VOCAB, "elsewhere", {"vocabulary": "a"})
-
-
-def plain_rows(numbers: range) -> list[dict[str, Any]]:
-    """Return fake sequences as rows that a serving engine could give: no tail, no samples, entries in any order."""
-    rows = []
-    for number in numbers:
-        made = sequence(number, settings(temperatures=(1.0,), tail_samples=0))
-        order = np.random.default_rng(number).permuted(np.tile(np.arange(6), (len(made.targets), 1)), axis=1)
-        rows.append(
-            {
-                "input_ids": made.token_ids.tolist(),
-                "target_mask": made.target_mask.tolist(),
-                "target_ids": np.take_along_axis(made.targets.ids, order, axis=1).tolist(),
-                "target_logprobs": np.take_along_axis(made.targets.logprobs, order, axis=1).tolist(),
-                "label_logprob": made.targets.label_logprob.tolist(),
-            }
-        )
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+from todi_offline.errors import CacheIncompleteError, CacheMismatchError, DataError, TargetsError
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -137,40 +117,39 @@ def test_equal_entries_out_of_order_are_put_by_id(tmp_path: Path) -> None:
     assert (open_cache(tmp_path / "cache")[0].targets.ids == [5, 7, 1, 2, 3, 9]).all()
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"tail_logsumexp": lambda n: [[-1.0, -2.0]] * n}, r"row 0 .*tail_logsumexp has \d+ lists of 2 to 2, expected"),
-        ({"positions": lambda n: [0] * n}, "row 0 .*its positions do not rise from 0"),
-        ({"positions": lambda n: [2**40]}, "row 0 .*its positions do not rise from 0"),
-        ({"target_ids": lambda n: [1] * n}, "row 0 .*"),
-        ({"target_logprobs": lambda n: "text"}, "row 0 .*"),
-        ({"input_ids": lambda n: None}, "row 0 .*input_ids is empty"),
-    ],
-)
-def test_columns_of_another_form_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
-    rows = plain_rows(range(2))
-    for row in rows:
-        row.update({name: make(len(row["target_ids"])) for name, make in columns.items()})
-    with pytest.raises(DataError, match=message):
-        import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
-
-
 def test_an_import_that_was_stopped_goes_on(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "rows.parquet", plain_rows(range(90)))
     calls: list[tuple[int, int]] = []
-    import_table(table, str(tmp_path / "cache"), DESCRIBED, progress=lambda done, total: calls.append((done, total)))
+    import_table(table, str(tmp_path / "whole"), DESCRIBED, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (180, 180)
     assert calls == sorted(calls)
-    whole = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    for name in ("sealed.json", "commits/000001.json"):
-        (tmp_path / "cache" / name).unlink()
+    with pytest.raises(StoppedError):
+        import_table(table, str(tmp_path / "cache"), DESCRIBED, progress=stop_at(91))
+    with pytest.raises(CacheIncompleteError):
+        open_cache(tmp_path / "cache")
     import_table(table, str(tmp_path / "cache"), DESCRIBED)
-    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()} == whole
-    rows = plain_rows(range(90))
+    assert contents_of(tmp_path / "cache") == contents_of(tmp_path / "whole")
+
+
+def test_a_table_that_has_changed_since_is_not_taken_for_the_one_that_was_imported(tmp_path: Path) -> None:
+    rows = plain_rows(range(2))
+    import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
     rows[0]["label_logprob"] = [value / 1.0001 for value in rows[0]["label_logprob"]]
-    with pytest.raises(CacheMismatchError, match=r"parts\.0\.recipe\.table"):
-        import_table(write_rows(table, rows), str(tmp_path / "cache"), DESCRIBED)
+    with pytest.raises(CacheMismatchError, match="holds other data"):
+        import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
+
+
+def test_a_table_that_an_older_release_exported_becomes_a_cache_of_this_format(tmp_path: Path) -> None:
+    run("export", write_cache(tmp_path / "cache"), "--out", tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    manifest = json.loads(metadata[MANIFEST_KEY]) | {"format_version": 1}
+    pq.write_table(
+        table.replace_schema_metadata(metadata | {MANIFEST_KEY: json.dumps(manifest)}), tmp_path / "old.parquet"
+    )
+    import_table(tmp_path / "old.parquet", str(tmp_path / "again"))
+    assert open_cache(tmp_path / "again").manifest.format_version == FORMAT_VERSION
+    assert verify_cache(tmp_path / "again") == []
 
 
 def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(tmp_path: Path) -> None:
@@ -181,34 +160,6 @@ def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(
         made = sequence(number, settings(temperatures=(1.0,), tail_samples=0))
         np.testing.assert_array_equal(found.targets.ids, made.targets.ids)
         np.testing.assert_allclose(found.targets.tail_logsumexp, made.targets.tail_logsumexp, atol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("column", "change", "message"),
-    [
-        ("target_logprobs", lambda v: v[2].__setitem__(0, 0.5), "row 1 .*log-probs that are NaN or above 0: target 2"),
-        ("target_logprobs", lambda v: v[2].__setitem__(0, float("nan")), "row 1 .*NaN"),
-        ("target_logprobs", lambda v: v[2].__setitem__(0, -0.001), "row 1 .*mass"),
-        ("target_ids", lambda v: v[2].__setitem__(0, v[2][1]), "row 1 .*ids that repeat"),
-        ("target_ids", lambda v: v[2].__setitem__(0, VOCAB), "row 1 .*ids beyond the vocabulary"),
-        ("target_ids", lambda v: v[2].pop(), r"row 1 .*target 2 has 5 ids and 6 log-probs, expected as many"),
-        ("target_ids", lambda v: v.pop(), r"row 1 .*supervises \d+ positions and has \d+ lists of"),
-        ("target_ids", lambda v: v[2].__setitem__(0, None), "row 1 .*target_ids has an empty entry"),
-        ("target_ids", lambda v: v[2].__setitem__(0, -1), "row 1 .*ids below 0: target 2"),
-        ("input_ids", lambda v: v.__setitem__(0, -1), "row 1 .*the token id -1"),
-        ("label_logprob", lambda v: v.pop(), r"row 1 .*label_logprob has \d+ entries, expected"),
-        ("input_ids", lambda v: v.pop(), r"row 1 .*as many, one true at least"),
-        ("input_ids", lambda v: v.__setitem__(0, VOCAB + 1), "row 1 .*beyond the vocabulary"),
-        ("target_mask", lambda v: v.__setitem__(-1, True), "row 1 .*the last one false"),
-        ("label_logprob", lambda v: v.__setitem__(0, 0.4), "row 1 .*label"),
-    ],
-)
-def test_a_wrong_row_is_named(tmp_path: Path, column: str, change: Any, message: str) -> None:
-    rows = plain_rows(range(3))
-    change(rows[1][column])
-    with pytest.raises(DataError, match=message):
-        import_table(write_rows(tmp_path / "rows.parquet", rows), str(tmp_path / "cache"), DESCRIBED)
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_label_that_is_not_kept_needs_its_own_log_prob(tmp_path: Path) -> None:

@@ -13,6 +13,11 @@ def files_of(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
+def contents_of(root: Path) -> Files:
+    """Return the bytes of every file of a folder, by key."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files_of(root)}
+
+
 def drawn(root: Path, rng: np.random.Generator) -> Path:
     files = files_of(root)
     return files[int(rng.integers(len(files)))]

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from todi_offline.cache.convert.cells import require_types
 from todi_offline.cache.convert.importing import opened_table
 from todi_offline.cache.convert.tokenizer_files import read_tokenizer_files
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
@@ -52,10 +54,13 @@ def fewest_entries(path: Path) -> int:
     with opened_table(path) as table:
         if "target_ids" not in table.schema_arrow.names:
             raise DataError(f"{path} lacks the column target_ids; it has {', '.join(table.schema_arrow.names)}")
+        require_types(table.schema_arrow, str(path))
         fewest = [
-            pc.min(pc.list_value_length(batch.column(0).flatten())).as_py()
+            pc.min(pc.list_value_length(lists)).as_py()
             for batch in table.iter_batches(_BATCH_ROWS, columns=["target_ids"])
+            if not pa.types.is_null(batch.column(0).type) and len(lists := batch.column(0).flatten())
         ]
-    if not (found := [count for count in fewest if count]):
-        raise DataError(f"{path} has no target with an entry")
-    return int(min(found))
+    k = min((count for count in fewest if count is not None), default=0)
+    if not k:
+        raise DataError(f"{path}, column target_ids: a target has no entry; leave such targets out of target_mask")
+    return int(k)

@@ -21,6 +21,8 @@ from todi_offline.cache.reader import Cache
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheMismatchError
 
+_COARSE = ("q8", "root8")
+
 
 def subset_cache(
     cache: Cache,
@@ -33,17 +35,20 @@ def subset_cache(
     """Write the chosen sequences of a cache to another, in their order; return its manifest.
 
     `settings` are fields of `CacheSettings` that differ from the cache's: fewer entries, temperatures or samples,
-    another encoding, codec or shard size. Rows come out as they went in where the encoding stays; to another encoding
-    they go with the rounding of both. `criteria` say in the manifest what was chosen. The same call again goes on.
+    another encoding, codec or shard size. Rows come out as they went in where the encoding stays; from f16 and
+    bf16_logit they go to another encoding with the rounding of both. `criteria` say in the manifest what was chosen.
+    The same call again goes on.
 
     Raises:
-        CacheMismatchError: nothing is chosen, or the cache holds less than is asked for.
+        CacheMismatchError: nothing is chosen, the cache holds less than is asked for, or it holds log-probs in a coarse
+            encoding and another one is asked for.
         TargetsError: the encoding needs what the cache has not.
         CacheError: `out` cannot be written or holds something else.
     """
     if not chosen.any():
         raise CacheMismatchError(f"of the {len(cache):,} sequences of {cache.root} none is chosen; ask for others")
     asked = dataclasses.replace(cache.manifest.settings, **settings)
+    _require_precise(cache, asked)
     sample = narrow(cache[0].targets[:1], asked, cache.content_keys[0])
     encode_rows(sample, asked.encoding)  # before anything is written: it may ask for what the cache has not
     indices = np.flatnonzero(chosen)
@@ -66,6 +71,16 @@ def subset_cache(
         writer.seal()
         progress(len(missing), len(missing))
     return manifest
+
+
+def _require_precise(cache: Cache, asked: CacheSettings) -> None:
+    """Refuse another encoding of log-probs that a coarse one has rounded: they would lie beyond the bounds of both."""
+    encodings = {member.manifest.settings.encoding for member in cache.members}
+    if coarse := sorted(encodings & set(_COARSE) - {asked.encoding}):
+        raise CacheMismatchError(
+            f"{cache.root} holds log-probs in {', '.join(coarse)}, which {asked.encoding} would not keep within its "
+            f"bounds; keep {coarse[0]}, or take the subset of the f16 or bf16_logit cache that it was made of"
+        )
 
 
 def _narrowed(cache: Cache, indices: list[int], settings: CacheSettings) -> list[SequenceRows]:
