@@ -1,10 +1,11 @@
-"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`, `evaluate`, `keys`.
+"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`, `evaluate`, `view`, `keys`.
 
 A command's options are the fields of its config, with the field's own documentation as their help.
 """
 
 import contextlib
 import dataclasses
+import json
 import logging
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def cli() -> None:
     todi student --from T --layers 8 --out S            cut a student from it
     todi train --student S --cache CACHE --out RUN      stage 2: train, without the teacher
     todi evaluate --student S --cache HELDOUT           its distance to the teacher, without the teacher
-    todi-cache inspect CACHE                            look into a cache
+    todi view --student S --cache HELDOUT --out F       a page: ToDi's gate at every token, curves, texts
+    todi-cache inspect CACHE                            look into a cache; todi-cache view makes a page of it
     """
     no_bars_in_logs()
 
@@ -169,6 +171,26 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
         print_distance(summary.distance)
     if summary.generation:
         print_generation(summary.generation)
+
+
+@cli.command(cls=ConfigCommand, config="todi_offline.viewing:ViewConfig")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON, too.")
+def view(config: Path | None, as_json: bool, **settings: Any) -> None:
+    """Write a page that shows a student's predictions beside the teacher's, its training, and what it writes.
+
+    The page is one file that opens in a browser by double click and asks the network for nothing.
+
+    Example: todi view --student run/ --cache heldout/ --run run/ --scores scores/ --out run.html
+    """
+    from todi_offline.viewing import view_from
+
+    with progress("sequences", quiet=as_json) as report:
+        page = view_from(config, given(settings), report)
+    if as_json:
+        click.echo(json.dumps(page.to_json(), indent=1))
+        return
+    click.echo("the page shows: " + ", ".join(section.title for section in page.sections))
 
 
 @cli.command(cls=ConfigCommand, config="todi_offline.data:DataConfig")
