@@ -78,7 +78,7 @@ def describe_cache(cache: Cache) -> list[tuple[str, str]]:
     return [
         ("Place", cache.root),
         ("Teacher", ", ".join(_teacher_facts(manifest.teacher)) or "unknown"),
-        *((f"Data {number + 1}", _describe_part(part)) for number, part in enumerate(manifest.parts)),
+        *(("Data", _describe_part(part)) for part in manifest.parts),
         ("Holds", f"{len(cache):,} sequences, {int(cache.num_tokens.sum()):,} tokens, {num_targets:,} targets"),
         ("Kept of a target", f"the {settings.k:,} likeliest of {manifest.vocab_size:,} ids; {samples}"),
         ("Temperatures", ", ".join(f"{temperature:g}" for temperature in settings.temperatures)),

@@ -1,7 +1,7 @@
 // The numbers of a chart in, a picture that fits its place out.
 
 const HEIGHT = 240;
-const MARGIN = { left: 52, right: 12, top: 10, bottom: 40 };
+const MARGIN = { left: 62, right: 12, top: 10, bottom: 40 };
 
 function drawLines(block) {
   const figure = figureOf(block);
@@ -61,10 +61,15 @@ function figureOf(block) {
 function legendOf(series) {
   const items = series.map((item, number) => {
     const key = shape("svg", { width: 26, height: 10, "aria-hidden": "true" },
-      shape("line", { class: `line series${number % 4}`, x1: 1, x2: 25, y1: 5, y2: 5 }));
+      shape("line", { class: `line ${styleOf(item, number)}`, x1: 1, x2: 25, y1: 5, y2: 5 }));
     return element("li", {}, key, " " + item.name);
   });
   return element("ul", { class: "legend" }, ...items);
+}
+
+/** Name the colour and the dashes of a line: by its place, or as it says itself. */
+function styleOf(item, number) {
+  return `series${(item.color ?? number) % 4}${item.is_held_out ? " held-out" : ""}`;
 }
 
 /** Draw anew whenever the width of the figure changes, so that letters keep their size. */
@@ -94,14 +99,14 @@ function makeScales(xRange, yRange, width, isLog) {
   const warp = isLog ? (x) => Math.log(x) : (x) => x;
   const unwarp = isLog ? (x) => Math.exp(x) : (x) => x;
   const [x0, x1] = widened(xRange.map(warp));
-  const yTicks = linearTicks(...widened(yRange), 5);
-  const [y0, y1] = [Math.min(yRange[0], yTicks[0]), Math.max(yRange[1], yTicks.at(-1))];
+  const yTicks = linearTicks(...widened(yRange), 5, true);
+  const [y0, y1] = [yTicks[0], yTicks.at(-1)];
   const [right, bottom] = [width - MARGIN.right, HEIGHT - MARGIN.bottom];
   return {
     x: (x) => MARGIN.left + ((warp(x) - x0) / (x1 - x0)) * (right - MARGIN.left),
     y: (y) => bottom - ((y - y0) / (y1 - y0)) * (bottom - MARGIN.top),
     back: (pixel) => unwarp(x0 + ((pixel - MARGIN.left) / (right - MARGIN.left)) * (x1 - x0)),
-    xTicks: isLog ? logTicks(unwarp(x0), unwarp(x1)) : linearTicks(x0, x1, Math.max(2, Math.floor(width / 90))),
+    xTicks: isLog ? logTicks(unwarp(x0), unwarp(x1)) : linearTicks(x0, x1, Math.max(3, Math.floor(width / 70)), false),
     yTicks,
     right,
     bottom,
@@ -112,15 +117,14 @@ function widened([low, high]) {
   return high > low ? [low, high] : [low - 0.5, low + 0.5];
 }
 
-function linearTicks(low, high, most) {
+/** Return round numbers, about so many, from low to high; or from before low to beyond high. */
+function linearTicks(low, high, most, isBeyond) {
   const rough = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
-  const ticks = [];
-  for (let number = Math.ceil(low / step - 1e-9); number * step <= high + step * 1e-9; number += 1) {
-    ticks.push(Number((number * step).toPrecision(12)));
-  }
-  return ticks;
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
+  const first = isBeyond ? Math.floor(low / step + 1e-9) : Math.ceil(low / step - 1e-9);
+  const last = isBeyond ? Math.ceil(high / step - 1e-9) : Math.floor(high / step + 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, number) => Number(((first + number) * step).toPrecision(12)));
 }
 
 function logTicks(low, high) {
@@ -169,7 +173,7 @@ function axes(block, width, scales) {
   }
   const middle = (MARGIN.left + scales.right) / 2;
   parts.push(shape("text", { class: "axis", x: middle, y: HEIGHT - 5, "text-anchor": "middle" }, block.x));
-  const turned = `translate(12 ${(MARGIN.top + scales.bottom) / 2}) rotate(-90)`;
+  const turned = `translate(10 ${(MARGIN.top + scales.bottom) / 2}) rotate(-90)`;
   parts.push(shape("text", { class: "axis", transform: turned, "text-anchor": "middle" }, block.y));
   return parts;
 }
@@ -177,7 +181,7 @@ function axes(block, width, scales) {
 function lineOf(item, number, scales) {
   const known = item.x.map((x, at) => at).filter((at) => item.y[at] !== null && item.x[at] !== null);
   const corner = (values) => (at) => `${scales.x(item.x[at]).toFixed(1)},${scales.y(values[at]).toFixed(1)}`;
-  const kind = `series${number % 4}`;
+  const kind = styleOf(item, number);
   const parts = [];
   if (item.low) {
     const inside = known.filter((at) => item.low[at] !== null && item.high[at] !== null);

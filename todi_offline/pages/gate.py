@@ -60,17 +60,16 @@ class Parts:
     reverse_kl: Values
     """[target]"""
     mean_gate: Values
-    """[target]: the mean of a, weighted by the mean of both models' mass."""
+    """[target]: the mean of a, weighted by the teacher's mass. (By the mean of both it were 1/2 wherever beta = 1.)"""
 
 
 def divide(teacher: Values, student: Values, beta: float) -> Parts:
     """Return the parts of log-probs [target, entry] of both models."""
     p, q, ratio = np.exp(teacher), np.exp(student), teacher - student
     opened, closed = gate(teacher, student, beta), gate(student, teacher, beta)
-    mass = (p + q) / 2
     return Parts(
         todi=(opened * p - closed * q) * ratio,
         forward_kl=(p * ratio).sum(1),
         reverse_kl=-(q * ratio).sum(1),
-        mean_gate=(mass * opened).sum(1) / mass.sum(1),
+        mean_gate=(p * opened).sum(1) / p.sum(1),
     )

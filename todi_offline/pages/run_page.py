@@ -103,11 +103,12 @@ def run_section(runs: Sequence[Run]) -> Section:
 
 def _curve(name: str, label: str, unit: str, runs: Sequence[Run]) -> Block:
     drawn = []
-    for run in runs:
+    for color, run in enumerate(runs):
         for prefix, words in (("", run.name), ("eval_", f"{run.name}, held out")):
             rows = [row for row in run.rows if isinstance(row.get(prefix + name), int | float)]
             if rows and (not prefix or name in HELD_OUT):
-                drawn.append(series(words, [row["step"] for row in rows], [row[prefix + name] for row in rows]))
+                line = series(words, [row["step"] for row in rows], [row[prefix + name] for row in rows])
+                drawn.append(line | {"color": color, "is_held_out": bool(prefix)})
     return lines(label, "", ("step", unit), drawn, from_zero=name != "grad_norm")
 
 
@@ -173,9 +174,8 @@ def sample_section(scores: Sequence[Scores]) -> Section:
     rows = []
     for prompt in prompts:
         first = written[0].predictions[prompt]
-        answers = [
-            (item.name, item.predictions[prompt]["prediction"]) for item in written if prompt in item.predictions
-        ]
+        found = [(item.name, item.predictions.get(prompt)) for item in written]
+        answers = [(name, row["prediction"]) for name, row in found if row is not None]
         columns = [("reference", "\n\n".join(first.get("references", ()))), *answers]
         rows.append((prompt[:_SHOWN_TEXT], [(name, text[:_SHOWN_TEXT]) for name, text in columns]))
     note = f"{len(rows):,} of {len(written[0].predictions):,} prompts, with what each wrote."

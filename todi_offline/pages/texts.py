@@ -24,14 +24,14 @@ _HIDDEN = ("C", "Z")  # categories: control, format, surrogate, private, unassig
 
 
 def printable(text: str) -> str:
-    """Return a text with every character that cannot be seen written as ⟨U+202E⟩, but for spaces and line ends."""
+    """Return a text with every character that cannot be seen written as ⟨U+202E⟩, but spaces, tabs, line ends."""
     if text.isprintable():  # a space is the only separator that is
         return text
     return "".join(character if _can_be_seen(character) else f"⟨U+{ord(character):04X}⟩" for character in text)
 
 
 def _can_be_seen(character: str) -> bool:
-    return character in " \n" or not unicodedata.category(character).startswith(_HIDDEN)
+    return character in " \n\t" or not unicodedata.category(character).startswith(_HIDDEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,10 @@ def token_section(
     means = [(measure["label"], float(block[measure["name"]].mean(dtype=np.float64))) for measure in block["measures"]]
     rows = [*names.items(), *((f"{label}, mean", f"{mean:.4f}") for label, mean in means)]
     note = (
-        f"{len(shown):,} of {num_sequences:,} sequences, at temperature {temperature:g}, the largest KL first. The gate "
-        f"a = sigmoid(beta log(p / q)), beta = {beta:g}, weighs each entry's part of forward KL with a and that of "
-        "reverse KL with 1 - a. Above one half the teacher gives the entry more, below one half the student does. The "
-        "divergences count all ids that the cache does not keep as one entry."
+        f"{len(shown):,} of {num_sequences:,} sequences, at temperature {temperature:g}, the largest KL first. The "
+        f"gate a = sigmoid(beta log(p / q)), beta = {beta:g}, weighs each entry's part of forward KL with a and its "
+        "part of reverse KL with 1 - a. Above one half the teacher gives the entry more, below one half the student "
+        "does. The divergences count all ids that the cache does not keep as one entry."
     )
     return Section("Tokens", note, [facts(rows), block])
 

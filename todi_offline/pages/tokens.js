@@ -34,7 +34,7 @@ class TokenView {
         "them. The others, grey, are only read. " + keys),
       this.missing,
       element("div", { class: "beside-panel" }, this.text, this.panel));
-    this.open(0, 0, false);
+    this.open(0, null, false);
   }
 
   /** Show a sequence, and one of its tokens: by default the first supervised one. */
@@ -51,7 +51,7 @@ class TokenView {
     this.spanOf = [];
     const fragment = document.createDocumentFragment();
     this.sequence.pieces.forEach((text, number) => {
-      const span = element("span", {}, text.replaceAll("\n", "↵\n") || "∅");
+      const span = element("span", {}, text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t"));
       span.dataset.token = this.spanOf.length;
       for (let part = 0; part < this.sequence.lengths.values[number]; part += 1) this.spanOf.push(span);
       this.spans.push(span);
@@ -180,15 +180,14 @@ class TokenView {
     const real = this.block.vocabulary.ids.values[id];
     const parts = [heading, element("p", { class: "note" }, `id ${real}${number > 1 ? ", " + this.block.vocabulary.texts[id] : ""}`)];
     if (target === undefined) parts.push(element("p", {}, "Not supervised: the cache holds no prediction of this token."));
-    else parts.push(this.drawMeasures(target), ...this.drawEntries(target, id));
+    else parts.push(...this.drawEntries(target, id), this.drawMeasures(target));
     this.panel.replaceChildren(...parts);
   }
 
   drawMeasures(target) {
     const rows = this.block.measures.map(({ name, label, middle }) => {
       const value = this.block[name].values[target];
-      const side = middle === null ? "" : value >= middle ? " teacher gives more" : " student gives more";
-      return [element("dt", {}, label), element("dd", {}, shortNumber(value) + side)];
+      return [element("dt", {}, label), element("dd", {}, shortNumber(middle === null ? value : round(value)))];
     });
     return element("dl", { class: "facts small" }, ...rows.flat());
   }
@@ -263,7 +262,7 @@ function round(value) {
 }
 
 function inLine(text) {
-  return text.replaceAll("↵\n", "↵").replaceAll("\n", "↵").replace(/^ | $/g, "␣");
+  return text.replaceAll("↵\n", "↵").replaceAll("\n", "↵").replace(/⇥?\t/g, "⇥").replace(/^ | $/g, "␣");
 }
 
 function cell(value, kind) {

@@ -73,8 +73,8 @@ _TEACHER_MEASURES = (
     _Measure("tail", "teacher tail", "the teacher's mass beyond the ids that the cache keeps"),
 )
 _STUDENT_MEASURES = (
-    _Measure("label_gate", "gate at the token", "a at this token: who gives it more", 0.5),
-    _Measure("mean_gate", "gate, mean", "a at all entries, weighted by the mean of both models' mass", 0.5),
+    _Measure("label_gate", "gate at the token", "a at this token: which model gives it more", 0.5),
+    _Measure("mean_gate", "gate, mean", "a at all entries, weighted by the teacher's mass: 0.5 where both agree", 0.5),
     _Measure("forward_kl", "KL(teacher ‖ student)", "in nats, all ids that are not kept as one entry"),
     _Measure("reverse_kl", "KL(student ‖ teacher)", "in nats, all ids that are not kept as one entry"),
     _Measure("todi", "ToDi", "in nats, all ids that are not kept as one entry"),
