@@ -4,7 +4,8 @@ function drawTexts(block) {
   const cards = block.rows.map(([heading, columns]) => {
     const texts = columns.map(([name, text]) =>
       element("div", {}, element("h4", {}, name), element("p", { class: "written" }, text || "(nothing)")));
-    return element("article", {}, element("p", { class: "asked" }, heading), element("div", { class: "beside" }, ...texts));
+    const asked = element("p", { class: "asked" }, heading);
+    return element("article", {}, asked, element("div", { class: "beside" }, ...texts));
   });
   return element("div", { class: "texts" }, ...cards);
 }

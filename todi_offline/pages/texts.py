@@ -4,6 +4,7 @@ Text of a data set is not to be trusted: an override of the direction of writing
 character hides. So whatever is no letter, mark, number, punctuation, symbol or plain space is written as its name.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class TokenTexts:
                 break
             text = self._decoded(ids[before : start + num_tokens])
             text = text[len(context) :] if text.startswith(context) else self._decoded(ids[start : start + num_tokens])
-            if not text.endswith(BROKEN):
+            if BROKEN not in text:
                 return Piece((text or self.of_id(ids[start]))[:_SHOWN_LENGTH], num_tokens)
         return Piece(self.of_id(ids[start]), 1)
 
@@ -107,10 +108,11 @@ def cache_texts(cache: Cache) -> TokenTexts:
 
 
 def _as_bytes(name: str) -> str:
-    """Return the bytes of an entry of a vocabulary: byte-level ones stand for each byte by a letter."""
-    if all(letter in _bytes_of_letters() for letter in name):
-        return "".join(f"\\x{_bytes_of_letters()[letter]:02X}" for letter in name)
-    return name.replace("<0x", "\\x").replace(">", "") if name.startswith("<0x") else name
+    """Return the bytes of an entry of a vocabulary: it is one byte, or byte-level BPE, a letter for each."""
+    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
+        return f"\\x{found[1]}"
+    letters = _bytes_of_letters()
+    return "".join(f"\\x{letters[letter]:02X}" for letter in name) if letters.keys() >= set(name) else name
 
 
 @cache

@@ -1,5 +1,8 @@
 // Sequences with what the models predict in; their text, coloured, and what lies behind each token out.
 
+const OTHERS = "other kept ids";
+const TAIL = "tail: all other ids";
+
 function drawTokens(block) {
   const view = new TokenView(block);
   window.addEventListener("hashchange", () => view.follow(location.hash));
@@ -21,10 +24,8 @@ class TokenView {
     this.panel = element("aside", { class: "panel", "aria-live": "polite" });
     this.legend = element("div", { class: "scale" });
     this.missing = element("p", { class: "note", role: "status" });
-    this.sequenceChoice = element("select", { id: "sequence", onchange: (event) => this.open(Number(event.target.value)) },
-      ...this.sequences.map((item, at) => element("option", { value: at }, nameOf(item))));
-    this.measureChoice = element("select", { id: "colour", onchange: (event) => this.colour(Number(event.target.value)) },
-      ...block.measures.map((item, at) => element("option", { value: at }, item.label)));
+    this.sequenceChoice = choiceOf("sequence", this.sequences.map(nameOf), (at) => this.open(at));
+    this.measureChoice = choiceOf("colour", block.measures.map((item) => item.label), (at) => this.colour(at));
     const keys = "Arrow keys go from token to token, with Shift from sequence to sequence.";
     this.root = element("div", { class: "view" },
       element("div", { class: "controls" },
@@ -178,8 +179,10 @@ class TokenView {
     const name = number > 1 ? `part ${token - first + 1} of ${number} of ` : "";
     const heading = element("h3", {}, `Token ${token}: ${name}`, element("code", {}, inLine(span.textContent)));
     const real = this.block.vocabulary.ids.values[id];
-    const parts = [heading, element("p", { class: "note" }, `id ${real}${number > 1 ? ", " + this.block.vocabulary.texts[id] : ""}`)];
-    if (target === undefined) parts.push(element("p", {}, "Not supervised: the cache holds no prediction of this token."));
+    const bytes = number > 1 ? `, ${this.block.vocabulary.texts[id]}` : "";
+    const parts = [heading, element("p", { class: "note" }, `id ${real}${bytes}`)];
+    const none = "Not supervised: the cache holds no prediction of this token.";
+    if (target === undefined) parts.push(element("p", {}, none));
     else parts.push(...this.drawEntries(target, id), this.drawMeasures(target));
     this.panel.replaceChildren(...parts);
   }
@@ -208,7 +211,7 @@ class TokenView {
       rows.push(this.drawEntry(name, Math.exp(block.entry_p.values[at]), (key) => read(block, key, at), total,
         entry === label ? "label" : null));
     }
-    ["other kept ids", "tail: all other ids"].forEach((words, number) => {
+    [OTHERS, TAIL].forEach((words, number) => {
       const at = target * 2 + number;
       const q = read(block, "rest_q", at);
       const found = { entry_q: Math.log(q), entry_part: read(block, "rest_part", at) };
@@ -218,8 +221,8 @@ class TokenView {
     });
     const at = `At temperature ${block.temperature}`;
     const words = block.has_student
-      ? `${at}; a = sigmoid(${block.beta} · log(teacher / student)). Share: of this token's ToDi. A dash: the teacher did not ` +
-        "keep this id, so it counts in the tail."
+      ? `${at}; a = sigmoid(${block.beta} · log(teacher / student)). Share: of this token's ToDi. A dash: the cache ` +
+        "does not keep this id, so it counts in the tail."
       : `${at}.`;
     return [element("table", { class: "entries" }, element("thead", {}, head), element("tbody", {}, ...rows)),
       element("p", { class: "note" }, words)];
@@ -230,8 +233,8 @@ class TokenView {
     if (this.block.has_student) {
       const q = Math.exp(of("entry_q"));
       const gate = 1 / (1 + Math.exp(-this.block.beta * (Math.log(p) - Math.log(q))));
-      const isRest = kind === "rest";
-      cells.push(cell(q, "student"), element("td", {}, isRest && !name.startsWith("tail") ? "–" : shortNumber(round(gate))),
+      const isOneEntry = name !== OTHERS;
+      cells.push(cell(q, "student"), element("td", {}, isOneEntry ? shortNumber(round(gate)) : "–"),
         element("td", {}, percent(total > 0 ? of("entry_part") / total : 0)));
     }
     return element("tr", { class: kind }, ...cells);
@@ -249,12 +252,17 @@ function placed(sequences) {
   });
 }
 
+function choiceOf(id, names, choose) {
+  return element("select", { id, onchange: (event) => choose(Number(event.target.value)) },
+    ...names.map((name, at) => element("option", { value: at }, name)));
+}
+
 function nameOf(item) {
   return `${item.number}: ${item.id} (${item.num_tokens} tokens, ${item.why})`;
 }
 
 function read(block, key, at) {
-  return block[key].values[at];
+  return block[key] ? block[key].values[at] : NaN;
 }
 
 function round(value) {
