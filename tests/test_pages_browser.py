@@ -1,4 +1,4 @@
-"""Pages in a real browser: what is drawn, keys and pointers, hostile texts, and that nothing is asked of the network."""
+"""Pages in a real browser: what is drawn, keys and pointers, hostile texts; nothing is asked of the network."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,9 +77,9 @@ def test_keys_go_from_token_to_token_and_the_address_says_where(view: Path, brow
         seen.page.keyboard.press("End")
         last = int(seen.page.locator(".panel").get_attribute("data-token"))
         assert seen.page.locator(".tokens > span").count() == last + 1
-        seen.page.wait_for_function(f"location.hash === '#seq=12&tok={last}'")
+        seen.wait_for_address(f"seq=12&tok={last}")
         seen.page.keyboard.press("Shift+ArrowRight")
-        seen.page.wait_for_function("location.hash.startsWith('#seq=3&')")
+        seen.wait_for_address("seq=3&")
         seen.page.evaluate("location.hash = '#seq=99'")
         seen.page.get_by_text("This page does not show sequence 99.").wait_for()
 
@@ -89,11 +89,12 @@ def test_a_token_is_shown_on_hover_on_focus_and_by_a_tap(view: Path, browser: An
         spans = seen.page.locator(".tokens > span")
         spans.nth(4).hover()
         assert seen.panel().startswith("Token 4:")
-        spans.nth(5).focus()
-        assert seen.panel().startswith("Token 5:")
+        seen.page.locator("#colour").focus()
+        seen.page.keyboard.press("Tab")
+        assert seen.panel().startswith("Token 1:")
         spans.nth(6).click()
         assert seen.panel().startswith("Token 6:")
-        seen.page.wait_for_function("location.hash === '#seq=3&tok=6'")
+        seen.wait_for_address("seq=3&tok=6")
 
 
 def test_the_panel_says_what_the_numbers_are(view: Path, browser: Any) -> None:
@@ -127,9 +128,8 @@ def test_colours_follow_the_measure_and_supervised_text_is_told_apart(view: Path
 
 
 def strengths(page: Any) -> list[str]:
-    return page.locator(".tokens > span").evaluate_all(
-        "all => all.map(span => span.style.getPropertyValue('--strength'))"
-    )
+    script = "all => all.map(span => span.style.getPropertyValue('--strength'))"
+    return page.locator(".tokens > span").evaluate_all(script)
 
 
 def test_hostile_tokens_are_text_and_ten_thousand_of_them_are_drawn(tmp_path: Path, browser: Any) -> None:
@@ -169,9 +169,8 @@ def long_sequence(num_tokens: int) -> ShownSequence:
 def test_hostile_names_and_texts_are_text_everywhere(tmp_path: Path, browser: Any) -> None:
     bad = HOSTILE[1]
     chart = lines(bad, bad, (bad, bad), [series(bad, [1.0, 2.0], [3.0, 4.0]), series("b", [1.0], [None])])
-    file = write(
-        tmp_path, facts([(bad, bad)]), table([bad, "n"], [[bad, 1], ["b", None]]), texts([(bad, [(bad, bad)])]), chart
-    )
+    rows = table([bad, "n"], [[bad, 1], ["b", None]])
+    file = write(tmp_path, facts([(bad, bad)]), rows, texts([(bad, [(bad, bad)])]), chart)
     with opened(browser, file) as seen:
         seen.page.wait_for_selector("svg.chart")
         assert seen.page.locator("#page img").count() == 0

@@ -115,9 +115,9 @@ class TokenView {
   }
 
   choose(node) {
-    const token = Number(node.dataset.token);
-    const isAnother = node.dataset.token !== undefined && this.spanOf[this.token] !== node;
-    if (isAnother) this.select(token, { isAddressed: true, isFocused: true });
+    if (node.dataset.token === undefined) return;
+    if (this.spanOf[this.token] === node) this.drawPanel(this.token);
+    else this.select(Number(node.dataset.token), { isAddressed: true, isFocused: true });
   }
 
   press(event) {
@@ -190,7 +190,7 @@ class TokenView {
   drawMeasures(target) {
     const rows = this.block.measures.map(({ name, label, middle }) => {
       const value = this.block[name].values[target];
-      return [element("dt", {}, label), element("dd", {}, shortNumber(middle === null ? value : round(value)))];
+      return [element("dt", {}, label), element("dd", {}, middle === null ? shortNumber(value) : gateNumber(value))];
     });
     return element("dl", { class: "facts small" }, ...rows.flat());
   }
@@ -234,7 +234,7 @@ class TokenView {
       const q = Math.exp(of("entry_q"));
       const gate = 1 / (1 + Math.exp(-this.block.beta * (Math.log(p) - Math.log(q))));
       const isOneEntry = name !== OTHERS;
-      cells.push(cell(q, "student"), element("td", {}, isOneEntry ? shortNumber(round(gate)) : "–"),
+      cells.push(cell(q, "student"), element("td", {}, isOneEntry ? gateNumber(gate) : "–"),
         element("td", {}, percent(total > 0 ? of("entry_part") / total : 0)));
     }
     return element("tr", { class: kind }, ...cells);
@@ -265,8 +265,8 @@ function read(block, key, at) {
   return block[key] ? block[key].values[at] : NaN;
 }
 
-function round(value) {
-  return Number.isNaN(value) ? NaN : Math.round(value * 1000) / 1000;
+function gateNumber(value) {
+  return Number.isNaN(value) ? "–" : value.toFixed(3);
 }
 
 function inLine(text) {
