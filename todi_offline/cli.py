@@ -24,6 +24,7 @@ from todi_offline.terminal import (
     print_generation,
     print_json,
     print_table,
+    print_texts,
     progress,
 )
 
@@ -54,6 +55,7 @@ def demo(out: Path, as_json: bool) -> None:
     Example: todi demo --out todi-demo
     """
     from todi_offline.demo import demo
+    from todi_offline.pages.texts import printable
 
     with progress("tokens", quiet=as_json) as report, contextlib.redirect_stdout(sys.stderr):
         summary = demo(out, stage=lambda text: click.echo(f"> {text}", err=True), progress=report)
@@ -64,7 +66,9 @@ def demo(out: Path, as_json: bool) -> None:
     print_table("Seconds", [(name, f"{seconds:.0f}") for name, seconds in summary.seconds.items()])
     rows = [(name, f"{value:.3f}", f"{summary.after[name]:.3f}") for name, value in summary.before.items()]
     print_table("Student on held-out text, nats", rows, ("", "before", "after"))
+    print_texts({name: printable(text) for name, text in summary.answers[0].items()})
     click.echo(f"{out} holds cache/, heldout-cache/, student/, run/ and summary.json")
+    click.echo(f"open {out / 'index.html'} in a browser: it shows ToDi's gate at every token of the held-out text")
 
 
 @cli.command(cls=ConfigCommand, config="todi_offline.capturing:CaptureConfig")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from todi_offline.models import load_model, load_tokenizer
 from todi_offline.pages.cache_page import read_shown
 from todi_offline.pages.choosing import BUDGET_MB, shown_sequences
 from todi_offline.pages.page import Page, Section
-from todi_offline.pages.run_page import read_run, read_scores, run_section, sample_section, score_section
+from todi_offline.pages.run_page import Scores, read_run, read_scores, run_section, sample_section, score_section
 from todi_offline.pages.texts import cache_texts
 from todi_offline.pages.token_page import token_section
 from todi_offline.pages.tokens import BYTES_PER_TARGET, BYTES_PER_TOKEN
@@ -72,13 +72,13 @@ def view_from(path: Path | None, settings: Mapping[str, Any], progress: Progress
     return view(load_config(ViewConfig, path, settings), progress)
 
 
-def view(config: ViewConfig, progress: Progress | None = None) -> Page:
-    """Write a page, and return what it shows.
+def view(config: ViewConfig, progress: Progress | None = None, answers: Sequence[Scores] = ()) -> Page:
+    """Write a page, and return what it shows; `answers` are texts that lie in no folder.
 
     Raises:
         TodiError: the student, the cache, a run or scores cannot be read, or the page cannot be written.
     """
-    runs, scores = list(map(read_run, config.run)), list(map(read_scores, config.scores))
+    runs, scores = list(map(read_run, config.run)), [*answers, *map(read_scores, config.scores)]
     sections: list[Section] = []
     if config.student is not None and config.cache is not None:
         cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
