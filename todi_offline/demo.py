@@ -68,8 +68,8 @@ class DemoSummary:
 def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: Progress | None = None) -> DemoSummary:
     """Fetch SmolLM2-135M-Instruct, capture it over Python's documentation, prune a student from it and train that.
 
-    `out` holds `cache/`, `heldout-cache/`, `student/`, `run/`, `summary.json` and the page `index.html`. `stage` is told
-    what comes next.
+    `out` holds `cache/`, `heldout-cache/`, `student/`, `run/`, `summary.json` and the page, `index.html`. `stage` is
+    told what comes next.
 
     Raises:
         TodiError: the teacher cannot be fetched, or a stage fails.
