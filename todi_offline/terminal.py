@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -135,6 +135,15 @@ def print_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, 
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def print_texts(texts: Mapping[str, str], num_letters: int = 400) -> None:
+    """Print the beginnings of texts, each below its name."""
+    for name, text in texts.items():
+        click.echo(f"\n{name}")
+        for line in text[:num_letters].splitlines():
+            click.echo(f"    {line}")
+    click.echo("")
 
 
 def print_json(summary: Any) -> None:

@@ -285,6 +285,9 @@ def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
         raise
     seconds = perf_counter() - started
     after = _without_prefix(trainer.evaluate()) if trainer.eval_dataset is not None else {}
+    if before:  # the Trainer began its log anew
+        row = {f"eval_{name}": value for name, value in before.items()}
+        trainer.state.log_history.insert(0, {**row, "epoch": 0.0, "step": 0})
     trainer.save_model()
     trainer.save_state()
     return TrainSummary(

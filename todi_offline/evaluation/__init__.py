@@ -8,7 +8,7 @@ evaluating  the settings of both, and both as one call
 
 from todi_offline.evaluation.distance import Distance, evaluate_cache
 from todi_offline.evaluation.evaluating import EvaluateConfig, EvaluateSummary, evaluate, evaluate_from
-from todi_offline.evaluation.generation import Generation, Prompt, Prompts, evaluate_generation, load_prompts
+from todi_offline.evaluation.generation import Generation, Prompt, Prompts, answer, evaluate_generation, load_prompts
 from todi_offline.evaluation.tally import Estimate, Group
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Group",
     "Prompt",
     "Prompts",
+    "answer",
     "evaluate",
     "evaluate_cache",
     "evaluate_from",

@@ -178,6 +178,14 @@ def evaluate_generation(
     )
 
 
+def answer(model: Model, tokenizer: Tokenizer, questions: Prompts, max_new_tokens: int) -> list[str]:
+    """Return what a model writes in answer to each prompt, taking the most probable token each time."""
+    settings = _generation_settings(model, tokenizer, questions.prompts)
+    settings.update(max_new_tokens=max_new_tokens)
+    responses = _respond(model, tokenizer, questions.prompts, settings, len(questions.prompts), 0, lambda _: None)
+    return [response.text for response in responses]
+
+
 def rouge_l_scorer() -> Callable[[str, str], float]:
     """Return ROUGE-L of a response and a reference: rouge-score's F-measure with stemming, times 100.
 

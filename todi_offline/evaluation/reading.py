@@ -1,0 +1,57 @@
+"""A student and some sequences of a cache in, what it predicts at their targets out: one forward pass each."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.manifest import require_same_tokenizer
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache
+from todi_offline.losses.entries import student_entries
+from todi_offline.models import Model, Tokenizer, evaluation_mode, head_at, real_vocab_size
+from todi_offline.pages.tokens import TEACHER_ENTRIES, StudentRows
+from todi_offline.stream import Collator, batch_targets
+from todi_offline.targets import SparseTargets
+
+
+def read_sequences(
+    model: Model, tokenizer: Tokenizer, cache: Cache, sequences: Sequence[CachedSequence], temperature: float
+) -> Iterator[StudentRows]:
+    """Yield what a student predicts at the targets of each sequence, as log-probs at a temperature.
+
+    Raises:
+        CacheMismatchError: the tokenizer is not the one whose ids the cache holds.
+    """
+    real_vocab_size(tokenizer, model)
+    require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
+    collate, device = Collator(pack=False), model.get_input_embeddings().weight.device
+    with evaluation_mode(model):
+        for sequence in sequences:
+            batch = {name: value.to(device) for name, value in collate([sequence]).items()}
+            with head_at(model, batch["target_positions"]):
+                logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0, :, : cache.manifest.vocab_size]
+            yield predict(logits.float(), batch["labels"], batch_targets(batch, cache), temperature)
+
+
+def predict(
+    logits: Float[Tensor, "target vocab"], labels: Int[Tensor, " target"], targets: SparseTargets, temperature: float
+) -> StudentRows:
+    """Return a student's predictions at the ids of the targets, at the label, and at its own likeliest ids."""
+    entries, log_partition = student_entries(logits, targets, temperature)
+    logprobs = logits / temperature - log_partition[:, None]
+    at_one = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    own, own_ids = logprobs.topk(min(2 * TEACHER_ENTRIES, logprobs.shape[1]), dim=-1)
+    found = {
+        "kept": entries.kept,
+        "tail": entries.tail,
+        "label": logprobs.gather(-1, labels[:, None]).squeeze(-1),
+        "nll": -at_one,
+        "entropy": torch.special.entr(logprobs.exp()).sum(-1),
+        "top": own,
+    }
+    return StudentRows(
+        top_ids=own_ids.cpu().numpy(), **{name: value.double().cpu().numpy() for name, value in found.items()}
+    )

@@ -1,0 +1,131 @@
+"""A student and a cache, runs, scores, or any of these in; one page that shows them out."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.config import load_config
+from todi_offline.errors import ConfigError
+from todi_offline.evaluation.reading import read_sequences
+from todi_offline.models import load_model, load_tokenizer
+from todi_offline.pages.cache_page import read_shown
+from todi_offline.pages.choosing import BUDGET_MB, shown_sequences
+from todi_offline.pages.page import Page, Section
+from todi_offline.pages.run_page import Scores, read_run, read_scores, run_section, sample_section, score_section
+from todi_offline.pages.texts import cache_texts
+from todi_offline.pages.token_page import token_section
+from todi_offline.pages.tokens import BYTES_PER_TARGET, BYTES_PER_TOKEN
+
+Progress = Callable[[int, int], None]
+
+RUN_CONFIG = "todi_config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """What a page shows, and how."""
+
+    out: Path
+    """The HTML file."""
+    student: str | None = None
+    """A student whose predictions are shown with the text: a folder, hub id or GGUF file."""
+    cache: str | None = None
+    """The cache of the text that the student reads: a held-out one, say."""
+    run: tuple[Path, ...] = ()
+    """A folder of `todi train --out`, for its curves. Of several, the curves lie over each other."""
+    scores: tuple[Path, ...] = ()
+    """A folder of `todi evaluate --out`, for its distances and texts. Of several, they stand beside each other."""
+    budget: float = BUDGET_MB
+    """MB of the file that the text may take."""
+    temperature: float | None = None
+    """Of both models' predictions; by default the run's own, else 1."""
+    beta: float | None = None
+    """Sharpness of ToDi's gate; by default the run's own, else 1."""
+    device: str = "auto"
+    """Where the student runs: auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """Of its weights; `auto` is the checkpoint's."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    allow_unsealed: bool = False
+    """Whether the committed part of an unfinished cache may be used."""
+
+    def __post_init__(self) -> None:
+        """Refuse what leaves nothing to show, and half of a pair.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if (self.student is None) != (self.cache is None):
+            missing = "--cache" if self.cache is None else "--student"
+            raise ConfigError(f"a student needs a cache to read, and the other way round; name {missing} too")
+        if not (self.student or self.run or self.scores):
+            raise ConfigError("nothing to show; name a student and a cache (--student, --cache), --run or --scores")
+
+
+def view_from(path: Path | None, settings: Mapping[str, Any], progress: Progress | None = None) -> Page:
+    """Write the page that a TOML file and settings ask for, the latter winning; return it."""
+    return view(load_config(ViewConfig, path, settings), progress)
+
+
+def view(config: ViewConfig, progress: Progress | None = None, answers: Sequence[Scores] = ()) -> Page:
+    """Write a page, and return what it shows; `answers` are texts that lie in no folder.
+
+    Raises:
+        TodiError: the student, the cache, a run or scores cannot be read, or the page cannot be written.
+    """
+    runs, scores = list(map(read_run, config.run)), [*answers, *map(read_scores, config.scores)]
+    sections: list[Section] = []
+    if config.student is not None and config.cache is not None:
+        cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+        sections.append(_read(config, config.student, cache, progress))
+    if any(item.predictions for item in scores):
+        sections.append(sample_section(scores))
+    if any(item.distance for item in scores):
+        sections.append(score_section(scores))
+    if runs:
+        sections.append(run_section(runs))
+    names = [config.student] if config.student else [run.name for run in runs] + [item.name for item in scores]
+    page = Page(f"Student {', '.join(dict.fromkeys(names))}", sections)
+    page.write(config.out)
+    return page
+
+
+def _read(config: ViewConfig, student: str, cache: Cache, progress: Progress | None) -> Section:
+    """Let the student read what the page has room for."""
+    own = run_settings(Path(student))
+    temperature = config.temperature if config.temperature is not None else own.get("temperature", 1.0)
+    beta = config.beta if config.beta is not None else own.get("beta", 1.0)
+    tokenizer = load_tokenizer(student, trust_remote_code=config.trust_remote_code)
+    model = load_model(student, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
+    shown = shown_sequences(
+        cache, None, bytes_per_token=BYTES_PER_TOKEN, bytes_per_target=BYTES_PER_TARGET[True], budget_mb=config.budget
+    )
+    sequences = read_shown(cache, shown)
+    predictions = read_sequences(model, tokenizer, cache, [item.sequence for item in sequences], temperature)
+    read = []
+    for item, rows in zip(sequences, predictions, strict=True):
+        read.append(dataclasses.replace(item, student=rows))
+        if progress:
+            progress(len(read), len(sequences))
+    return token_section(
+        read,
+        cache_texts(cache),
+        names={"Student": student, "Cache": cache.root},
+        num_sequences=len(cache),
+        temperature=temperature,
+        beta=beta,
+    )
+
+
+def run_settings(folder: Path) -> dict[str, float]:
+    """Return beta and temperature of the run that wrote a folder; nothing where none did."""
+    file = folder / RUN_CONFIG
+    if not file.is_file():
+        return {}
+    distillation = json.loads(file.read_text(encoding="utf-8")).get("distillation", {})
+    return {name: float(distillation[name]) for name in ("beta", "temperature") if name in distillation}
