@@ -97,9 +97,9 @@ def test_more_data_become_new_shards_behind_the_old_and_nothing_old_is_touched(
     assert (first.num_sequences, second.num_sequences) == (60, 60)
     assert first.num_shards == second.num_shards == 2
     expected = [*old, *(example for number, example in enumerate(more) if not 30 <= number < 40)]
-    for sequence, example in zip(cache, expected, strict=True):
-        np.testing.assert_array_equal(sequence.token_ids, example.token_ids)
-        np.testing.assert_array_equal(sequence.target_mask, example.target_mask)
+    for found, example in zip(cache, expected, strict=True):
+        np.testing.assert_array_equal(found.token_ids, example.token_ids)
+        np.testing.assert_array_equal(found.target_mask, example.target_mask)
 
 
 def test_what_is_appended_is_what_a_capture_of_it_alone_would_hold(

@@ -83,8 +83,10 @@ def _narrowing_error(mass: Numbers, encoding: str) -> Numbers:
     to the same side, and more than that cancel out. Each narrowing also rounds the tail to 1/64 of itself.
     """
     if encoding == "root8":
-        return (64**0.25 * mass**0.75 + 2 * mass) / 64
-    return mass * {"q8": np.expm1(1 / 32), "f16": 2.0**-7, "bf16_logit": 1e-4}[encoding]
+        error: Numbers = (64**0.25 * mass**0.75 + 2 * mass) / 64
+    else:
+        error = mass * {"q8": np.expm1(1 / 32), "f16": 2.0**-7, "bf16_logit": 1e-4}[encoding]
+    return error
 
 
 def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], within: dict[str, Bounds]) -> dict[str, Rows]:

@@ -78,12 +78,13 @@ def _is_of(kind: pa.DataType, depth: int, wanted: str) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_integer: bool = pa.types.is_integer(kind)
-    return {
+    fits: dict[str, bool] = {
         "texts": pa.types.is_string(kind) or pa.types.is_large_string(kind),
         "integers": is_integer,
         "floats": pa.types.is_floating(kind),
         "booleans": pa.types.is_boolean(kind) or is_integer,
-    }[wanted]
+    }
+    return fits[wanted]
 
 
 @dataclass(frozen=True, slots=True)
