@@ -8,6 +8,7 @@ import pytest
 import zarr
 from support.fake_cache import settings, write_cache
 
+import todi_offline
 from todi_offline.cache.format.codecs import array_metadata
 from todi_offline.cache.format.layout import CHUNK_TARGETS, CHUNK_TOKENS, CODECS, ENCODINGS, array_specs
 from todi_offline.cache.format.names import record_key, sequences_key
@@ -89,3 +90,8 @@ def test_zarr_reads_the_same_shape_dtype_and_chunks_from_the_metadata(
         assert array.shards == spec.shape(spec.shard_rows)
         assert array.chunks == spec.shape(spec.chunk_rows)
         assert array.dtype == spec.dtype
+
+
+def test_every_room_is_a_package_without_which_a_wheel_would_lack_it() -> None:
+    rooms = {path.parent for path in Path(todi_offline.__file__).parent.rglob("*.py")}
+    assert [room for room in rooms if not (room / "__init__.py").exists()] == []

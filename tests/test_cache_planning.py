@@ -188,7 +188,7 @@ def stopping_at(number: int) -> Callable[[Operation], None]:
     return before
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [151, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_append_that_was_stopped_at_any_operation_goes_on_to_the_same_bytes(
     teacher: Teacher, begun: Files, appended: tuple[Files, CaptureSummary], more: Examples, tmp_path: Path, step: int
 ) -> None:
@@ -220,7 +220,7 @@ def test_while_an_append_is_not_finished_readers_have_the_old_cache_and_its_own_
     root = interrupted(teacher, begun, more, tmp_path)
     before = files_of(root)
     assert len(open_cache(root)) == 60
-    assert [len(sequence.token_ids) for sequence in open_cache(root)] == old.num_tokens.tolist()
+    assert [len(found.token_ids) for found in open_cache(root)] == old.num_tokens.tolist()
     assert run(teacher, old, root).num_captured_tokens == 0
     assert files_of(root) == before
 
@@ -256,7 +256,7 @@ def test_records_of_an_append_that_nobody_knows_of_are_refused(
 ) -> None:
     root = interrupted(teacher, begun, more, tmp_path)
     (root / "cache.json").write_bytes(begun["cache.json"])
-    with pytest.raises(CacheMismatchError, match=r"commits/000002\.json, which its root does not name"):
+    with pytest.raises(CacheMismatchError, match=r"commits/000002\.json, which no root names"):
         run(teacher, more, root)
 
 
@@ -319,7 +319,7 @@ def test_lost_shards_of_several_parts_are_redone_by_the_command_of_each_in_order
     for name in ("commits/000001.json", "commits/000003.json"):
         (root / name).unlink()
     repair_cache(root)
-    with pytest.raises(CacheIncompleteError, match=r"has lost shard 1; capture source old\.jsonl again first"):
+    with pytest.raises(CacheIncompleteError, match=r"lacks commits/000001\.json.*source old\.jsonl again first"):
         run(teacher, more, root)
     with pytest.raises(CacheIncompleteError, match=r"shards \[3\] are not committed.*source more\.jsonl"):
         run(teacher, old, root)
@@ -358,9 +358,8 @@ def plan(root: Path, numbers: list[int], content: str) -> CapturePlan:
     """Plan the capture of these made-up sequences."""
     chosen = settings()
     sequences = [sequence(number, chosen) for number in numbers]
-    fresh = dataclasses.replace(
-        manifest(chosen), parts=(dataclasses.replace(manifest(chosen).parts[0], content=content),)
-    )
+    part = dataclasses.replace(manifest(chosen).parts[0], content=content)
+    fresh = dataclasses.replace(manifest(chosen), parts=(part,))
     keys = ContentKeys.of(rows.content_key for rows in sequences)
     return plan_capture(LocalStore(root), fresh, keys, np.array([len(rows.token_ids) for rows in sequences]))
 

@@ -34,7 +34,7 @@ SETTINGS = settings(k=2, tail_samples=0, codec="fast")
 SHARDS = 2
 FOREVER = 10_000.0
 FEW = {"folder": 13, "memory": 11, "s3": 61}
-MANY = {"folder": 1, "memory": 1, "s3": 7}  # a program on S3 is some hundreds of requests
+MANY = {"folder": 1, "memory": 1, "s3": 13}  # a program on S3 is some hundreds of requests
 
 
 @pytest.fixture(scope="module")

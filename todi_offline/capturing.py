@@ -139,8 +139,10 @@ def run(
     job = _Job(config, teacher, examples, plan, reused, places)
     with CacheWriter(config.out, plan.manifest, tokenizer_json(teacher.tokenizer)) as writer:
         missing = set(writer.missing_shards())
-        tally = _capture_shards(writer, [shard for shard in plan.shards if shard.index in missing], job, progress)
-        writer.seal()
+        own = [shard for shard in plan.shards if shard.index in missing]
+        tally = _capture_shards(writer, own, job, progress)
+        if own or not missing:  # else this part is finished, and another one is not
+            writer.seal()
     return _summarise(job, tally)
 
 

@@ -1,0 +1,1 @@
+"""What is wrong with a cache, and how two caches differ: verify, repair, diff and summary."""

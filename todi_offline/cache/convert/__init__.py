@@ -1,0 +1,1 @@
+"""Caches out of caches and tables: subset, merge, export and importing."""
