@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.composing import Entry, assert_holds, capture_into, digest_of, key_of, length_of
+from support.composing import TINY, Entry, assert_holds, capture_into, digest_of, key_of, length_of
 from support.fake_cache import settings
 from support.stopping import StoppedError
 
@@ -184,8 +184,8 @@ def test_a_capture_that_was_killed_while_it_appended_leaves_a_cache_without_prob
 
 @pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])
 def test_operations_take_thousands_of_sequences(tmp_path: Path, count: int) -> None:
-    chosen = settings(codec="fast", k=2, tail_samples=1, temperatures=(1.0,), shard_tokens=8192)
-    thousands = np.arange(count, count * 2).tolist()
+    chosen = settings(codec="fast", k=2, tail_samples=1, temperatures=(1.0,), shard_tokens=4096)
+    thousands = [TINY + number for number in range(count)]
     half, other = thousands[: count // 2], thousands[count // 2 :]
     assert sum(key_of(number)[-1] == 0 for number in thousands) > 1
     for name, numbers in {"a": half, "b": other}.items():
