@@ -159,8 +159,14 @@ def _capture(teacher: Teacher, out: Path, split: str, limit: int, progress: Prog
 
 
 def _questions(teacher: Teacher) -> Prompts:
-    lengths = {"max_length": MAX_LENGTH, "max_prompt_length": MAX_PROMPT_LENGTH}
-    return load_prompts(DataConfig(data="stdlib", split="heldout", limit=NUM_QUESTIONS, **lengths), teacher.tokenizer)
+    config = DataConfig(
+        data="stdlib",
+        split="heldout",
+        limit=NUM_QUESTIONS,
+        max_length=MAX_LENGTH,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+    )
+    return load_prompts(config, teacher.tokenizer)
 
 
 def _answers_of(student: Path, questions: Prompts) -> list[str]:
