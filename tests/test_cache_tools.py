@@ -19,7 +19,7 @@ COMMANDS = tools.cli.list_commands(None)  # type: ignore[arg-type]
 
 def test_help_lists_the_commands_and_each_has_an_example() -> None:
     text = run("--help").output
-    assert set(COMMANDS) == {"inspect", "verify", "repair", "diff", "subset", "merge", "export", "import"}
+    assert set(COMMANDS) == {"inspect", "view", "verify", "repair", "diff", "subset", "merge", "export", "import"}
     for name in COMMANDS:
         assert name in text
         assert f"Example: todi-cache {name} " in run(name, "--help").output
