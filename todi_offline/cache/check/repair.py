@@ -148,7 +148,7 @@ def _deleted(
     keys = dropped | {key for shard in gone for key in (record_key(shard), *object_keys(root, shard))}
     if is_changed and is_version_1(store):  # it becomes one of format 2
         keys |= {SEALED_KEY, APPEND_KEY}
-    deleted = {key for key in found if key in keys or shard_of(key) in begun}
+    deleted = {key for key in found if key in keys or ((shard := shard_of(key)) is not None and shard in begun)}
     assert all(is_own(key) or is_temporary(key) for key in deleted), "nothing else is ever deleted"
     return tuple(sorted(deleted, key=lambda key: (not key.startswith(RECORDS_PREFIX), key)))
 
