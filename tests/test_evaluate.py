@@ -98,7 +98,7 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 
 
 def test_what_cannot_be_used_is_named(folder: Path, heldout: Cache, tmp_path: Path) -> None:
-    with pytest.raises(CacheFormatError, match="is no cache"):
+    with pytest.raises(CacheFormatError, match="is not a cache"):
         evaluate(str(folder), cache=tmp_path, **QUICK)
     with pytest.raises(ModelError, match="there is no folder"):
         evaluate(str(tmp_path / "nothing"), cache=heldout, **QUICK)

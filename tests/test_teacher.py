@@ -313,7 +313,7 @@ def test_large_tensors_are_sampled_and_said_to_be(teacher: Teacher, monkeypatch:
 
 def test_the_log_partition_gives_the_logits_of_a_bfloat16_head_back() -> None:
     model, settings = llama().to(torch.bfloat16), dataclasses.replace(SETTINGS, encoding="bf16_logit")
-    (example,) = some_examples(30)
+    (example,) = some_examples(32)  # no padding: kernels round a longer sequence in another way
     (rows,) = targets_of(as_teacher(model, tiny_tokenizer()), [example], settings)
     assert rows.log_partition is not None
     with torch.no_grad():

@@ -30,9 +30,18 @@ def s3_server() -> Iterator[str]:
     server.start()
     try:
         host, port = server.get_host_and_port()
+        _forget_buckets(host, port)
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+def _forget_buckets(host: str, port: int) -> None:
+    """Empty what moto remembers: the servers of one process share their buckets."""
+    connection = http.client.HTTPConnection(host, port)
+    with contextlib.closing(connection):
+        connection.request("POST", "/moto-api/reset")
+        connection.getresponse().read()
 
 
 @contextlib.contextmanager
