@@ -8,7 +8,7 @@ from support.tiny import tiny_tokenizer
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from todi_offline.cache.format.fingerprint import tokenizer_differences, tokenizer_fingerprint
+from todi_offline.cache.format.fingerprint import differences, hash_json, tokenizer_differences, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError
@@ -45,3 +45,11 @@ def test_the_cache_of_an_earlier_release_serves_whatever_its_chat_template_was(c
     other = tokenizer_fingerprint(tiny_tokenizer(vocab_size=480))
     with pytest.raises(CacheMismatchError, match=r"not the one .*merges: .*; vocabulary: "):
         require_same_tokenizer(other, manifest, "the student")
+
+
+def test_hashes_that_differ_are_named_and_not_shown() -> None:
+    mine = {"weights": hash_json(1), "adapters": {"default": hash_json(2)}, "k": 8, "config": hash_json(0)}
+    other = {"weights": hash_json(3), "adapters": {}, "k": 4, "config": hash_json(0)}
+    lines = ["adapters.default: only in a", "k: 8 in a, 4 in b", "weights: not the same"]
+    assert differences(mine, other, ("in a", "in b")) == lines
+    assert differences(other, mine, ("in a", "in b"))[0] == "adapters.default: only in b"

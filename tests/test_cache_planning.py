@@ -290,7 +290,7 @@ def test_more_data_with_other_settings_are_refused(
 
 
 def test_more_data_of_another_teacher_are_refused(begun: Files, more: Examples, tmp_path: Path) -> None:
-    with pytest.raises(CacheMismatchError, match=r"teacher\.weights: '\w+' in the cache, '\w+' now"):
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights: not the same"):
         run(as_teacher(llama(seed=1), tiny_tokenizer()), more, put(begun, tmp_path))
     assert files_of(tmp_path) == begun
 

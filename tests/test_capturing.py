@@ -295,7 +295,7 @@ def test_a_begun_cache_refuses_another_teacher(
     undisturbed: tuple[Path, dict[str, bytes]], teacher: Teacher, many: Examples
 ) -> None:
     root, files = undisturbed
-    with pytest.raises(CacheMismatchError, match=r"teacher\.weights: '\w+' in the cache, '\w+' now"):
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights: not the same"):
         capture(as_teacher(llama(seed=1), tiny_tokenizer()), many, root, **SMALL)
     assert files_of(root) == files
 

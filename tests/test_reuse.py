@@ -200,8 +200,8 @@ def test_the_cache_of_another_teacher_tokenizer_or_vocabulary_is_refused(
     teacher: Teacher, whole: Examples, nine_tenths: Path, tmp_path: Path
 ) -> None:
     others = {
-        r"teacher\.weights: '\w+' there, '\w+' here": as_teacher(llama(seed=1), tiny_tokenizer()),
-        r"tokenizer\.special_ids: '\w+' there, '\w+' here": as_teacher(teacher.model, tiny_tokenizer(chat=False)),
+        r"teacher\.weights: not the same": as_teacher(llama(seed=1), tiny_tokenizer()),
+        r"tokenizer\.special_ids: not the same": as_teacher(teacher.model, tiny_tokenizer(chat=False)),
         "vocab_size: 512 there, 500 here": dataclasses.replace(teacher, vocab_size=500),
     }
     for message, other in others.items():

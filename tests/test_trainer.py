@@ -556,9 +556,9 @@ def test_workers_give_the_batches_of_the_main_process(
 # What is refused, before the first step
 
 
-def test_another_tokenizer_is_refused_with_both_sides_of_each_part_that_differs(cache: Cache, tmp_path: Path) -> None:
-    other, sides = tiny_tokenizer(chat=False), r"'\w+' in the student, '\w+' in the cache"
-    with pytest.raises(CacheMismatchError, match=rf"special_ids: {sides}") as error:
+def test_another_tokenizer_is_refused_with_each_part_that_differs(cache: Cache, tmp_path: Path) -> None:
+    other = tiny_tokenizer(chat=False)
+    with pytest.raises(CacheMismatchError, match=r"special_ids: not the same") as error:
         trainer_of(tmp_path, cache, tokenizer=other)
     assert "vocabulary" not in str(error.value)
     with pytest.raises(CacheMismatchError, match="the tokenizer of the student is not the one"):

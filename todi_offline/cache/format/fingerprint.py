@@ -5,10 +5,13 @@ All are BLAKE2b of 16 bytes in hexadecimal: against accident, not against an adv
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from todi_offline.cache.format.keys import KEY_BYTES
+
+_HASH = re.compile(f"[0-9a-f]{{{2 * KEY_BYTES}}}")
 
 
 def hash_json(value: Any) -> str:
@@ -76,15 +79,26 @@ def tokenizer_differences(
 def differences(
     found: Mapping[str, Any], expected: Mapping[str, Any], where: tuple[str, str] = ("here", "there")
 ) -> list[str]:
-    """Return a line for each key whose values differ: both, and `where` each stands; nested keys as `a.b`, `a.0`."""
+    """Return a line for each key whose values differ: both, and `where` each stands; nested keys as `a.b`, `a.0`.
+
+    A hash says nothing to a reader, so of two hashes the line says that they are not the same.
+    """
     lines = []
     for key in sorted(found.keys() | expected.keys()):
         mine, other = (_numbered(values.get(key)) for values in (found, expected))
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             lines += [f"{key}.{line}" for line in differences(mine, other, where)]
         elif mine != other:
-            lines.append(f"{key}: {mine!r} {where[0]}, {other!r} {where[1]}")
+            lines.append(f"{key}: {_in_words(mine, other, where)}")
     return lines
+
+
+def _in_words(mine: Any, other: Any, where: tuple[str, str]) -> str:
+    if not any(isinstance(value, str) and _HASH.fullmatch(value) for value in (mine, other)):
+        return f"{mine!r} {where[0]}, {other!r} {where[1]}"
+    if mine is None or other is None:
+        return f"only {where[0] if other is None else where[1]}"
+    return "not the same"
 
 
 def _numbered(value: Any) -> Any:
