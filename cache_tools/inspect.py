@@ -6,28 +6,55 @@ from typing import Any
 
 import click
 
-from todi_offline.cache.check.summary import summarise_cache
+from todi_offline.cache.check.summary import TextOf, summarise_cache
 from todi_offline.cache.format.manifest import describe_recipe
-from todi_offline.cache.reader import open_cache
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.errors import CacheError
+from todi_offline.pages.texts import cache_texts
+
+ROWS = 3
 
 
 @click.command()
 @click.argument("cache")
-@click.option("--rows", type=click.IntRange(0), default=0, metavar="N", help="Show N targets, always the same ones.")
-@click.option("--text", is_flag=True, help="Show ids as text, too.")
+@click.option(
+    "--rows",
+    type=click.IntRange(0),
+    default=ROWS,
+    show_default=True,
+    metavar="N",
+    help="Show N targets, always the same ones; 0 for none.",
+)
 @click.option("--allow-unsealed", is_flag=True, help="Look at the committed part of an unfinished cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def command(cache: str, rows: int, text: bool, allow_unsealed: bool, as_json: bool) -> None:
-    """Show the manifest, the arrays, the bytes a target by array, and the mass that the first k entries cover.
+def command(cache: str, rows: int, allow_unsealed: bool, as_json: bool) -> None:
+    """Show the manifest, the arrays, the bytes a target by array, the mass of the first k entries, and some targets.
 
-    Example: todi-cache inspect cache/ --rows 5 --text
+    Targets are shown with their text where the cache holds the teacher's tokenizer, else by their ids.
+
+    Example: todi-cache inspect cache/
     """
     opened = open_cache(cache, allow_unsealed=allow_unsealed)
-    found = summarise_cache(opened, rows, with_text=text)
+    found = summarise_cache(opened, rows, _text_of(opened) if rows else None)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         _print(_lines(found))
+
+
+def _text_of(cache: Cache) -> TextOf | None:
+    """Return what gives ids their text, or None where the cache holds no tokenizer.
+
+    Raises:
+        CacheError: what it holds is no tokenizer; says how to look at the rest.
+    """
+    try:
+        texts = cache_texts(cache)
+    except CacheError as error:
+        raise CacheError(f"{error}; `todi-cache inspect --rows 0` shows the rest") from error
+    if texts.tokenizer is None:
+        return None
+    return lambda ids: texts.of_id(ids[0]) if len(ids) == 1 else "".join(piece.text for piece in texts.pieces(ids))
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
@@ -55,10 +82,11 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield "mass of the first k   " + "   ".join(f"{k}: {mass:.3f}" for k, mass in found["coverage"].items())
     for row in found["rows"]:
         yield ""
+        yield f"{row['sequence']}, position {row['position']}, after {_text(row['before'])}"
+        yield f"    label  {_shown(row['label'])}"
+        yield "    top    " + "  ".join(map(_shown, row["top"]))
         tails = ", ".join(f"{value:.3f} at T = {t}" for t, value in row["tail_logsumexp"].items())
-        yield f"{row['sequence']}, position {row['position']}: kept mass {row['kept_mass']:.4f}; log tail {tails}"
-        yield f"    label {_shown(row['label'])}"
-        yield "    top   " + "  ".join(map(_shown, row["top"]))
+        yield f"    kept mass {row['kept_mass']:.4f}; log tail {tails}"
 
 
 def _print(lines: Iterator[str]) -> None:
@@ -71,5 +99,8 @@ def _print(lines: Iterator[str]) -> None:
 
 
 def _shown(entry: dict[str, Any]) -> str:
-    text = f" {entry['text']!r}" if "text" in entry else ""
-    return f"{entry['id']}{text} {entry['p']:.4f}"
+    return f"{entry['id']} {repr(entry['text']) + ' ' if 'text' in entry else ''}{entry['p']:.4f}"
+
+
+def _text(before: dict[str, Any]) -> str:
+    return repr(before["text"]) if "text" in before else " ".join(map(str, before["ids"]))

@@ -13,6 +13,7 @@ from support.tools import run
 import cache_tools.__main__ as tools
 from todi_offline import __version__
 from todi_offline.cache.writer import CacheWriter
+from todi_offline.errors import CacheError
 
 COMMANDS = tools.cli.list_commands(None)  # type: ignore[arg-type]
 
@@ -47,10 +48,11 @@ def test_no_tool_imports_torch() -> None:
 
 def test_inspect_shows_what_a_cache_holds(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
-    text = run("inspect", root, "--rows", "2").output
+    text = run("inspect", root).output
     assert "24 sequences" in text
     assert "mass of the first k   1: 0." in text
-    assert text.count("kept mass 0.") == 2
+    assert text.count("kept mass 0.") == 3
+    assert "kept mass" not in run("inspect", root, "--rows", "0").output
     found = json.loads(run("inspect", root, "--json", "--rows", "3").stdout)
     assert found["sequences"] == 24
     assert list(found["coverage"]) == ["1", "2", "4", "6"]
@@ -104,10 +106,23 @@ def test_text_is_shown_where_the_cache_has_a_tokenizer(tmp_path: Path) -> None:
     with CacheWriter(root, manifest(chosen), tokenizer.to_str()) as writer:
         writer.write_shard(0, [sequence(0, chosen)])
         writer.seal()
-    row = json.loads(run("inspect", root, "--json", "--rows", "1", "--text").stdout)["rows"][0]
+    row = json.loads(run("inspect", root, "--json", "--rows", "1").stdout)["rows"][0]
     assert all(entry["text"] == f"word{entry['id']}" for entry in [row["label"], *row["top"]])
-    assert f"{row['label']['id']} 'word{row['label']['id']}'" in run("inspect", root, "--rows", "1", "--text").output
+    assert row["before"]["ids"] == sequence(0, chosen).token_ids[: row["position"] + 1][-12:].tolist()
+    assert row["before"]["text"].split() == [f"word{number}" for number in row["before"]["ids"]]
+    assert f"{row['label']['id']} 'word{row['label']['id']}'" in run("inspect", root, "--rows", "1").output
+    assert f"after {row['before']['text']!r}" in run("inspect", root, "--rows", "1").output
     assert "is whole" in run("verify", root).output
+
+
+def test_a_broken_tokenizer_is_named_and_the_rest_can_be_seen(tmp_path: Path) -> None:
+    chosen, root = settings(), tmp_path / "cache"
+    with CacheWriter(root, manifest(chosen), "{}") as writer:
+        writer.write_shard(0, [sequence(0, chosen)])
+        writer.seal()
+    with pytest.raises(CacheError, match=r"tokenizer.json of .* cannot be read: .*; `todi-cache inspect --rows 0`"):
+        run("inspect", root)
+    assert "teacher NLL" in run("inspect", root, "--rows", "0").output
 
 
 def test_an_unfinished_cache_is_shown_when_told_to(tmp_path: Path) -> None:
@@ -132,10 +147,9 @@ def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> N
 def test_errors_are_one_line_with_exit_code_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache, unsealed = str(write_cache(tmp_path / "c")), str(write_cache(tmp_path / "u", seal=False))
+    unsealed = str(write_cache(tmp_path / "u", seal=False))
     for args in (
         ("inspect", str(tmp_path)),
-        ("inspect", cache, "--rows", "1", "--text"),
         ("inspect", unsealed),
         ("verify", str(tmp_path)),
         ("verify", str(tmp_path / "none")),

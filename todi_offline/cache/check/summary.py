@@ -1,28 +1,25 @@
 """A cache in, what it holds and what that costs out, and some of its rows for people to look at."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from todi_offline.cache.format.codecs import codec_name
-from todi_offline.cache.format.names import TOKENIZER_KEY
 from todi_offline.cache.format.sequences import CachedSequence
-from todi_offline.cache.objects import read_root, read_tokenizer
 from todi_offline.cache.reader import Cache
-from todi_offline.errors import CacheError, first_line
 
 _SAMPLED_SEQUENCES = 64
 _SAMPLED_TARGETS = 64  # of each
 _SHOWN_IDS = 5
+_CONTEXT_TOKENS = 12  # shown before a label
+
+TextOf = Callable[[list[int]], str]
+"""Returns the text of ids."""
 
 
-def summarise_cache(cache: Cache, num_rows: int = 0, *, with_text: bool = False) -> dict[str, Any]:
-    """Return what a cache holds and what that costs, as JSON knows it; `num_rows` targets of it, too.
-
-    Raises:
-        CacheError: the cache holds no tokenizer, and text is asked for.
-    """
+def summarise_cache(cache: Cache, num_rows: int = 0, text_of: TextOf | None = None) -> dict[str, Any]:
+    """Return what a cache holds and what that costs, as JSON knows it; with `num_rows` of its targets."""
     manifest, num_targets = cache.manifest, int(cache.num_targets.sum())
     num_bytes = cache.bytes_by_array
     nll = np.average(cache.columns["teacher_nll"], weights=cache.num_targets)
@@ -46,7 +43,7 @@ def summarise_cache(cache: Cache, num_rows: int = 0, *, with_text: bool = False)
             for name, spec in manifest.arrays.items()
         },
         "manifest": manifest.to_json(),
-        "rows": list(sample_rows(cache, num_rows, with_text=with_text)),
+        "rows": list(sample_rows(cache, num_rows, text_of)),
     }
 
 
@@ -68,15 +65,14 @@ def coverage(cache: Cache) -> dict[int, float]:
     return {k: float(mass[k - 1]) for k in sorted(widths)}
 
 
-def sample_rows(cache: Cache, count: int, *, with_text: bool) -> Iterator[dict[str, Any]]:
+def sample_rows(cache: Cache, count: int, text_of: TextOf | None) -> Iterator[dict[str, Any]]:
     """Yield `count` targets, drawn at random from all of them but the same ones each time, in their order."""
-    decode = _decoder(cache) if with_text and count else lambda _: None
     ends = np.cumsum(cache.num_targets, dtype=np.int64)
     total = int(ends[-1])
     for number in sorted(np.random.default_rng(0).choice(total, min(count, total), replace=False).tolist()):
         index = int(np.searchsorted(ends, number, side="right"))
         target = number - int(ends[index] - cache.num_targets[index])
-        yield {"sequence": cache.sequences["id"][index].as_py(), **_row(cache[index], target, decode)}
+        yield {"sequence": cache.sequences["id"][index].as_py(), **_row(cache[index], target, text_of)}
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -84,35 +80,22 @@ def _spread(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist() if total else []
 
 
-def _row(sequence: CachedSequence, target: int, decode: Any) -> dict[str, Any]:
+def _row(sequence: CachedSequence, target: int, text_of: TextOf | None) -> dict[str, Any]:
     rows = sequence.targets
     position = int(np.flatnonzero(sequence.target_mask)[target])
 
     def entry(number: Any, logprob: Any) -> dict[str, Any]:
         named = {"id": int(number), "p": float(np.exp(logprob))}
-        return named | ({} if decode(int(number)) is None else {"text": decode(int(number))})
+        return named if text_of is None else named | {"text": text_of([int(number)])}
 
     shown = zip(rows.ids[target, :_SHOWN_IDS], rows.logprobs[target, :_SHOWN_IDS], strict=True)
     tails = zip(rows.temperatures, rows.tail_logsumexp[target], strict=True)
+    before = sequence.token_ids[: position + 1][-_CONTEXT_TOKENS:].tolist()
     return {
         "position": position,
+        "before": {"ids": before} | ({} if text_of is None else {"text": text_of(before)}),
         "label": entry(sequence.token_ids[position + 1], rows.label_logprob[target]),
         "top": [entry(number, logprob) for number, logprob in shown],
         "kept_mass": float(np.exp(rows.logprobs[target]).sum()),
         "tail_logsumexp": {f"{temperature:g}": float(value) for temperature, value in tails},
     }
-
-
-def _decoder(cache: Cache) -> Any:
-    from tokenizers import Tokenizer
-
-    text = read_tokenizer(cache.store, read_root(cache.store))
-    if text is None:
-        raise CacheError(f"{cache.root} holds no {TOKENIZER_KEY}: its tokenizer had no such form; leave out --text")
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # what the package raises has no narrower class
-        raise CacheError(
-            f"{cache.root}/{TOKENIZER_KEY} is no tokenizer: {first_line(error)}; leave out --text"
-        ) from error
-    return lambda number: tokenizer.decode([number], skip_special_tokens=False)
