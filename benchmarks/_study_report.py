@@ -12,6 +12,8 @@ from benchmarks._study_arms import BARS, BARS_OF_SMALL_VOCABULARY, DENSE, DENSE_
 
 Row = dict[str, Any]
 
+MEASURED = ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error")
+
 
 def write_report(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> str:
     """Write path.csv, path.md and path.svg; return the table."""
@@ -26,7 +28,7 @@ def write_report(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> s
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
     text = f"# {path.name}\n\n```\n{listed(environment())}\nsettings: {chosen}\n```\n\n{table}\n"
     path.with_suffix(".md").write_text(text)
-    _draw(means, path.with_suffix(".svg"))
+    draw(means, path.with_suffix(".svg"))
     return table
 
 
@@ -39,10 +41,11 @@ def arm_of(row: Row) -> Arm:
     return Arm(**texts | numbers | settings)
 
 
-def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Return the means over seeds, and the share recovered of what dense ToDi gains over SFT, by seed and averaged.
+def summarise(rows: Sequence[Row], names: Sequence[str] = MEASURED) -> list[Row]:
+    """Return the means and deviations over seeds of what is named, and the share recovered.
 
-    Seeds of which either is missing count for the other measures alone.
+    That is of what dense ToDi gains over SFT, by seed and averaged; seeds of which either is missing count for the
+    other measures alone.
     """
     forward_kl = {_key(row): float(row["forward_kl"]) for row in rows}
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -51,7 +54,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     means = []
     for (start, label), members in groups.items():
         mean: Row = {"start": start, "label": label, "arm": arm_of(members[0]), "seeds": len(members)}
-        for name in ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error"):
+        for name in names:
             values = [float(row[name]) for row in members]
             mean[name], mean[f"{name}_deviation"] = statistics.mean(values), statistics.pstdev(values)
         shares = [share for row in members if (share := _share(row, forward_kl)) is not None]
@@ -101,7 +104,7 @@ def _bars(means: Sequence[Row], bars: dict[tuple[int, int], float]) -> list[str]
     return lines
 
 
-def _draw(means: Sequence[Row], file: Path) -> None:
+def draw(means: Sequence[Row], file: Path) -> None:
     """Draw forward KL against bytes a target, a panel a start: a line for each tail over K, what is dense as levels.
 
     Only arms of ToDi at T = 1 and w = 0.5, and the references of the field; the table has the others.

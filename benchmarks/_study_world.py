@@ -68,7 +68,7 @@ def make_world(settings: Settings, work: Path) -> World:
 
 def optimise(model: Model, losses: Iterator[Tensor], steps: int, learning_rate: float) -> None:
     """Take a step of AdamW for each of the losses: a short warm-up, a cosine down to zero, norms clipped at 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step, loss in zip(range(steps), losses, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -36,18 +36,28 @@ import csv
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-import pcodec.standalone
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from benchmarks._study_arms import Arm, arms_of
+from benchmarks._study_losses import (
+    Batch,
+    Loss,
+    bytes_per_target,
+    cached_loss,
+    calibration_error,
+    dense_loss,
+    logits_of,
+    losses_of,
+    on_device,
+    random_draws,
+    random_draws_loss,
+)
 from benchmarks._study_report import write_report
 from benchmarks._study_world import ON_THE_SPOT, Settings, World, batches, make_world, optimise
 from todi_offline.cache.format.fingerprint import hash_json
@@ -55,18 +65,11 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.demo import fetch_teacher
-from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss
-from todi_offline.models import evaluation_mode, head_at
-from todi_offline.stream import Collator, batch_targets
-from todi_offline.targets import SparseTargets
+from todi_offline.models import evaluation_mode
+from todi_offline.stream import Collator
 
 RESULTS = Path(__file__).parent / "results"
-NUM_BINS = 15
 MEASURES = ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error", "seconds")
-
-Batch = dict[str, Tensor]
-Loss = Callable[[Tensor, Batch], Tensor]
-"""Student logits at the targets of a batch -> the mean loss over them."""
 
 
 def run(quick: bool, *, grid: str = "", seeds: str = "", work: str = "", **options: str) -> dict[str, object]:
@@ -120,7 +123,8 @@ def measure(arm: Arm, world: World, folder: Path) -> dict[str, float]:
     started = perf_counter()
     student = world.student(arm.start).train()
     torch.manual_seed(arm.seed)
-    losses = _losses(student, sequences, loss, world, arm.seed)
+    drawn = batches(len(sequences), world.settings.batch_sequences, arm.seed)
+    losses = losses_of(student, sequences, drawn, loss, world.teacher.vocab_size)
     optimise(student, losses, world.settings.steps, world.settings.learning_rate)
     found = _distance(student, world, folder)
     return {"bytes_per_target": round(num_bytes, 2), **found, "seconds": round(perf_counter() - started, 1)}
@@ -128,86 +132,19 @@ def measure(arm: Arm, world: World, folder: Path) -> dict[str, float]:
 
 def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
     """Return what an arm reads, its bytes a target, and the loss that it is trained on."""
+    teacher = functools.partial(_teacher_logits, world)
     if arm.targets == "random":
-        sequences, num_bytes = _random_draws(world, _captured(world, folder, "train"), arm.samples, arm.seed)
-        return sequences, num_bytes, functools.partial(_random_draws_loss, arm)
+        sequences, num_bytes = random_draws(_captured(world, folder, "train"), teacher, arm.samples, arm.seed)
+        return sequences, num_bytes, functools.partial(random_draws_loss, arm)
     cache = _captured(world, folder, "train", arm.k or 8, arm.samples, arm.encoding, arm.drawn_at)
     if arm.targets in ("none", "dense"):
-        return cache, 0.0, functools.partial(_dense_loss, arm, world)
-    used = {"topk_ids", "topk_logprobs"}
-    used |= {"tail_logsumexp"} if arm.tail in ("bucket", "sampled") else set()
-    used |= {"tail_ids", "tail_logprobs"} if arm.tail == "sampled" else set()
-    num_bytes = sum(cache.bytes_by_array[name] for name in used) / int(cache.num_targets.sum())
-    return cache, num_bytes, functools.partial(_cached_loss, arm, cache)
-
-
-def _losses(student: Any, sequences: Any, loss: Loss, world: World, seed: int) -> Iterator[Tensor]:
-    collate = Collator()
-    for indices in batches(len(sequences), world.settings.batch_sequences, seed):
-        batch = _on_device(collate([sequences[index] for index in indices]), student)
-        yield loss(_logits(student, batch, world.teacher.vocab_size), batch)
-
-
-def _logits(model: Any, batch: Batch, vocab: int) -> Tensor:
-    with head_at(model, batch["target_positions"]):
-        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    logits: Tensor = output.logits[0, :, :vocab]
-    return logits
+        return cache, 0.0, functools.partial(dense_loss, arm, teacher)
+    return cache, bytes_per_target(arm, cache), functools.partial(cached_loss, arm, cache)
 
 
 def _teacher_logits(world: World, batch: Batch) -> Tensor:
     with evaluation_mode(world.teacher.model):
-        return _logits(world.teacher.model, batch, world.teacher.vocab_size)
-
-
-def _dense_loss(arm: Arm, world: World, logits: Tensor, batch: Batch) -> Tensor:
-    ce = cross_entropy(logits, batch["labels"])
-    if arm.targets == "none":
-        return ce
-    kd = dense_divergence(logits, _teacher_logits(world, batch), arm.loss, temperature=arm.temperature).mean()
-    return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
-
-
-def _cached_loss(arm: Arm, cache: Cache, logits: Tensor, batch: Batch) -> Tensor:
-    targets = batch_targets(batch, cache)
-    tail: Any = arm.tail
-    if arm.targets == "renormalised":
-        targets, tail = _renormalised(targets), "bucket"
-    config = DistillationConfig(
-        divergence=arm.loss,
-        temperature=arm.temperature,
-        tail=tail,
-        tail_weight=arm.tail_weight or None,
-        kd_weight=arm.kd_weight,
-    )
-    return distillation_loss(logits, batch["labels"], targets, config)[0]
-
-
-def _renormalised(targets: SparseTargets) -> SparseTargets:
-    """Return targets whose kept ids have all of the mass."""
-    empty = torch.full_like(targets.tail_logsumexp, -torch.inf)
-    return dataclasses.replace(targets, logprobs=targets.logprobs.log_softmax(-1), tail_logsumexp=empty)
-
-
-def _random_draws(world: World, cache: Cache, num_draws: int, seed: int) -> tuple[list[CachedSequence], float]:
-    """Return the sequences of a cache with ids drawn from the teacher in place of its top k, and bytes a target."""
-    generator = torch.Generator().manual_seed(seed)
-    collate, drawn = Collator(), []
-    for sequence in cache:
-        logits = _teacher_logits(world, _on_device(collate([sequence]), world.teacher.model))
-        ids = torch.multinomial(logits.float().softmax(-1).cpu(), num_draws, replacement=True, generator=generator)
-        targets = dataclasses.replace(sequence.targets, ids=ids.sort(-1).values.numpy().astype(np.uint32))
-        drawn.append(dataclasses.replace(sequence, targets=targets))
-    ids16 = np.concatenate([sequence.targets.ids for sequence in drawn]).astype(np.uint16)
-    columns = [pcodec.standalone.simple_compress(column.copy(), pcodec.ChunkConfig()) for column in ids16.T]
-    return drawn, sum(len(column) for column in columns) / len(ids16)
-
-
-def _random_draws_loss(arm: Arm, logits: Tensor, batch: Batch) -> Tensor:
-    logprobs = logits.float().log_softmax(-1)
-    ce = -logprobs.gather(-1, batch["labels"][:, None]).mean()
-    kd = -logprobs.gather(-1, batch["ids"].long()).mean()
-    return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
+        return logits_of(world.teacher.model, on_device(batch, world.teacher.model), world.teacher.vocab_size)
 
 
 def _captured(
@@ -236,9 +173,9 @@ def _distance(student: Any, world: World, folder: Path) -> dict[str, float]:
     cache, collate = _captured(world, folder, "heldout"), Collator()
     distance, ce, confidence, right = [], [], [], []
     for start in range(0, len(cache), 8):
-        batch = _on_device(collate([cache[index] for index in range(start, min(start + 8, len(cache)))]), student)
+        batch = on_device(collate([cache[index] for index in range(start, min(start + 8, len(cache)))]), student)
         with evaluation_mode(student):
-            q = _logits(student, batch, world.teacher.vocab_size).float().log_softmax(-1)
+            q = logits_of(student, batch, world.teacher.vocab_size).float().log_softmax(-1)
         p = _teacher_logits(world, batch).float().log_softmax(-1)
         distance.append((p.exp() * (p - q)).sum(-1))
         ce.append(-q.gather(-1, batch["labels"][:, None]).squeeze(-1))
@@ -250,15 +187,3 @@ def _distance(student: Any, world: World, folder: Path) -> dict[str, float]:
         "cross_entropy": round(torch.cat(ce).mean().item(), 5),
         "calibration_error": round(calibration_error(torch.cat(confidence), torch.cat(right)), 5),
     }
-
-
-def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Return the mean over positions of |mean confidence - share right| of the bin that a position falls into."""
-    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    gaps = torch.zeros(NUM_BINS, device=confidence.device).index_add(0, bins, confidence - right)
-    return (gaps.abs().sum() / len(right)).item()
-
-
-def _on_device(batch: Batch, model: Any) -> Batch:
-    device = model.get_input_embeddings().weight.device
-    return {name: values.to(device) for name, values in batch.items()}

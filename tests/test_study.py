@@ -10,6 +10,7 @@ from support.tiny_models import VOCAB, llama
 
 from benchmarks import study
 from benchmarks._study_arms import DENSE, SFT, Arm, arms_of, cached
+from benchmarks._study_losses import calibration_error, random_draws, renormalised
 from benchmarks._study_report import arm_of, summarise, write_report
 from benchmarks._study_world import Settings, World, batches
 from todi_offline.data import Examples
@@ -86,7 +87,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy_by_bin():
     confidence = torch.tensor([0.95, 0.97, 0.10, 0.12, 1.0])
     right = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0])
     expected = (abs(0.95 + 0.97 + 1.0 - 2) + abs(0.10 + 0.12)) / 5
-    assert study.calibration_error(confidence, right) == pytest.approx(expected)
+    assert calibration_error(confidence, right) == pytest.approx(expected)
 
 
 def test_batches_repeat_no_sequence_within_an_epoch_and_follow_the_order():
@@ -99,14 +100,14 @@ def test_batches_repeat_no_sequence_within_an_epoch_and_follow_the_order():
 def test_renormalised_targets_give_the_divergence_from_a_softmax_over_the_top_k():
     logits = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = sparsify(logits[0], 4)
-    found = sparse_divergence(logits[1], study._renormalised(targets), "forward_kl", tail="bucket")
+    found = sparse_divergence(logits[1], renormalised(targets), "forward_kl", tail="bucket")
     p, q = targets.logprobs.log_softmax(-1), logits[1].log_softmax(-1).gather(-1, targets.ids)
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1))
 
 
 def test_random_draws_follow_the_teacher(world, tmp_path):
     cache = study._captured(world, tmp_path, "heldout", VOCAB // 2)
-    sequences, num_bytes = study._random_draws(world, cache, 200, seed=0)
+    sequences, num_bytes = random_draws(cache, lambda batch: study._teacher_logits(world, batch), 200, seed=0)
     kept, drawn = cache[0].targets, sequences[0].targets
     best = (drawn.ids == kept.ids[:, :1]).mean(axis=1)
     assert np.abs(best - np.exp(kept.logprobs[:, 0])).max() < 5 * np.sqrt(0.25 / 200)
