@@ -11,7 +11,9 @@ import click
 import benchmarks
 from benchmarks._environment import environment, listed
 
-NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
+NAMES = sorted(
+    m.name.replace("_", "-") for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,7 +37,7 @@ def main(name: str | None, quick: bool, options: tuple[str, ...]) -> None:
 
 
 def _load(name: str) -> Any:
-    return importlib.import_module(f"benchmarks.{name}")
+    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""A teacher and examples in; a cache, and beside it all that the teacher said at its targets, whole, out.
+
+Kept are the teacher's last hidden states: times its head they are its logits, in float32 and of every id, and take
+d / vocabulary of their bytes (576 numbers a target for 49,152). So an arm that learns from dense logits needs no
+teacher, and what it learns from is not rounded.
+"""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks._study_losses import Batch, with_ids
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.capturing import capture
+from todi_offline.data import Examples
+from todi_offline.errors import ModelError
+from todi_offline.models import ChunkedHead, output_head
+from todi_offline.teacher import Teacher
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTeacher:
+    """A teacher's logits at the targets of a cache, by the number of the target."""
+
+    hidden: Float[Tensor, "target d"]
+    weight: Float[Tensor, "vocab d"]
+
+    def logits(self, batch: Batch) -> Float[Tensor, "target vocab"]:
+        """Return the logits at the targets of a batch of sequences that `numbered` returned."""
+        return self.hidden[batch["ids"][:, 0].long()] @ self.weight.T
+
+
+def open_kept(place: Path) -> KeptTeacher:
+    """Return what `keep` left beside the cache `place`."""
+    hidden, weight = np.load(_beside(place), mmap_mode="c"), np.load(place.parent / "head.npy", mmap_mode="c")
+    return KeptTeacher(torch.from_numpy(hidden), torch.from_numpy(weight))
+
+
+def keep(teacher: Teacher, examples: Examples, place: Path, **settings: Any) -> None:
+    """Capture examples into the cache `place`, and keep what the teacher's head reads beside it; once.
+
+    Raises:
+        ModelError: the teacher's logits are not hidden states times a matrix.
+    """
+    if _beside(place).exists():
+        return
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped; what its head read is lost
+    head: Any = output_head(teacher.model)
+    if teacher.head is None or head.bias is not None or teacher.head.scale != 1 or teacher.head.softcap:
+        raise ModelError(f"the head of {type(teacher.model).__name__} is more than a matrix; take another teacher")
+    recording = _Recording(teacher.model, 1.0, None)
+    capture(dataclasses.replace(teacher, head=recording), examples, place, **settings)
+    hidden = [recording.read_at(sequence) for sequence in open_cache(place)]
+    np.save(place.parent / "head.npy", head.weight[: teacher.vocab_size].detach().numpy())
+    whole = place.parent / "whole.npy"
+    np.save(whole, np.concatenate(hidden))
+    whole.replace(_beside(place))
+
+
+def numbered(cache: Cache) -> list[CachedSequence]:
+    """Return the sequences of a cache, with the number of each target in place of its ids."""
+    numbers = np.arange(cache.num_targets.sum(), dtype=np.uint32)[:, None]
+    parts = np.split(numbers, np.cumsum(cache.num_targets)[:-1])
+    return [with_ids(sequence, part) for sequence, part in zip(cache, parts, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording(ChunkedHead):
+    """A teacher's head that keeps what it reads of every sequence."""
+
+    recorded: dict[bytes, Array] = field(default_factory=dict)
+
+    def hidden_states(self, positions: Tensor, **inputs: Tensor) -> Tensor:
+        """Return what the head reads at these positions."""
+        hidden = ChunkedHead.hidden_states(self, positions, **inputs)
+        rows = positions // inputs["input_ids"].shape[1]
+        for row, tokens in enumerate(inputs["input_ids"].numpy()):
+            self.recorded[_content(tokens)] = hidden[rows == row].numpy()
+        return hidden
+
+    def read_at(self, sequence: CachedSequence) -> Array:
+        """Return what was read at the targets of a sequence; a batch's last position is repeated, to fill up."""
+        return self.recorded[_content(sequence.token_ids)][: len(sequence.targets)]
+
+
+def _content(tokens: Array) -> bytes:
+    """Return a sequence's tokens without the zeros that pad it, or that end it: no two are alike but for those."""
+    return np.trim_zeros(tokens.astype(np.uint32), "b").tobytes()
+
+
+def _beside(place: Path) -> Path:
+    return place.with_suffix(".npy")

@@ -1,0 +1,211 @@
+"""The same question as `study`, of a real teacher with a real vocabulary: SmolLM2-135M-Instruct, 49,152 ids.
+
+The student is 10 of the teacher's 30 layers. Warm, it was fine-tuned first, on other text, and is the same for all
+arms; cold, it is as it was cut. Every arm starts from the same weights, reads the same batches in the same order, once,
+and is trained on (1 - w) CE + w KD. The teacher reads the text once: all that it says is kept (`_study_kept.py`), so
+that what is dense needs no teacher beside the student, and its cache (K = 64, 8 samples, f16) is narrowed for the arms
+as `todi-cache subset` does. Arms that learn from a cache read it with the project's own reader and loss.
+
+Measured on held-out text, at T = 1 and over the whole vocabulary, with standard errors over sequences: forward and
+reverse KL, top-1 agreement with the teacher, cross-entropy, calibration error of the most likely token (15 bins; its
+standard error is a bootstrap's over sequences). Bytes a target are those of the arrays that an arm reads.
+
+    --set data=FILE       instructions that are read beside Python's documentation; its last 100 rows are held out
+    --set targets=N       supervised tokens that an arm reads, 50,000
+    --set seeds=N         of the five main arms, 3; the others have one
+    --set work=FOLDER     where the teacher's words, students and rows are kept
+    --set write=yes       the students of the first seed, already trained, answer the held-out prompts of FILE: ROUGE-L
+    --set report=only     make CSV, table and picture of the rows that there are
+
+The same command goes on where it was stopped, and may run several times at once: each takes the next arm that no other
+has. A thread each (OMP_NUM_THREADS=1) is the fastest on a busy machine. Training is in bfloat16 by autocast, what is
+measured in float32. It needs matplotlib and rouge-score: pip install 'todi-offline[benchmarks,evaluate]'.
+
+Not claimed: anything of a student that is trained for longer: an arm is one short pass.
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._study_arms import DENSE, DENSE_FORWARD_KL, SFT, Arm, cached, matched
+from benchmarks._study_distance import distance
+from benchmarks._study_kept import numbered, open_kept
+from benchmarks._study_losses import (
+    Loss,
+    bytes_per_target,
+    cached_loss,
+    dense_loss,
+    random_draws,
+    random_draws_loss,
+)
+from benchmarks._study_real_report import write_report
+from benchmarks._study_real_world import Settings, claimed, narrowed, prepare, train
+from todi_offline.cache.format.fingerprint import hash_json
+from todi_offline.cache.format.sequences import CachedSequence
+from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.data import DataConfig
+from todi_offline.evaluation import evaluate_generation, load_prompts
+from todi_offline.evaluation.generation import Prompts
+from todi_offline.models import load_model, load_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+NUM_DRAWS = 40
+"""Of random-sampling KD: as many as take the bytes of K = 16 with 8 samples."""
+NEW_TOKENS = 64
+
+MAIN = [
+    SFT,
+    DENSE,
+    cached(16, 8, encoding="root8"),
+    cached(64, encoding="root8"),
+    Arm(targets="random", samples=NUM_DRAWS, kd_weight=matched(0.5)),
+]
+OTHERS = [
+    *DENSE_FORWARD_KL,
+    Arm(targets="renormalised", k=64, encoding="root8"),
+    cached(8, 4, encoding="root8"),
+]
+LAST = [
+    *(dataclasses.replace(arm, start="cold") for arm in MAIN[:4]),
+    cached(16, 8, "forward_kl", kd_weight=matched(0.5), encoding="root8"),
+    dataclasses.replace(MAIN[-1], kd_weight=0.5),
+]
+
+
+def run(
+    quick: bool, *, seeds: str = "3", work: str = "", write: str = "", report: str = "", **options: str
+) -> dict[str, object]:
+    settings = _settings(quick, options)
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline" / "study-real"
+    folder = Path(work or home) / hash_json(dataclasses.asdict(settings))[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = arms_of(1 if quick else int(seeds))
+    print(f"{len(arms)} runs; rows, models and caches are kept in {folder}", flush=True)
+    if not report:
+        prepare(settings, folder)
+        measure_arms(arms, settings, folder)
+        if write:
+            write_arms([arm for arm in arms if arm.seed == 0], settings, folder)
+    name = RESULTS / ("study-real-quick" if quick else "study-real")
+    print(write_report(arms, read_rows(folder / "rows.csv"), read_rows(folder / "written.csv"), name, _shown(settings)))
+    return {}
+
+
+def arms_of(seeds: int) -> list[Arm]:
+    """Return the arms, those that tell the most first."""
+    main = [dataclasses.replace(arm, seed=seed) for seed in range(1, seeds) for arm in MAIN]
+    return [*MAIN, *OTHERS, *main, *LAST]
+
+
+def _settings(quick: bool, options: dict[str, str]) -> Settings:
+    types = {name: type(value) for name, value in dataclasses.asdict(Settings()).items()}
+    chosen: dict[str, Any] = {name: types[name](value) for name, value in options.items()}
+    small = {"targets": 1_000, "warm_targets": 1_000, "heldout_targets": 500} if quick else {}
+    return Settings(**small | chosen)
+
+
+def _shown(settings: Settings) -> dict[str, Any]:
+    values = dataclasses.asdict(settings)
+    teacher = Path(settings.teacher).name or "SmolLM2-135M-Instruct"
+    return values | {"teacher": teacher, "data": Path(settings.data).name or "none"}
+
+
+def measure_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
+    """Measure the arms that are not yet, but for those that another process is at."""
+    for number, arm in enumerate(arms):
+        with claimed(folder / f"{name_of(arm)}.lock") as free:
+            if free and not _done(arm, folder / "rows.csv"):
+                print(f"{number + 1}/{len(arms)} {arm.start} {arm.label}, seed {arm.seed}", flush=True)
+                row = measure(arm, settings, folder)
+                _append(folder / "rows.csv", arm, row)
+                print(f"  {row}", flush=True)
+
+
+def measure(arm: Arm, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Train a student as the arm says, keep it, and measure it."""
+    vocab_size = open_cache(folder / "train").manifest.vocab_size
+    sequences, num_bytes, loss = prepared(arm, folder)
+    student = load_model(str(folder / arm.start), dtype="float32")
+    train(student, sequences, loss, vocab_size, settings, arm.seed)
+    if arm.seed == 0:
+        student.save_pretrained(folder / "students" / name_of(arm))
+    found = distance(student, open_cache(folder / "heldout"), open_kept(folder / "heldout"))
+    num_targets = sum(len(sequence.targets) for sequence in sequences)
+    return {"num_targets": num_targets, "bytes_per_target": round(num_bytes, 2), **found}
+
+
+def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
+    """Return what an arm reads, its bytes a target, and the loss that it is trained on."""
+    teacher = open_kept(folder / "train").logits
+    if arm.targets in ("none", "dense"):
+        return numbered(open_cache(folder / "train")), 0.0, functools.partial(dense_loss, arm, teacher)
+    if arm.targets == "random":
+        drawn, num_bytes = random_draws(numbered(open_cache(folder / "train")), teacher, arm.samples, arm.seed)
+        return drawn, num_bytes, functools.partial(random_draws_loss, arm)
+    cache = narrowed(arm, folder)
+    return cache, bytes_per_target(arm, cache), functools.partial(cached_loss, arm, cache)
+
+
+def write_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
+    """Let the students that were kept answer the held-out prompts, greedily and sampled, but for those that did."""
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    config = DataConfig(data=settings.data, max_length=settings.max_length, max_prompt_length=settings.max_length // 2)
+    questions = load_prompts(config, tokenizer)
+    prompts = Prompts(questions.prompts[-settings.heldout_rows :])
+    for arm in arms:
+        student = folder / "students" / name_of(arm)
+        with claimed(folder / f"{name_of(arm)}.lock") as free:
+            if free and student.exists() and not _done(arm, folder / "written.csv"):
+                print(f"{arm.start} {arm.label} writes", flush=True)
+                model = load_model(str(student), dtype="float32")
+                _append(folder / "written.csv", arm, written(model, tokenizer, prompts, student))
+
+
+def written(model: Any, tokenizer: Any, prompts: Prompts, out: Path) -> dict[str, float]:
+    """Return ROUGE-L of what a model writes, greedily and sampled once, and standard errors over prompts."""
+    found: dict[str, float] = {}
+    for name, greedy in (("greedy", True), ("10", False)):
+        evaluate_generation(
+            model, tokenizer, prompts, greedy=greedy, seeds=(10,), max_new_tokens=NEW_TOKENS, batch_size=25, out=out
+        )
+        lines = (out / f"predictions-{name}.jsonl").read_text().splitlines()
+        scores = np.array([json.loads(line)["rouge_l"] for line in lines])
+        column = "rouge_l_greedy" if greedy else "rouge_l_sampled"
+        standard_error = scores.std(ddof=1) / len(scores) ** 0.5
+        found |= {column: round(float(scores.mean()), 3), f"{column}_se": round(float(standard_error), 3)}
+    return found
+
+
+def name_of(arm: Arm) -> str:
+    """Return the name of an arm's files."""
+    return f"{arm.start}-{arm.label.replace(' ', '_')}-{arm.seed}"
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return what was measured so far."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def _done(arm: Arm, file: Path) -> bool:
+    fields = {name: str(value) for name, value in dataclasses.asdict(arm).items()}
+    return any(fields.items() <= row.items() for row in read_rows(file))
+
+
+def _append(file: Path, arm: Arm, row: dict[str, Any]) -> None:
+    values = dataclasses.asdict(arm) | row
+    with claimed(file.with_suffix(".lock"), waits=True), file.open("a", newline="") as opened:
+        writer = csv.DictWriter(opened, list(values), lineterminator="\n")
+        if not opened.tell():
+            writer.writeheader()
+        writer.writerow(values)
