@@ -1,0 +1,46 @@
+"""A student in, a student with LoRA adapters out."""
+
+from dataclasses import dataclass
+
+from todi_offline.errors import ModelError
+from todi_offline.models import Model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    """LoRA adapters on the student; none where `lora_r` is 0."""
+
+    lora_r: int = 0
+    """Rank of the adapters."""
+    lora_alpha: int = 16
+    """Their scale is alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on their input."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the modules that get one; empty leaves the choice to peft, `all-linear` takes every linear layer."""
+
+
+def add_lora(model: Model, settings: LoraSettings) -> Model:
+    """Wrap a student in LoRA adapters; everything else is frozen.
+
+    Raises:
+        ModelError: peft is not installed, or finds no module to adapt.
+    """
+    if not settings.lora_r:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ModelError("LoRA needs peft: pip install 'todi-offline[lora]'") from error
+    names = settings.lora_target_modules
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=names[0] if names == ("all-linear",) else list(names) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"LoRA finds no module to adapt: {error}; name some with --lora-target-modules") from error
