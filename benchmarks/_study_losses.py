@@ -97,9 +97,20 @@ def random_draws(
         logits = teacher(collate([sequence]))
         ids = torch.multinomial(logits.float().softmax(-1).cpu(), num_draws, replacement=True, generator=generator)
         drawn.append(with_ids(sequence, ids.sort(-1).values.numpy().astype(np.uint32)))
-    ids16 = np.concatenate([sequence.targets.ids for sequence in drawn]).astype(np.uint16)
-    columns = [pcodec.standalone.simple_compress(column.copy(), pcodec.ChunkConfig()) for column in ids16.T]
-    return drawn, sum(len(column) for column in columns) / len(ids16)
+    return drawn, bytes_of_draws(np.concatenate([sequence.targets.ids for sequence in drawn]))
+
+
+def bytes_of_draws(ids: npt.NDArray[np.uint32]) -> float:
+    """Return the bytes a target of ids drawn, [target, draw] and sorted, in pcodec: different ids, how often each.
+
+    Ids are stored as their distance from the one before, beside the number of different ids of each target.
+    """
+    steps = np.diff(ids.astype(np.int64), axis=1, prepend=-1)
+    is_new = steps > 0
+    starts = np.flatnonzero(is_new)
+    columns = (steps[is_new], np.diff(starts, append=is_new.size), is_new.sum(axis=1))
+    config = pcodec.ChunkConfig()
+    return sum(len(pcodec.standalone.simple_compress(c.astype(np.uint32), config)) for c in columns) / len(ids)
 
 
 def with_ids(sequence: CachedSequence, ids: npt.NDArray[np.uint32]) -> CachedSequence:

@@ -57,7 +57,7 @@ from todi_offline.evaluation.generation import Prompts
 from todi_offline.models import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-NUM_DRAWS = 40
+NUM_DRAWS = 150
 """Of random-sampling KD: as many as take the bytes of K = 16 with 8 samples."""
 NEW_TOKENS = 64
 
@@ -74,9 +74,9 @@ OTHERS = [
     cached(8, 4, encoding="root8"),
 ]
 LAST = [
+    Arm(targets="random", samples=50, kd_weight=matched(0.5)),
     *(dataclasses.replace(arm, start="cold") for arm in MAIN[:4]),
     cached(16, 8, "forward_kl", kd_weight=matched(0.5), encoding="root8"),
-    dataclasses.replace(MAIN[-1], kd_weight=0.5),
 ]
 
 

@@ -10,7 +10,7 @@ from support.tiny_models import VOCAB, llama
 
 from benchmarks import study
 from benchmarks._study_arms import DENSE, SFT, Arm, arms_of, cached
-from benchmarks._study_losses import calibration_error, random_draws, renormalised
+from benchmarks._study_losses import bytes_of_draws, calibration_error, random_draws, renormalised
 from benchmarks._study_report import arm_of, summarise, write_report
 from benchmarks._study_world import Settings, World, batches
 from todi_offline.data import Examples
@@ -112,6 +112,13 @@ def test_random_draws_follow_the_teacher(world, tmp_path):
     best = (drawn.ids == kept.ids[:, :1]).mean(axis=1)
     assert np.abs(best - np.exp(kept.logprobs[:, 0])).max() < 5 * np.sqrt(0.25 / 200)
     assert 0 < num_bytes < 2.2 * 200
+
+
+def test_bytes_of_draws_are_those_of_different_ids_and_how_often_each_was_drawn():
+    once = np.arange(400, dtype=np.uint32)[:, None] * 97 % 4096
+    assert bytes_of_draws(once.repeat(50, axis=1)) == pytest.approx(bytes_of_draws(once), abs=0.2)
+    random = np.sort(np.random.default_rng(0).integers(0, 4096, (400, 50)), axis=1).astype(np.uint32)
+    assert bytes_of_draws(random) > 10 * bytes_of_draws(once)
 
 
 def test_rows_are_written_as_measured_and_not_measured_again(world, tmp_path, monkeypatch):

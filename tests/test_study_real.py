@@ -22,7 +22,7 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.data import Examples
 from todi_offline.stream import Collator
 
-ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1], study_real.LAST[-2]]
+ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1], study_real.LAST[-1]]
 
 
 @pytest.fixture(scope="module")
