@@ -15,8 +15,7 @@ for as many steps, and is trained on (1 - w) CE + w KD. Compared are
 Measured on held-out text, at T = 1 over the whole vocabulary: forward KL from the teacher, cross-entropy, and the
 expected calibration error of the most likely token (15 bins). `share recovered` is (SFT - arm) / (SFT - dense ToDi) in
 forward KL, by seed, then averaged. Bytes a target are those of the arrays that the arm reads of the teacher's
-predictions; for random draws, of their ids and counts
-in pcodec.
+predictions; for random draws, of their different ids and how often each was drawn, in pcodec.
 
     --quick               a teacher trained on the spot, one seed, some of the arms: 8 min 49 s on two cores
     --set grid=bars       the same teacher, three seeds, those arms with bars of the project: 21 runs
