@@ -44,7 +44,7 @@ from todi_offline.cache.format.sequences import SequenceRows, sequence_table
 from todi_offline.cache.format.shard import encode_shard
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.shard_file import ShardFile
-from todi_offline.capturing import capture_shard
+from todi_offline.capturing.engines import TransformersEngine
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.demo import fetch_teacher
 from todi_offline.teacher import TeacherConfig, load_teacher, teacher_fingerprint
@@ -119,7 +119,12 @@ def _captured(folder: str, data: str, limit: int) -> tuple[list[SequenceRows], i
     examples = load_examples(DataConfig(data=data, limit=limit), teacher.tokenizer)
     facts = teacher_fingerprint(teacher)
     source = {"data": Path(data).name, "teacher": {name: facts[name] for name in FACTS}}
-    return capture_shard(teacher, list(examples), KEPT, 4096), teacher.vocab_size, source
+    targets = TransformersEngine(teacher, 4096).targets(list(examples), KEPT, lambda _: None)
+    sequences = [
+        SequenceRows(example.id, example.source, example.token_ids, example.target_mask, rows)
+        for example, rows in zip(examples, targets, strict=True)
+    ]
+    return sequences, teacher.vocab_size, source
 
 
 def _counts(sequences: list[SequenceRows], vocab_size: int) -> dict[str, Any]:

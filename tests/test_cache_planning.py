@@ -10,10 +10,11 @@ import pytest
 from conftest import Row, tokenised
 from support.disk import Operation, Watch
 from support.fake_cache import manifest, sequence, settings, write_cache
+from support.stopping import written_at_once
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
-import todi_offline.capturing
+import todi_offline.capturing.coordinator
 from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.format.keys import ContentKeys
@@ -232,7 +233,7 @@ def interrupted(teacher: Teacher, begun: Files, more: Examples, root: Path) -> P
         if len(list((root / "commits").iterdir())) > 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with written_at_once(), pytest.raises(KeyboardInterrupt):
         capture(teacher, more, put(begun, root), progress=after_a_shard, batch_tokens=256, **SMALL)
     assert sorted(path.name for path in (root / "commits").iterdir())[2:] == ["000002.json"]
     return root
@@ -270,7 +271,7 @@ def test_an_unfinished_cache_takes_no_other_data_and_says_whose_capture_is_to_go
         if (tmp_path / "commits").exists():
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with written_at_once(), pytest.raises(KeyboardInterrupt):
         capture(teacher, old, tmp_path, progress=stop, batch_tokens=256, **SMALL)
     before = files_of(tmp_path)
     with pytest.raises(CacheMismatchError, match=r"source old\.jsonl .*is not finished"):
@@ -299,8 +300,9 @@ def test_a_capture_goes_on_with_other_versions_of_libraries_and_records_them(
     teacher: Teacher, begun: Files, more: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = interrupted(teacher, begun, more, tmp_path)
-    real = todi_offline.capturing.version
-    monkeypatch.setattr(todi_offline.capturing, "version", lambda name: "9.9" if name == "numpy" else real(name))
+    coordinator = todi_offline.capturing.coordinator
+    real = coordinator.version
+    monkeypatch.setattr(coordinator, "version", lambda name: "9.9" if name == "numpy" else real(name))
     run(teacher, more, root)
     first, second = open_cache(root).manifest.parts
     assert second.versions == {**first.versions, "numpy": f"{first.versions['numpy']}, 9.9"}

@@ -16,7 +16,8 @@ from support.tiny_models import VOCAB, gpt2, llama, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import todi_offline.capturing
+import todi_offline.capturing.coordinator
+import todi_offline.capturing.engines
 import todi_offline.teacher
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
@@ -260,10 +261,10 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
             rows += genuine_targets_of(teacher, [member], settings)
         return rows
 
-    genuine_targets_of = todi_offline.capturing.targets_of
+    genuine_targets_of = todi_offline.capturing.engines.targets_of
     with monkeypatch.context() as patched:
         patched.setattr(todi_offline.teacher, "teacher_targets", breaking)
-        patched.setattr(todi_offline.capturing, "targets_of", alone)
+        patched.setattr(todi_offline.capturing.engines, "targets_of", alone)
         with pytest.raises(TeacherOutputError, match=f"example '{third}' at position [0-9]+ hold NaN"):
             capture(teacher, many, tmp_path / "cache", **SMALL)
     found = files_of(tmp_path / "cache")
@@ -329,7 +330,7 @@ def test_a_capture_from_a_toml_file_is_the_capture_of_its_settings(folder: Path,
 def test_wrong_columns_are_refused_before_the_teacher_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(todi_offline.capturing, "load_teacher", None)
+    monkeypatch.setattr(todi_offline.capturing.coordinator, "load_teacher", None)
     (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "Because."}')
     with pytest.raises(DataError, match="has the columns question, answer; expected messages"):
         capture(str(folder), str(tmp_path / "rows.jsonl"), tmp_path / "out", **SMALL)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import Row, tokenised
 from support.fake_cache import forge_rows
+from support.stopping import written_at_once
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
-import todi_offline.capturing
+import todi_offline.capturing.engines
 from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.format.layout import ENCODINGS
 from todi_offline.cache.format.rows import TargetRows
@@ -55,7 +56,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
         self.ids: list[str] = []
         self.num_rows = 0
-        genuine, forward = todi_offline.capturing.targets_of, type(model).forward
+        genuine, forward = todi_offline.capturing.engines.targets_of, type(model).forward
 
         def targets_of(teacher: Teacher, examples: Sequence[Example], *args: Any) -> list[TargetRows]:
             self.ids += [example.id for example in examples]
@@ -65,7 +66,7 @@ class Watch:
             self.num_rows += len(inputs["input_ids"])
             return forward(model, *args, **inputs)
 
-        monkeypatch.setattr(todi_offline.capturing, "targets_of", targets_of)
+        monkeypatch.setattr(todi_offline.capturing.engines, "targets_of", targets_of)
         monkeypatch.setattr(type(model), "forward", counting)
 
 
@@ -160,7 +161,7 @@ def test_a_stopped_capture_goes_on_with_reuse_and_without(
 
     for first, second in (([str(nine_tenths)], []), ([], [str(nine_tenths)])):
         out = tmp_path / f"out {len(first)}"
-        with pytest.raises(KeyboardInterrupt):
+        with written_at_once(), pytest.raises(KeyboardInterrupt):
             capture(teacher, whole, out, reuse=first, progress=stopping, **SMALL)
         assert 0 < len(list((out / "commits").iterdir())) < 3
         summary = capture(teacher, whole, out, reuse=second, **SMALL)

@@ -71,7 +71,7 @@ def demo(out: Path, as_json: bool) -> None:
     click.echo(f"open {out / 'index.html'} in a browser: it shows ToDi's gate at every token of the held-out text")
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.capturing:CaptureConfig")
+@cli.command(cls=ConfigCommand, config="todi_offline.capturing.config:CaptureConfig")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def capture(config: Path | None, as_json: bool, **settings: Any) -> None:

@@ -28,7 +28,8 @@ import datasets  # noqa: F401 -- once, not in every child
 import torch
 import zarr  # noqa: F401
 
-import todi_offline.capturing
+import todi_offline.capturing.coordinator
+import todi_offline.capturing.engines
 from support.disk import Operation, Watch
 from todi_offline.cli import main
 from todi_offline.data import DataConfig, load_examples
@@ -103,11 +104,11 @@ def load_once(config: dict[str, Any]) -> None:
     """Load teacher and data set here, for all the runs to come, and capture once: the first is slow."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     os.fsync = lambda _: None  # a process that dies takes nothing unsynced with it
-    teacher = todi_offline.capturing.load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
+    teacher = todi_offline.capturing.coordinator.load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
     lengths = {name: value for name, value in config["settings"].items() if name.startswith("max_")}
     examples = load_examples(DataConfig(data=config["data"], **lengths), teacher.tokenizer)
-    mock.patch.object(todi_offline.capturing, "load_teacher", return_value=teacher).start()
-    mock.patch.object(todi_offline.capturing, "load_examples", return_value=examples).start()
+    mock.patch.object(todi_offline.capturing.coordinator, "load_teacher", return_value=teacher).start()
+    mock.patch.object(todi_offline.capturing.coordinator, "load_examples", return_value=examples).start()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         todi(["capture", "--json", "--out", folder, *options(config)])
 
@@ -128,7 +129,7 @@ def happen(fault: str, asked: Operation, root: Path) -> None:
 
 def failing_teacher(at: int) -> Any:
     """Let the teacher run out of memory at its n-th batch."""
-    real: Callable[..., Any] = todi_offline.capturing.targets_of
+    real: Callable[..., Any] = todi_offline.capturing.engines.targets_of
     count = 0
 
     def targets_of(*args: Any) -> Any:
@@ -138,7 +139,7 @@ def failing_teacher(at: int) -> Any:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
         return real(*args)
 
-    return mock.patch.object(todi_offline.capturing, "targets_of", targets_of)
+    return mock.patch.object(todi_offline.capturing.engines, "targets_of", targets_of)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ The modules, in the order in which a row goes through them:
     questions      a row -> what a student is asked, and the references
 """
 
-from todi_offline.data.examples import DataConfig, DataReport, Example, Examples
+from todi_offline.data.examples import DataConfig, DataReport, Example, Examples, examples_from_stream
 from todi_offline.data.forms import ALPACA, ALPACA_WITH_INPUT
 from todi_offline.data.loading import examples_from_rows, load_examples, recorded_settings
 from todi_offline.data.templates import with_recorded_template
@@ -48,6 +48,7 @@ __all__ = [
     "Example",
     "Examples",
     "examples_from_rows",
+    "examples_from_stream",
     "load_examples",
     "recorded_settings",
     "with_recorded_template",

@@ -237,6 +237,15 @@ class Examples:
         """Return what identifies each in a cache."""
         return ContentKeys.from_column(self.dataset.data.column("key"))
 
+    def to_stream(self, indices: Sequence[int]) -> bytes:
+        """Return some of the examples as an Arrow stream, which holds nothing else; see `examples_from_stream`."""
+        table = self.dataset[list(indices)]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table.combine_chunks())
+        data: bytes = sink.getvalue().to_pybytes()
+        return data
+
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.dataset)
@@ -249,6 +258,11 @@ class Examples:
         """Yield the examples in order."""
         for table in self.dataset.iter(BATCH_ROWS):
             yield from _examples_of(table)
+
+
+def examples_from_stream(data: bytes) -> list[Example]:
+    """Return the examples of `Examples.to_stream`."""
+    return list(_examples_of(pa.ipc.open_stream(data).read_all()))
 
 
 def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:

@@ -1,0 +1,48 @@
+"""The settings of a capture, and what it reports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.data import DataConfig
+from todi_offline.teacher import TeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptureConfig:
+    """All that decides a capture."""
+
+    out: str
+    """Where the cache is written: a folder or URL. A finished cache of other data is appended to."""
+    reuse: tuple[str, ...] = ()
+    """Caches of the same teacher whose sequences are copied where their content is met, and not captured again."""
+    teacher: TeacherConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSummary:
+    """What a capture did."""
+
+    num_sequences: int
+    num_tokens: int
+    num_targets: int
+    num_captured_tokens: int
+    """Tokens that the teacher read in this run: fewer than `num_tokens` where it went on with an earlier one."""
+    num_captured_targets: int
+    """Targets that this run computed."""
+    num_reused_targets: int
+    """Targets that this run copied from other caches."""
+    num_known_sequences: int
+    """Sequences of the data set that the cache held already, from the capture of other data."""
+    teacher_seconds: float
+    bytes_per_target: float
+    mean_topk_mass: float
+    data_report: Any
+    """What `load_examples` cut and dropped."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with the tokens captured so far and those of the whole capture."""

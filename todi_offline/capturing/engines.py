@@ -1,0 +1,76 @@
+"""A shard's examples in, the teacher's targets at their supervised positions out, whatever runs the teacher."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.data import Example
+from todi_offline.teacher import Teacher, length_batches, num_positions, targets_of, teacher_fingerprint, tokenizer_json
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherDescription:
+    """What a cache records of its teacher."""
+
+    vocab_size: int
+    """Ids that the tokenizer knows."""
+    teacher: dict[str, Any]
+    """The teacher's fingerprint."""
+    tokenizer: dict[str, Any]
+    """The tokenizer's fingerprint."""
+    tokenizer_json: str | None
+    """The tokenizer as `tokenizers` reads it, where it has such a form."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the libraries that run the teacher."""
+
+
+class Engine(Protocol):
+    """What a capture asks of a teacher."""
+
+    def describe(self) -> TeacherDescription:
+        """Return what a cache records of the teacher."""
+
+    def targets(
+        self, examples: Sequence[Example], settings: CacheSettings, report: Callable[[int], None]
+    ) -> list[TargetRows]:
+        """Return the targets of each example, in order; `report` is called with the tokens that were just read.
+
+        The examples are those of a whole shard, or what is left of it: the engine batches them as it likes.
+
+        Raises:
+            TeacherOutputError: a logit is NaN or +inf; names the example and the position.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersEngine:
+    """A teacher that transformers runs, on batches of examples of one padded length."""
+
+    teacher: Teacher
+    batch_tokens: int
+
+    def describe(self) -> TeacherDescription:
+        """Return what a cache records of the teacher; see `Engine`."""
+        return TeacherDescription(
+            vocab_size=self.teacher.vocab_size,
+            teacher=teacher_fingerprint(self.teacher),
+            tokenizer=tokenizer_fingerprint(self.teacher.tokenizer),
+            tokenizer_json=tokenizer_json(self.teacher.tokenizer),
+            versions={name: version(name) for name in ("torch", "transformers")},
+        )
+
+    def targets(
+        self, examples: Sequence[Example], settings: CacheSettings, report: Callable[[int], None]
+    ) -> list[TargetRows]:
+        """Return the targets of each example, in order; see `Engine`."""
+        lengths = [len(example.token_ids) for example in examples]
+        rows: dict[int, TargetRows] = {}
+        for batch in length_batches(lengths, self.batch_tokens, num_positions(self.teacher)):
+            found = targets_of(self.teacher, [examples[index] for index in batch], settings)
+            rows |= zip(batch, found, strict=True)
+            report(sum(lengths[index] for index in batch))
+        return [rows[index] for index in range(len(examples))]
