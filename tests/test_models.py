@@ -13,6 +13,7 @@ from support.tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama, sav
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks._zoo import tiny_model
 from todi_offline.errors import ModelError
 from todi_offline.models import (
     chunked_head,
@@ -36,7 +37,15 @@ Build = Callable[..., Any]
 
 def full_logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS).logits.flatten(0, 1)
+        return model(input_ids=TOKENS, use_cache=False).logits.flatten(0, 1)
+
+
+def recurrent_gemma() -> Any:
+    return tiny_model("recurrent_gemma", logits_soft_cap=2.0)
+
+
+def xlstm() -> Any:
+    return tiny_model("xlstm", output_logit_soft_cap=2.0)
 
 
 class OffsetLlama(LlamaForCausalLM):
@@ -48,7 +57,7 @@ class OffsetLlama(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, gemma2, granite, cohere])
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2, granite, cohere, recurrent_gemma, xlstm])
 def test_a_chunked_head_gives_the_models_own_logits(build: Build) -> None:
     model = build()
     head = chunked_head(model)

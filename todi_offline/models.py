@@ -204,12 +204,16 @@ def chunked_head(model: Model) -> ChunkedHead | None:
     """Return the head of a model as a function, or None where it does something to its logits that is unknown here.
 
     Known are a scale (Cohere's `logit_scale`, Granite's `logits_scaling`, Falcon-H1's `lm_head_multiplier`) and a
-    soft cap (Gemma's `final_logit_softcapping`); the result is compared with the model's own logits.
+    soft cap (Gemma's `final_logit_softcapping`, RecurrentGemma's `logits_soft_cap`, xLSTM's `output_logit_soft_cap`);
+    the result is compared with the model's own logits.
     """
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    head = ChunkedHead(model, float(scale), getattr(config, "final_logit_softcapping", None))
+    softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    head = ChunkedHead(
+        model, float(scale), next((getattr(config, name) for name in softcaps if hasattr(config, name)), None)
+    )
     probe = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
     try:
         with torch.no_grad():
