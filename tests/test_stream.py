@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.tiny_models import gpt2, llama
 from torch import Tensor
 
+from benchmarks._zoo import tiny_model
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store.remote import RemoteStore
@@ -254,6 +255,19 @@ def test_a_batch_of_empty_sequences_can_be_run(collator: Collator, cache: Cache)
     assert batch["input_ids"].shape[1] == 1
     assert batch["num_tokens"].tolist() == [0]
     assert loss_of(target_logits(llama(seed=5), batch), batch, cache, 1).item() == 0
+
+
+@pytest.mark.parametrize("collator", [Collator(), Collator(pack=False)])
+def test_what_fills_up_a_row_spoils_no_gradient(collator: Collator, cache: Cache) -> None:
+    """Gemma 3n divides by norms of hidden states, which are 0 for a row of pads: their embedding is 0."""
+    model = tiny_model("gemma3n_text")
+    assert not model.get_input_embeddings().weight[model.config.pad_token_id].any()
+    batch = collator([cache[2], cache[5]])
+    assert len(batch["input_ids"].flatten()) > batch["num_tokens"]
+    with head_at(model, batch["target_positions"]):
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        model(**inputs, use_cache=False).logits.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_a_cache_is_a_data_set(cache: Cache) -> None:

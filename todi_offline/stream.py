@@ -181,11 +181,13 @@ class Collator:
     With `pack`, several sequences share a row, each counted from position 0: that, with no attention mask and no
     key-value cache, is what makes transformers keep them apart. `one_row` puts all into a single row, as attention
     kernels for variable lengths want it; else rows are as long as the longest sequence, so that the cost of
-    attention stays that of separate sequences. Without `pack` every sequence has its own row, padded on the right.
+    attention stays that of separate sequences. Without `pack` every sequence has its own row, padded on the right, and
+    without `positions` there are no position_ids, for models that count them themselves.
     """
 
     pack: bool = True
     one_row: bool = False
+    positions: bool = True
 
     def __call__(self, sequences: Sequence[CachedSequence]) -> dict[str, Tensor]:
         """Return the batch.
@@ -196,7 +198,9 @@ class Collator:
         lengths = [len(sequence.token_ids) for sequence in sequences]
         longest = max(sum(lengths) if self.one_row else max(lengths), 1)  # models do not read rows of nothing
         rows = pack_rows(lengths, longest) if self.pack else [[index] for index in range(len(lengths))]
-        input_ids = np.zeros((len(rows), longest), np.int64)
+        # A row is filled up with a token of the batch: a pad's embedding may be 0, where a norm has no gradient.
+        filling = next((int(sequence.token_ids[0]) for sequence in sequences if len(sequence.token_ids)), 0)
+        input_ids = np.full((len(rows), longest), filling, np.int64)
         position_ids = np.zeros((len(rows), longest), np.int64)
         order: list[int] = []
         target_positions, labels = [], []
@@ -216,7 +220,7 @@ class Collator:
         targets = TargetRows.concatenate([sequences[index].targets for index in order])
         return {
             "input_ids": torch.from_numpy(input_ids),
-            "position_ids": torch.from_numpy(position_ids),
+            **({"position_ids": torch.from_numpy(position_ids)} if self.positions else {}),
             "target_positions": torch.from_numpy(np.concatenate(target_positions)),
             "labels": torch.from_numpy(np.concatenate(labels)),
             "num_tokens": torch.tensor([sum(lengths)]),
