@@ -15,7 +15,14 @@ from support.tiny_models import DECODER, VOCAB, build, gpt2, llama, mamba
 from support.tiny_runs import QUIET, Noting, assert_same_weights, trainer_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import MixtralConfig, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import todi_offline.trainer
 from todi_offline.cache.format.sequences import CachedSequence
@@ -145,6 +152,29 @@ def test_a_model_that_lets_packed_sequences_meet_gets_a_row_for_each(
     trainer.train()
     assert len(trainer.batches[0]["input_ids"]) == 4
     assert trainer_of(tmp_path, cache).data_collator == Collator(pack=True)
+
+
+class CountingLlama(LlamaForCausalLM):
+    """Takes no position_ids and counts them itself, as models do whose code comes with them."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+
+def test_a_model_that_takes_no_position_ids_gets_a_row_for_each_and_learns_the_same(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counting = CountingLlama(llama().config)
+    counting.load_state_dict(llama(seed=1).state_dict())
+    with caplog.at_level("INFO", logger="todi_offline.trainer"):
+        trainer = trainer_of(tmp_path / "counting", cache, counting, max_steps=3)
+    assert trainer.data_collator == Collator(pack=False, positions=False)
+    assert "CountingLlama takes no position_ids" in caplog.text
+    packed = trainer_of(tmp_path / "packed", cache, max_steps=3)
+    for each in (trainer, packed):
+        each.train()
+    for mine, theirs in zip(trainer.state.log_history[:3], packed.state.log_history[:3], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_kernels_for_variable_lengths_get_a_single_row(cache: Cache) -> None:

@@ -161,7 +161,7 @@ class ToDiTrainer(Trainer):
             return loss
 
         with loss_at(self.accelerator.unwrap_model(model), inputs["target_positions"], loss_of):
-            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+            outputs = model(**_read_by_models(inputs), use_cache=False)
         return outputs, outputs["loss"], sums
 
     def _objective_from_logits(
@@ -170,7 +170,7 @@ class ToDiTrainer(Trainer):
         """Return the model's outputs, the loss and the sums to log."""
         assert self._cache is not None
         with head_at(self.accelerator.unwrap_model(model), inputs["target_positions"]):
-            outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
+            outputs = model(**_read_by_models(inputs), use_cache=False)
         logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
         targets = batch_targets(inputs, self._cache)
         loss, sums = distillation_loss(logits, inputs["labels"], targets, self.distillation, num_targets=num_targets)
@@ -336,8 +336,13 @@ def _collator(model: Model) -> Collator:
         return Collator(pack=True, one_row=True)
     try:
         pack = packs_apart(model)
-    except TypeError as error:
-        raise ModelError(f"{type(model).__name__} takes no position_ids, which packed batches need: {error}") from error
+    except TypeError:  # from forward, which has no such argument
+        logger.info("%s takes no position_ids: every sequence has its own row", type(model).__name__)
+        return Collator(pack=False, positions=False)
     if not pack:
         logger.info("%s does not keep packed sequences apart: every sequence has its own row", type(model).__name__)
     return Collator(pack=pack)
+
+
+def _read_by_models(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
