@@ -14,7 +14,7 @@ from support.stopping import written_at_once
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
-import todi_offline.capturing.coordinator
+import todi_offline.capturing.jobs
 from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.format.keys import ContentKeys
@@ -300,9 +300,9 @@ def test_a_capture_goes_on_with_other_versions_of_libraries_and_records_them(
     teacher: Teacher, begun: Files, more: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = interrupted(teacher, begun, more, tmp_path)
-    coordinator = todi_offline.capturing.coordinator
-    real = coordinator.version
-    monkeypatch.setattr(coordinator, "version", lambda name: "9.9" if name == "numpy" else real(name))
+    jobs = todi_offline.capturing.jobs
+    real = jobs.version
+    monkeypatch.setattr(jobs, "version", lambda name: "9.9" if name == "numpy" else real(name))
     run(teacher, more, root)
     first, second = open_cache(root).manifest.parts
     assert second.versions == {**first.versions, "numpy": f"{first.versions['numpy']}, 9.9"}

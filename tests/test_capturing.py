@@ -330,7 +330,7 @@ def test_a_capture_from_a_toml_file_is_the_capture_of_its_settings(folder: Path,
 def test_wrong_columns_are_refused_before_the_teacher_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(todi_offline.capturing.coordinator, "load_teacher", None)
+    monkeypatch.setattr(todi_offline.capturing.loading, "load_teacher", None)
     (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "Because."}')
     with pytest.raises(DataError, match="has the columns question, answer; expected messages"):
         capture(str(folder), str(tmp_path / "rows.jsonl"), tmp_path / "out", **SMALL)

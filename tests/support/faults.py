@@ -30,6 +30,7 @@ import zarr  # noqa: F401
 
 import todi_offline.capturing.coordinator
 import todi_offline.capturing.engines
+import todi_offline.capturing.loading
 from support.disk import Operation, Watch
 from todi_offline.cli import main
 from todi_offline.data import DataConfig, load_examples
@@ -104,10 +105,10 @@ def load_once(config: dict[str, Any]) -> None:
     """Load teacher and data set here, for all the runs to come, and capture once: the first is slow."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     os.fsync = lambda _: None  # a process that dies takes nothing unsynced with it
-    teacher = todi_offline.capturing.coordinator.load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
+    teacher = todi_offline.capturing.loading.load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
     lengths = {name: value for name, value in config["settings"].items() if name.startswith("max_")}
     examples = load_examples(DataConfig(data=config["data"], **lengths), teacher.tokenizer)
-    mock.patch.object(todi_offline.capturing.coordinator, "load_teacher", return_value=teacher).start()
+    mock.patch.object(todi_offline.capturing.loading, "load_teacher", return_value=teacher).start()
     mock.patch.object(todi_offline.capturing.coordinator, "load_examples", return_value=examples).start()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         todi(["capture", "--json", "--out", folder, *options(config)])

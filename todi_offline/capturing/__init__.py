@@ -2,7 +2,9 @@
 
 coordinator.py   what a capture does: plan, begin the cache, have its shards captured, seal it
 config.py        its settings, and its summary
+jobs.py          what is to be captured -> the tasks of the shards
 engines.py       a shard's examples -> the teacher's targets, whichever library runs the teacher
+loading.py       the settings -> the engine that they ask for
 work.py          a shard's examples -> its commit record: an engine, and a writer that needs no lock
 in_process.py    shards captured by this process, each written while the teacher reads the next
 """

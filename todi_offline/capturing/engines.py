@@ -26,6 +26,9 @@ class TeacherDescription:
     """The tokenizer as `tokenizers` reads it, where it has such a form."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the libraries that run the teacher."""
+    engine: dict[str, str] = field(default_factory=dict)
+    """What runs the teacher, for the recipe of the part: its name and dtype, say; empty for transformers, whose dtype
+    the fingerprint has. A capture goes on with the engine that began it."""
 
 
 class Engine(Protocol):
@@ -44,6 +47,9 @@ class Engine(Protocol):
         Raises:
             TeacherOutputError: a logit is NaN or +inf; names the example and the position.
         """
+
+    def close(self) -> None:
+        """Let go of the devices and processes that the engine holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +80,6 @@ class TransformersEngine:
             rows |= zip(batch, found, strict=True)
             report(sum(lengths[index] for index in batch))
         return [rows[index] for index in range(len(examples))]
+
+    def close(self) -> None:
+        """Do nothing: the memory is that of this process."""
