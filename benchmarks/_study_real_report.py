@@ -18,6 +18,7 @@ HEADER = (
     "forward KL",
     "share of dense ToDi's gain",
     "reverse KL",
+    "share",
     "top-1 agreement",
     "cross-entropy",
     "ECE",
@@ -63,6 +64,8 @@ def _joined(rows: Sequence[Row], written: Sequence[Row]) -> list[Row]:
 def _table(rows: Sequence[Row]) -> list[str]:
     first = {(row["start"], arm_of(row).label): row for row in reversed(rows)}
     means = summarise(rows, ("bytes_per_target", *MEASURES))
+    for mean, other in zip(means, summarise(rows, share_of="reverse_kl"), strict=True):
+        mean |= {f"reverse_{name}": other[name] for name in ("share", "share_deviation")}
     lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
     for mean in sorted(means, key=lambda mean: (mean["start"] != "warm", mean["forward_kl"])):
         cells = _cells(mean, first[mean["start"], mean["label"]])
@@ -78,13 +81,16 @@ def _cells(mean: Row, row: Row) -> list[str]:
         deviation = f" ± {mean[f'{name}_deviation']:.{digits}f}" if deviates else ""
         return f"{mean[name]:.{digits}f}{deviation} ({float(row[f'{name}_se']):.{digits}f})"
 
-    share = ""
-    if mean["share"] is not None:
-        share = f"{mean['share']:.1%}" + (f" ± {mean['share_deviation']:.1%}" if deviates else "")
+    def share(name: str) -> str:
+        if mean[name] is None:
+            return ""
+        return f"{mean[name]:.1%}" + (f" ± {mean[f'{name}_deviation']:.1%}" if deviates else "")
+
     size = f"{mean['bytes_per_target']:.1f}" if mean["bytes_per_target"] else "–"
     wrote = [f"{float(row[name]):.1f} ({float(row[f'{name}_se']):.1f})" if row[name] else "" for name in WRITTEN]
-    of_kl, others = cell("forward_kl"), [cell(name) for name in MEASURES[1:]]
-    return [mean["start"], mean["label"], size, of_kl, share, *others, *wrote, str(mean["seeds"])]
+    distances = [cell("forward_kl"), share("share"), cell("reverse_kl"), share("reverse_share")]
+    others = [cell(name) for name in MEASURES[2:]]
+    return [mean["start"], mean["label"], size, *distances, *others, *wrote, str(mean["seeds"])]
 
 
 def _missing(arms: Sequence[Arm]) -> list[str]:

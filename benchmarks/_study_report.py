@@ -41,13 +41,13 @@ def arm_of(row: Row) -> Arm:
     return Arm(**texts | numbers | settings)
 
 
-def summarise(rows: Sequence[Row], names: Sequence[str] = MEASURED) -> list[Row]:
+def summarise(rows: Sequence[Row], names: Sequence[str] = MEASURED, share_of: str = "forward_kl") -> list[Row]:
     """Return the means and deviations over seeds of what is named, and the share recovered.
 
-    That is of what dense ToDi gains over SFT, by seed and averaged; seeds of which either is missing count for the
-    other measures alone.
+    That is of what dense ToDi gains over SFT in `share_of`, by seed and averaged; seeds of which either is missing
+    count for the other measures alone.
     """
-    forward_kl = {_key(row): float(row["forward_kl"]) for row in rows}
+    measured = {_key(row): float(row[share_of]) for row in rows}
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["start"], arm_of(row).label].append(row)
@@ -57,7 +57,7 @@ def summarise(rows: Sequence[Row], names: Sequence[str] = MEASURED) -> list[Row]
         for name in names:
             values = [float(row[name]) for row in members]
             mean[name], mean[f"{name}_deviation"] = statistics.mean(values), statistics.pstdev(values)
-        shares = [share for row in members if (share := _share(row, forward_kl)) is not None]
+        shares = [share for row in members if (share := _share(row, measured)) is not None]
         mean["share"] = statistics.mean(shares) if shares else None
         mean["share_deviation"] = statistics.pstdev(shares) if shares else None
         means.append(mean)
@@ -68,12 +68,12 @@ def _key(row: Row) -> tuple[str, str, str]:
     return row["start"], str(row["seed"]), arm_of(row).label
 
 
-def _share(row: Row, forward_kl: dict[tuple[str, str, str], float]) -> float | None:
+def _share(row: Row, measured: dict[tuple[str, str, str], float]) -> float | None:
     start, seed, _ = _key(row)
-    plain, dense = forward_kl.get((start, seed, SFT.label)), forward_kl.get((start, seed, DENSE.label))
+    plain, dense = measured.get((start, seed, SFT.label)), measured.get((start, seed, DENSE.label))
     if plain is None or dense is None:
         return None
-    return (plain - float(row["forward_kl"])) / (plain - dense)
+    return (plain - measured[_key(row)]) / (plain - dense)
 
 
 def _table(means: Sequence[Row]) -> str:

@@ -52,6 +52,7 @@ from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.data import DataConfig
+from todi_offline.errors import ConfigError
 from todi_offline.evaluation import evaluate_generation, load_prompts
 from todi_offline.evaluation.generation import Prompts
 from todi_offline.models import load_model, load_tokenizer
@@ -87,6 +88,8 @@ def run(
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline" / "study-real"
     folder = Path(work or home) / hash_json(dataclasses.asdict(settings))[:12]
     folder.mkdir(parents=True, exist_ok=True)
+    if write and not settings.data:
+        raise ConfigError("nothing asks the students to write: name a file of instructions (--set data=FILE)")
     arms = arms_of(1 if quick else int(seeds))
     print(f"{len(arms)} runs; rows, models and caches are kept in {folder}", flush=True)
     if not report:

@@ -16,10 +16,11 @@ from benchmarks._study_arms import DENSE, SFT, Arm, cached
 from benchmarks._study_distance import distance, estimates
 from benchmarks._study_kept import keep, numbered, open_kept
 from benchmarks._study_losses import cached_loss, calibration_error, dense_loss, logits_of
-from benchmarks._study_real_report import write_report
+from benchmarks._study_real_report import MEASURES, write_report
 from benchmarks._study_real_world import Settings, claimed
 from todi_offline.cache.reader import open_cache
 from todi_offline.data import Examples
+from todi_offline.errors import ConfigError
 from todi_offline.stream import Collator
 
 ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1], study_real.LAST[-1]]
@@ -133,6 +134,24 @@ def test_the_report_has_what_ran_and_names_what_did_not(rows, settings, folder, 
     assert [row["forward_kl"] for row in found] == [row["forward_kl"] for row in rows]
     assert [bool(row["rouge_l_greedy"]) for row in found] == [True] + [False] * (len(ARMS) - 1)
     assert "ToDi, 8 samples, root8" in (tmp_path / "real.svg").read_text()
+
+
+def test_shares_are_of_forward_and_of_reverse_kl(tmp_path):
+    def row(arm, forward, reverse):
+        measures = dict.fromkeys(MEASURES, 0.1) | {"forward_kl": forward, "reverse_kl": reverse}
+        errors = {f"{name}_se": 0.01 for name in MEASURES}
+        return dataclasses.asdict(arm) | {"num_targets": "9", "bytes_per_target": 50.0} | measures | errors
+
+    arm = cached(16, 8)
+    rows = [row(SFT, 3.0, 4.0), row(DENSE, 2.0, 2.0), row(arm, 2.1, 3.0)]
+    table = write_report([SFT, DENSE, arm], rows, [], tmp_path / "real", {})
+    assert "| 2.1000 (0.0100) | 90.0% | 3.0000 (0.0100) | 50.0% |" in table
+    assert "All arms have run." in table
+
+
+def test_writing_needs_instructions(tmp_path):
+    with pytest.raises(ConfigError, match="data=FILE"):
+        study_real.run(True, write="yes", work=str(tmp_path))
 
 
 def test_estimates_are_means_over_targets_and_the_calibration_error():
