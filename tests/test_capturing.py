@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import todi_offline.capturing.coordinator
 import todi_offline.capturing.engines
-import todi_offline.teacher
+import todi_offline.target_rows
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
@@ -243,7 +243,7 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
 ) -> None:
     root, files = undisturbed
     third = open_cache(root).sequences.to_pandas().query("shard == 2")["id"].iloc[1]
-    genuine = todi_offline.teacher.teacher_targets
+    genuine = todi_offline.target_rows.teacher_targets
 
     def breaking(logits: Tensor, *args: Any) -> Any:
         if current == third:
@@ -263,7 +263,7 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
 
     genuine_targets_of = todi_offline.capturing.engines.targets_of
     with monkeypatch.context() as patched:
-        patched.setattr(todi_offline.teacher, "teacher_targets", breaking)
+        patched.setattr(todi_offline.target_rows, "teacher_targets", breaking)
         patched.setattr(todi_offline.capturing.engines, "targets_of", alone)
         with pytest.raises(TeacherOutputError, match=f"example '{third}' at position [0-9]+ hold NaN"):
             capture(teacher, many, tmp_path / "cache", **SMALL)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.made_examples import assert_same_targets, some_examples
 from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
+import todi_offline.target_rows
 import todi_offline.teacher
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.layout import CacheSettings
-from todi_offline.cache.format.rows import TargetRows
-from todi_offline.data import Example, Examples
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
 from todi_offline.models import output_head
 from todi_offline.teacher import (
@@ -30,31 +30,11 @@ from todi_offline.teacher import (
     length_batches,
     load_teacher,
     padded_length,
-    tail_uniforms,
     targets_of,
     teacher_fingerprint,
 )
 
 SETTINGS = CacheSettings(k=8, tail_samples=4)
-
-
-def assert_same_targets(found: TargetRows, expected: TargetRows) -> None:
-    """Equal but for the rounding of matrix products of another shape."""
-    np.testing.assert_array_equal(found.ids, expected.ids)
-    np.testing.assert_array_equal(found.tail_ids, expected.tail_ids)
-    for name in ("logprobs", "tail_logsumexp", "label_logprob", "tail_logprobs"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5, err_msg=name)
-
-
-def some_examples(*lengths: int) -> list[Example]:
-    generator = np.random.default_rng(0)
-    masks = [np.arange(length) % 3 == 1 for length in lengths]
-    for mask in masks:
-        mask[-1] = False
-    return [
-        Example(str(number), "made", generator.integers(0, VOCAB, length).astype(np.uint32), mask)
-        for number, (length, mask) in enumerate(zip(lengths, masks, strict=True))
-    ]
 
 
 def test_a_padded_length_is_a_step_at_or_above_and_little_of_it_is_padding() -> None:
@@ -111,45 +91,6 @@ def test_a_model_of_few_positions_is_not_asked_for_more() -> None:
     assert len(found) == example.target_mask.sum()
 
 
-def test_tail_uniforms_follow_from_content_and_seed_alone(examples: Examples) -> None:
-    example = examples[0]
-    renamed = dataclasses.replace(example, id="other", source="elsewhere")
-    drawn = tail_uniforms(example, SETTINGS)
-    np.testing.assert_array_equal(drawn, tail_uniforms(renamed, SETTINGS))
-    assert drawn.shape == (example.target_mask.sum(), 4)
-    assert not np.array_equal(drawn, tail_uniforms(example, dataclasses.replace(SETTINGS, tail_seed=1)))
-    changed = example.token_ids.copy()
-    changed[0] ^= 1
-    assert not np.array_equal(drawn, tail_uniforms(dataclasses.replace(example, token_ids=changed), SETTINGS))
-
-
-def test_every_stratum_holds_one_uniform_of_a_row_in_random_order() -> None:
-    (example,) = some_examples(30_000)
-    drawn = tail_uniforms(example, SETTINGS)
-    strata = np.floor(drawn * 4)
-    np.testing.assert_array_equal(np.sort(strata, axis=1), np.tile(np.arange(4), (len(drawn), 1)))
-    orders, counts = np.unique(strata, axis=0, return_counts=True)
-    assert len(orders) == 24
-    assert np.abs(counts - len(drawn) / 24).max() < 5 * np.sqrt(len(drawn) / 24)
-
-
-def test_every_column_of_the_uniforms_is_uniform() -> None:
-    (example,) = some_examples(30_000)
-    for column in tail_uniforms(example, SETTINGS).T:
-        counts = np.histogram(column, bins=50, range=(0, 1))[0]
-        assert np.abs(counts - len(column) / 50).max() < 5 * np.sqrt(len(column) / 50)
-
-
-def test_strata_lower_the_variance_of_a_mean_over_samples_and_leave_its_expectation() -> None:
-    """Of a share of 1/2, independent draws give variance 1/16 with four and 1/8 with two; strata give 0 and 1/12."""
-    (example,) = some_examples(30_000)
-    below = tail_uniforms(example, SETTINGS) < 0.5
-    assert (below.mean(axis=1) == 0.5).all()
-    first_two = below[:, :2].mean(axis=1)
-    assert first_two.mean() == pytest.approx(0.5, abs=0.01)
-    assert first_two.var() == pytest.approx(1 / 12, rel=0.05)
-
-
 def test_logits_of_padding_ids_are_dropped_before_the_softmax() -> None:
     (example,) = some_examples(30)
     model = llama(vocab_size=VOCAB + 64)
@@ -169,7 +110,7 @@ def test_the_fallback_of_an_unknown_head_gives_the_same_targets(monkeypatch: pyt
     members = some_examples(40, 25, 33)
     known = as_teacher(gemma2(), tiny_tokenizer())
     unknown = dataclasses.replace(known, head=None)
-    monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", 5 * 4 * VOCAB)  # five rows a chunk
+    monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", 5 * 4 * VOCAB)  # five rows a chunk
     for found, expected in zip(
         targets_of(unknown, members, SETTINGS), targets_of(known, members, SETTINGS), strict=True
     ):
@@ -187,7 +128,7 @@ def test_the_head_runs_at_the_targets_alone_and_in_chunks(
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
         sizes.append(output.numel() // VOCAB)
 
-    monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
+    monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
     handle = output_head(teacher.model).register_forward_hook(note)
     try:
         targets_of(teacher, members, SETTINGS)
@@ -213,7 +154,7 @@ def test_a_broken_logit_is_located_by_example_and_position(
             rows[broken - seen, 5] = value
         seen += len(rows)
 
-    monkeypatch.setattr(todi_offline.teacher, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
+    monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
     handle = output_head(teacher.model).register_forward_hook(breaking)
     try:
         with pytest.raises(TeacherOutputError, match=r"example '1' at position 7 hold NaN or \+inf"):

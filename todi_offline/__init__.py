@@ -12,7 +12,7 @@ The modules stand in the order in which data flows:
     data, stdlib_corpus    data set -> token ids and target masks
     models                 folder, hub id or GGUF file -> model and tokenizer
     teacher                examples -> logits at their supervised positions
-    top_k, targets         logits -> sparse targets
+    top_k, targets         logits -> sparse targets; target_rows, as a cache holds them
     cache                  sparse targets <-> Zarr shards
     capturing              stage 1: data set -> cache
     stream                 cache -> batches

@@ -1,19 +1,16 @@
 """Batches of examples in, the teacher's sparse targets at their supervised positions out."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from todi_offline.cache.format.fingerprint import hash_bytes, hash_json
-from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
@@ -29,12 +26,10 @@ from todi_offline.models import (
     load_tokenizer,
     real_vocab_size,
 )
-from todi_offline.targets import SparseTargets, teacher_targets
+from todi_offline.target_rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
 
 logger = logging.getLogger(__name__)
 
-_LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
-_ROWS = 16  # of a product at least, and of logits always a multiple: a few rows are summed in another order
 _SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
 _BLOCK_BYTES = 2**20
 _NOT_IDENTITY = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
@@ -112,7 +107,7 @@ def padded_length(num_tokens: int, num_positions: int | None = None) -> int:
     may depend on it. A model that has fewer positions is not asked for more.
     """
     step = 1 << max(3, (num_tokens - 1).bit_length() - 4)
-    padded = max(-(-num_tokens // step) * step, _ROWS)
+    padded = max(-(-num_tokens // step) * step, MIN_ROWS)
     return padded if num_positions is None else max(num_tokens, min(padded, num_positions))
 
 
@@ -154,34 +149,18 @@ def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSet
     for row, example in enumerate(examples):
         input_ids[row, : len(example.token_ids)] = example.token_ids
     columns = [np.flatnonzero(example.target_mask) for example in examples]
-    positions = _filled_up([row * length + column for row, column in enumerate(columns)])
+    positions = filled_up([row * length + column for row, column in enumerate(columns)])
     labels = torch.from_numpy(input_ids.reshape(-1)[positions + 1])
-    uniforms = _filled_up([tail_uniforms(example, settings) for example in examples])
+    uniforms = filled_up([tail_uniforms(example, settings) for example in examples])
     with evaluation_mode(teacher.model):
         chunks = _logit_chunks(teacher, torch.from_numpy(input_ids).to(device), torch.from_numpy(positions))
         try:
-            rows = _sparsify_chunks(chunks, labels, torch.from_numpy(uniforms), settings)
+            rows = sparsify_chunks(chunks, labels, torch.from_numpy(uniforms), settings)
         except TeacherOutputError as error:
-            raise _located(error, examples, columns) from error
+            ids = [example.id for example in examples]
+            raise located(error, list(zip(ids, columns, strict=True))) from error
     ends = np.cumsum([len(column) for column in columns])
     return [rows[int(end) - len(column) : int(end)] for end, column in zip(ends, columns, strict=True)]
-
-
-def tail_uniforms(example: Example, settings: CacheSettings) -> npt.NDArray[np.float64]:
-    """Return the uniform numbers [target, sample] that decide the tail samples of an example.
-
-    They depend on its content and the seed alone: not on the batch, the shard or the worker. Stratified: each of S
-    equal parts of [0, 1) holds one of a row's S numbers, in random order. So every number by itself, and any choice of
-    columns, is uniform: a mean over the samples, or over the first few of them, has the expectation that it has with
-    independent draws, and at most its variance, however the tail's ids are ordered.
-    """
-    key = content_key(example.token_ids, example.target_mask) + settings.tail_seed.to_bytes(8, "little")
-    digest = hashlib.blake2b(key, digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-    shape = (int(example.target_mask.sum()), settings.tail_samples)
-    strata = generator.permuted(np.broadcast_to(np.arange(settings.tail_samples), shape), axis=1)
-    uniforms = (strata + generator.random(shape)) / max(settings.tail_samples, 1)
-    return np.minimum(uniforms, np.nextafter(1.0, 0.0))  # the last stratum's may round to 1
 
 
 def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
@@ -210,16 +189,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
     return None if backend is None else backend.to_str()
 
 
-def _filled_up(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Return rows end to end, the last one repeated to a multiple of those that the head takes."""
-    rows = np.concatenate(parts)
-    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _ROWS, axis=0)])
-
-
 def _logit_chunks(
     teacher: Teacher, input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, " target"]
 ) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    rows = max(1, _LOGIT_BYTES // (4 * teacher.vocab_size) // _ROWS) * _ROWS
+    rows = chunk_rows(teacher.vocab_size)
     if teacher.head is None:
         with head_at(teacher.model, positions):
             logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]
@@ -228,67 +201,6 @@ def _logit_chunks(
         return
     for hidden in torch.split(teacher.head.hidden_states(positions, input_ids=input_ids), rows):
         yield teacher.head.logits(hidden)[:, : teacher.vocab_size]
-
-
-def _sparsify_chunks(
-    chunks: Iterator[Float[Tensor, "chunk vocab"]],
-    labels: Int[Tensor, " target"],
-    uniforms: Float[Tensor, "target sample"],
-    settings: CacheSettings,
-) -> TargetRows:
-    parts, start = [], 0
-    for logits in chunks:
-        rows = slice(start, start + len(logits))
-        try:
-            targets, label_logprob = teacher_targets(
-                logits,
-                labels[rows].to(logits.device),
-                settings.k,
-                settings.temperatures,
-                uniforms[rows] if settings.tail_samples else None,
-                settings.tail_temperature,
-            )
-        except TeacherOutputError as error:
-            raise TeacherOutputError(str(error), start + error.row) from error
-        log_partition = logits.gather(-1, targets.ids[:, :1]).squeeze(-1) - targets.logprobs[:, 0]
-        parts.append(_to_numpy(targets, label_logprob, log_partition if settings.encoding == "bf16_logit" else None))
-        start = rows.stop
-    return TargetRows.concatenate(parts)
-
-
-def _to_numpy(
-    targets: SparseTargets, label_logprob: Float[Tensor, " target"], log_partition: Float[Tensor, " target"] | None
-) -> TargetRows:
-    def plain(tensor: Tensor | None, dtype: str) -> Any:
-        return None if tensor is None else tensor.cpu().numpy().astype(dtype)
-
-    return TargetRows(
-        ids=plain(targets.ids, "<u4"),
-        logprobs=plain(targets.logprobs, "<f4"),
-        tail_logsumexp=plain(targets.tail_logsumexp, "<f4"),
-        label_logprob=plain(label_logprob, "<f4"),
-        temperatures=targets.temperatures,
-        tail_temperature=targets.tail_temperature,
-        tail_ids=plain(targets.tail_ids, "<u4"),
-        tail_logprobs=plain(targets.tail_logprobs, "<f4"),
-        log_partition=plain(log_partition, "<f4"),
-    )
-
-
-def _located(
-    error: TeacherOutputError, examples: Sequence[Example], columns: Sequence[npt.NDArray[np.int64]]
-) -> TeacherOutputError:
-    """Say which example and position the row of a batch is."""
-    row = error.row
-    for example, column in zip(examples, columns, strict=True):
-        if row < len(column):
-            return TeacherOutputError(
-                f"the teacher's logits for example {example.id!r} at position {column[row]} hold NaN or +inf; nothing "
-                "of this shard is committed. Try --dtype float32 or bfloat16, or take the example out of the data",
-                error.row,
-            )
-        row -= len(column)
-    return error
 
 
 def _identity(config: Any) -> Any:

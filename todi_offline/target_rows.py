@@ -1,0 +1,115 @@
+"""Chunks of a teacher's logits in, rows of targets as a cache holds them out: whatever runs the teacher."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from todi_offline.cache.format.keys import content_key
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.data import Example
+from todi_offline.errors import TeacherOutputError
+from todi_offline.targets import SparseTargets, teacher_targets
+
+MIN_ROWS = 16
+"""Rows of a product of the head at least, and always a multiple: a few rows are summed in another order."""
+
+_LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Return how many rows of logits over a vocabulary of that size are made at a time."""
+    return max(1, _LOGIT_BYTES // (4 * vocab_size) // MIN_ROWS) * MIN_ROWS
+
+
+def filled_up(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return rows end to end, the last one repeated to a multiple of `MIN_ROWS`."""
+    rows = np.concatenate(parts)
+    return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % MIN_ROWS, axis=0)])
+
+
+def tail_uniforms(example: Example, settings: CacheSettings) -> npt.NDArray[np.float64]:
+    """Return the uniform numbers [target, sample] that decide the tail samples of an example.
+
+    They depend on its content and the seed alone: not on the batch, the shard or the worker. Stratified: each of S
+    equal parts of [0, 1) holds one of a row's S numbers, in random order. So every number by itself, and any choice of
+    columns, is uniform: a mean over the samples, or over the first few of them, has the expectation that it has with
+    independent draws, and at most its variance, however the tail's ids are ordered.
+    """
+    key = content_key(example.token_ids, example.target_mask) + settings.tail_seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(key, digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    shape = (int(example.target_mask.sum()), settings.tail_samples)
+    strata = generator.permuted(np.broadcast_to(np.arange(settings.tail_samples), shape), axis=1)
+    uniforms = (strata + generator.random(shape)) / max(settings.tail_samples, 1)
+    return np.minimum(uniforms, np.nextafter(1.0, 0.0))  # the last stratum's may round to 1
+
+
+def sparsify_chunks(
+    chunks: Iterable[Float[Tensor, "chunk vocab"]],
+    labels: Int[Tensor, " target"],
+    uniforms: Float[Tensor, "target sample"],
+    settings: CacheSettings,
+) -> TargetRows:
+    """Return the targets of chunks of logits, which are made one after the other.
+
+    Raises:
+        TeacherOutputError: a logit is NaN or +inf; `row` counts over all chunks.
+    """
+    parts, start = [], 0
+    for logits in chunks:
+        rows = slice(start, start + len(logits))
+        try:
+            targets, label_logprob = teacher_targets(
+                logits,
+                labels[rows].to(logits.device),
+                settings.k,
+                settings.temperatures,
+                uniforms[rows] if settings.tail_samples else None,
+                settings.tail_temperature,
+            )
+        except TeacherOutputError as error:
+            raise TeacherOutputError(str(error), start + error.row) from error
+        log_partition = logits.gather(-1, targets.ids[:, :1]).squeeze(-1) - targets.logprobs[:, 0]
+        parts.append(_to_numpy(targets, label_logprob, log_partition if settings.encoding == "bf16_logit" else None))
+        start = rows.stop
+    return TargetRows.concatenate(parts)
+
+
+def located(error: TeacherOutputError, sources: Sequence[tuple[str, npt.NDArray[np.int64]]]) -> TeacherOutputError:
+    """Say which example and position a row is; `sources` are the id of each example and the positions of its rows."""
+    row = error.row
+    for example_id, positions in sources:
+        if row < len(positions):
+            return TeacherOutputError(
+                f"the teacher's logits for example {example_id!r} at position {positions[row]} hold NaN or +inf; "
+                "nothing of this shard is committed. Try --dtype float32 or bfloat16, or take the example out of the "
+                "data",
+                error.row,
+            )
+        row -= len(positions)
+    return error
+
+
+def _to_numpy(
+    targets: SparseTargets, label_logprob: Float[Tensor, " target"], log_partition: Float[Tensor, " target"] | None
+) -> TargetRows:
+    def plain(tensor: Tensor | None, dtype: str) -> Any:
+        return None if tensor is None else tensor.cpu().numpy().astype(dtype)
+
+    return TargetRows(
+        ids=plain(targets.ids, "<u4"),
+        logprobs=plain(targets.logprobs, "<f4"),
+        tail_logsumexp=plain(targets.tail_logsumexp, "<f4"),
+        label_logprob=plain(label_logprob, "<f4"),
+        temperatures=targets.temperatures,
+        tail_temperature=targets.tail_temperature,
+        tail_ids=plain(targets.tail_ids, "<u4"),
+        tail_logprobs=plain(targets.tail_logprobs, "<f4"),
+        log_partition=plain(log_partition, "<f4"),
+    )
