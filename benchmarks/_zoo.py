@@ -127,9 +127,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4} | {"mamba_d_state": 8},
     ),
     "bamba": ("hybrid", _MAMBA2 | {"attn_layer_indices": [1, 3]}),
-    "zamba2": ("hybrid, shared blocks", {"layers_block_type": ["mamba", "hybrid"] * 2}),
+    "zamba2": (
+        "hybrid, shared blocks",
+        {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "chunk_size": 16, "adapter_rank": 8},
+    ),
     "granitemoehybrid": ("hybrid, experts, scaled head", _MAMBA2 | _MIXED | {"num_local_experts": 4}),
-    "nemotron_h": ("hybrid", {}),
+    "nemotron_h": (
+        "hybrid, experts",
+        _MAMBA2
+        | {
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "head_dim": 8,
+        }
+        | _ROUTED
+        | {"moe_shared_expert_intermediate_size": 16},
+    ),
     "recurrent_gemma": (
         "hybrid, window, soft cap",
         {"attention_window_size": 8, "block_types": ["recurrent", "attention"]},
