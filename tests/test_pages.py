@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.fake_cache import VOCAB, write_cache
+from support.fake_cache import VOCAB, edit_root, write_cache
 from support.pages import page_data, shown_sequence, student_logprobs
 from support.tiny import tiny_tokenizer
 from support.tools import run
@@ -19,7 +19,7 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.evaluation.distance import position_in_response as reference_positions
 from todi_offline.losses.divergences import forward_kl, reverse_kl, todi
 from todi_offline.pages.blocks import facts, histogram, texts
-from todi_offline.pages.cache_page import cache_page, position_in_response
+from todi_offline.pages.cache_page import cache_page, describe_cache, position_in_response
 from todi_offline.pages.choosing import shown_sequences
 from todi_offline.pages.gate import divide, entropy_bound, gate, teacher_entries
 from todi_offline.pages.page import SCRIPTS, Page, Section
@@ -205,6 +205,11 @@ def test_histograms_count_every_value_once() -> None:
         assert len(block["edges"]) == len(block["counts"]) + 1
 
 
+def test_a_histogram_that_nearly_begins_at_zero_begins_there() -> None:
+    assert histogram("", "", ("", ""), np.linspace(0.01, 3, 50))["edges"][0] == 0
+    assert histogram("", "", ("", ""), np.linspace(1, 3, 50))["edges"][0] == 1
+
+
 def test_view_writes_the_same_bytes_twice_and_its_numbers_as_json(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     assert "bytes" in run("view", root, "--out", tmp_path / "a.html").output
@@ -220,6 +225,13 @@ def test_view_writes_the_same_bytes_twice_and_its_numbers_as_json(tmp_path: Path
     coverage = sections["What it holds"]["blocks"][0]["series"][0]
     every = np.concatenate([np.exp(sequence.targets.logprobs.astype(float)) for sequence in cache])
     np.testing.assert_allclose(coverage["y"], every.cumsum(1).mean(0), rtol=1e-4)
+
+
+def test_the_page_says_what_was_captured_and_leaves_the_chat_template_out(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "cache")
+    edit_root(root, lambda values: values["manifest"]["parts"][0]["recipe"].update(limit=9, chat_template="{{ x }}"))
+    described = dict(describe_cache(open_cache(root)))
+    assert described["Data"] == "24 sequences: source fake, limit 9"
 
 
 def test_view_shows_the_sequences_that_are_named(tmp_path: Path) -> None:

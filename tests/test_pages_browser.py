@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
-from todi_offline.pages.blocks import facts, lines, series, table, texts
+from todi_offline.pages.blocks import facts, lines, numbers, series, table, texts
 from todi_offline.pages.page import Page, Section
 from todi_offline.pages.texts import TokenTexts
 from todi_offline.pages.tokens import ShownSequence, token_block
@@ -170,11 +170,11 @@ def test_hostile_names_and_texts_are_text_everywhere(tmp_path: Path, browser: An
     bad = HOSTILE[1]
     chart = lines(bad, bad, (bad, bad), [series(bad, [1.0, 2.0], [3.0, 4.0]), series("b", [1.0], [None])])
     rows = table([bad, "n"], [[bad, 1], ["b", None]])
-    file = write(tmp_path, facts([(bad, bad)]), rows, texts([(bad, [(bad, bad)])]), chart)
+    file = write(tmp_path, facts([(bad, bad)]), numbers([(bad, bad)]), rows, texts([(bad, [(bad, bad)])]), chart)
     with opened(browser, file) as seen:
         seen.page.wait_for_selector("svg.chart")
         assert seen.page.locator("#page img").count() == 0
-        assert seen.page.content().count("&lt;img src=x") >= 8
+        assert seen.page.content().count("&lt;img src=x") >= 10
 
 
 def test_a_page_that_cannot_be_opened_says_so(tmp_path: Path, browser: Any) -> None:

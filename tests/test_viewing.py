@@ -1,6 +1,7 @@
 """The page of a student: its predictions beside the teacher's, its runs, and what it writes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_curves_before_and_after_and_texts_are_shown(run: Path, tmp_path: Path) 
     prompt, columns = sections["What they write"]["blocks"][0]["rows"][0]
     assert "assistant" in prompt
     assert [name for name, _ in columns] == ["reference", "scores"]
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_folders(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "again" / "run"
+    shutil.copytree(run, other)
+    sections, _ = shown(tmp_path / "page.html", run=(run, other))
+    loss = next(block for block in sections["Training"]["blocks"] if block.get("title") == "Loss")
+    assert [line["name"] for line in loss["series"]][::2] == [str(run), str(other)]
 
 
 def test_the_same_student_gives_the_same_bytes(student: Path, heldout: Cache, tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from todi_offline.models import load_model, load_tokenizer
 from todi_offline.pages.cache_page import read_shown
 from todi_offline.pages.choosing import BUDGET_MB, shown_sequences
 from todi_offline.pages.page import Page, Section
-from todi_offline.pages.run_page import Scores, read_run, read_scores, run_section, sample_section, score_section
+from todi_offline.pages.run_page import (
+    Scores,
+    names_of,
+    read_run,
+    read_scores,
+    run_section,
+    sample_section,
+    score_section,
+)
 from todi_offline.pages.texts import cache_texts
 from todi_offline.pages.token_page import token_section
 from todi_offline.pages.tokens import BYTES_PER_TARGET, BYTES_PER_TOKEN
@@ -78,7 +86,8 @@ def view(config: ViewConfig, progress: Progress | None = None, answers: Sequence
     Raises:
         TodiError: the student, the cache, a run or scores cannot be read, or the page cannot be written.
     """
-    runs, scores = list(map(read_run, config.run)), [*answers, *map(read_scores, config.scores)]
+    runs = list(map(read_run, config.run, names_of(config.run)))
+    scores = [*answers, *map(read_scores, config.scores, names_of(config.scores))]
     sections: list[Section] = []
     if config.student is not None and config.cache is not None:
         cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)

@@ -15,6 +15,11 @@ def facts(rows: Sequence[tuple[str, str]]) -> Block:
     return {"kind": "facts", "rows": rows}
 
 
+def numbers(rows: Sequence[tuple[str, str]]) -> Block:
+    """Return short names with numbers, several to a line."""
+    return {"kind": "numbers", "rows": rows}
+
+
 def series(name: str, x: Numbers, y: Numbers, low: Numbers | None = None, high: Numbers | None = None) -> Block:
     """Return a line of a chart, with a band around it where `low` and `high` say so."""
     values = {"x": x, "y": y} | ({} if low is None or high is None else {"low": low, "high": high})
@@ -41,6 +46,7 @@ def histogram(title: str, note: str, axes: tuple[str, str], values: npt.NDArray[
     """Return a chart of how many values lie where."""
     whole = values.dtype.kind in "iu"
     low, high = float(values.min()), float(values.max())
+    low = 0.0 if not whole and 0 <= low < high / 10 else low  # an axis that nearly begins at 0 begins there
     high = high if high > low else low + 1
     step = max(1.0, np.ceil((high - low + 1) / num_bins)) if whole else (high - low) / num_bins
     edges = np.arange(low, high + step * 1.001, step) if whole else np.linspace(low, high, num_bins + 1)

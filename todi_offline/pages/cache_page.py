@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from todi_offline.cache.format.manifest import Part, describe_recipe
 from todi_offline.cache.reader import Cache
 from todi_offline.pages.blocks import Block, bars, facts, histogram, lines, series, table
 from todi_offline.pages.choosing import BUDGET_MB, Shown, shown_sequences
@@ -19,6 +20,12 @@ MEASURED_SEQUENCES = 200
 """Read for the charts, spread evenly over the cache."""
 
 TABLE_ROWS = 500
+
+_LEAD = (
+    "A teacher has read a data set once. At every supervised position (a target) the cache keeps the ids that the "
+    "teacher thinks likeliest, their probabilities, and the probability of all other ids together. Students are "
+    "trained from that, without the teacher."
+)
 
 Progress = Callable[[int, int], None]
 Values = npt.NDArray[np.float64]
@@ -45,14 +52,14 @@ def cache_page(
         progress(1, 1)
     temperature = 1.0 if 1.0 in cache.manifest.settings.temperatures else cache.manifest.settings.temperatures[0]
     return Page(
-        f"Cache of {_teacher_name(cache)}",
+        f"Cache {cache.root}",
         (
-            Section("What it is", "", [facts(describe_cache(cache))]),
+            Section("What it is", _LEAD, [facts(describe_cache(cache))]),
             Section("What it holds", measured.note, _charts(cache, measured)),
             Section(
                 "Text",
-                f"{len(shown):,} of {len(cache):,} sequences: {_reasons(shown)}; as many as take about "
-                f"{budget_mb:g} MB here.",
+                f"{len(shown):,} of {len(cache):,} sequences, as many as fit into about {budget_mb:g} MB: "
+                f"{_reasons(shown)}.",
                 [token_block(sequences, cache_texts(cache), temperature=temperature, beta=1.0)],
             ),
             Section("Sequences", *_sequence_table(cache, shown)),
@@ -88,11 +95,6 @@ def describe_cache(cache: Cache) -> list[tuple[str, str]]:
     ]
 
 
-def _teacher_name(cache: Cache) -> str:
-    teacher = cache.manifest.teacher
-    return str(teacher.get("name") or teacher.get("model_type") or "several teachers")
-
-
 def _teacher_facts(teacher: Mapping[str, Any]) -> list[str]:
     if "mixed" in teacher:
         return [f"{len(teacher['mixed'])} teachers"]
@@ -106,9 +108,8 @@ def _teacher_facts(teacher: Mapping[str, Any]) -> list[str]:
     return [str(fact) for fact in known if fact]
 
 
-def _describe_part(part: Any) -> str:
-    recipe = ", ".join(f"{name} {value}" for name, value in part.recipe.items() if value is not None)
-    return f"{part.num_sequences:,} sequences: {recipe}"
+def _describe_part(part: Part) -> str:
+    return f"{part.num_sequences:,} sequences: {describe_recipe(part.recipe)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,12 @@ def _charts(cache: Cache, measured: _Measured) -> list[Block]:
     sizes = sorted(cache.bytes_by_array.items(), key=lambda item: -item[1])
     return [
         _coverage(measured),
-        histogram("Entropy", f"The teacher's, at T = {first:g}: a lower bound.", ("nats", "targets"), measured.entropy),
+        histogram(
+            "Entropy of the teacher",
+            f"At T = {first:g}, a lower bound: 0 where the teacher is sure.",
+            ("nats", "targets"),
+            measured.entropy,
+        ),
         _tail_chart(measured),
         _nll_by_position(measured),
         histogram("Tokens of a sequence", "Of all sequences.", ("tokens", "sequences"), cache.num_tokens),
@@ -182,9 +188,9 @@ def _coverage(measured: _Measured) -> Block:
     k = np.arange(1, measured.mass.shape[1] + 1)
     low, high = np.percentile(measured.mass, (10, 90), axis=0)
     return lines(
-        "Mass of the first k ids",
-        "Mean; the band holds eight targets of ten.",
-        ("k", "teacher's mass"),
+        "Probability of the first k ids",
+        "Mean of the teacher's; the band holds eight targets of ten.",
+        ("k", "probability"),
         [series("mean", k, measured.mass.mean(axis=0), low, high)],
         log_x=len(k) > 1,
     )
@@ -193,9 +199,10 @@ def _coverage(measured: _Measured) -> Block:
 def _tail_chart(measured: _Measured) -> Block:
     shares = np.linspace(0, 100, 101)
     return lines(
-        "Mass of the tail",
-        "What the kept ids leave, at each temperature: so many percent of the targets have at most that.",
-        ("percent of targets", "tail"),
+        "Probability of the tail",
+        "What the kept ids leave to all others, at each temperature. To the left of a point are the targets that "
+        "leave less.",
+        ("percent of targets", "probability"),
         [series(f"T = {t:g}", shares, np.percentile(tail, shares)) for t, tail in measured.tails.items()],
     )
 
@@ -211,7 +218,7 @@ def _nll_by_position(measured: _Measured) -> Block:
     error = np.array([nll.std() / np.sqrt(len(nll)) for _, nll in found])
     return lines(
         "Teacher NLL by position",
-        "Position in the response, from 1; the band is two standard errors to each side.",
+        "Position in the response, from 1. The band is two standard errors to each side.",
         ("position", "nats"),
         [series("teacher", x, mean, mean - 2 * error, mean + 2 * error)],
         log_x=len(x) > 1,
@@ -241,7 +248,7 @@ def _sequence_table(cache: Cache, shown: Sequence[Shown]) -> tuple[str, list[Blo
     found = cache.sequences.select(list(columns)).take(numbers).to_pylist()
     rows = [[number, *map(_short, row.values())] for number, row in zip(numbers, found, strict=True)]
     links = [f"#seq={number}" if number in is_shown else None for number in numbers]
-    note = f"{len(numbers):,} of {len(cache):,}; those with a link are shown above."
+    note = f"{len(numbers):,} of {len(cache):,}. A link leads to the text above; a heading sorts."
     return note, [table(["number", *columns.values()], rows, links)]
 
 

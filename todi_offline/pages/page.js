@@ -2,6 +2,7 @@
 
 const DRAW = {
   facts: drawFacts,
+  numbers: drawNumbers,
   lines: drawLines,
   histogram: drawHistogram,
   bars: drawBars,

@@ -15,14 +15,14 @@ from todi_offline.pages.page import Section
 CURVES = {
     "loss": ("Loss", "nats"),
     "cross_entropy": ("Cross-entropy", "nats"),
-    "kd": ("KD: the divergence that is trained on", "nats"),
+    "kd": ("Distillation loss", "nats"),
     "forward_kl": ("Forward KL, lower bound", "nats"),
     "reverse_kl": ("Reverse KL, lower bound", "nats"),
-    "share_a_above_half": ("Entries that the teacher gives more", "share"),
+    "share_a_above_half": ("Share of ids with the gate above 0.5", "share"),
     "grad_norm": ("Norm of the gradient", "norm"),
     "learning_rate": ("Learning rate", "rate"),
     "tokens_per_second": ("Speed", "tokens a second"),
-    "data_wait_share": ("Time spent waiting for data", "share"),
+    "data_wait_share": ("Share of the time spent waiting for data", "share"),
 }
 HELD_OUT = ("loss", "cross_entropy", "kd", "forward_kl", "reverse_kl", "share_a_above_half")
 MEASURES = {
@@ -56,7 +56,14 @@ class Scores:
     """By prompt, those of the first file."""
 
 
-def read_run(folder: Path) -> Run:
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return the last part of each path, or whole paths where different folders would get the same name."""
+    names = {folder: folder.name or str(folder) for folder in folders}
+    is_clear = len(set(names.values())) == len(names)
+    return [names[folder] if is_clear else str(folder) for folder in folders]
+
+
+def read_run(folder: Path, name: str) -> Run:
     """Read the log of the run in a folder.
 
     Raises:
@@ -66,10 +73,10 @@ def read_run(folder: Path) -> Run:
     rows = state.get("log_history") if isinstance(state, Mapping) else None
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "step" in row for row in rows):
         raise DataError(f"{folder / 'trainer_state.json'} holds no log; name the folder that `todi train --out` wrote")
-    return Run(folder.name or str(folder), rows)
+    return Run(name, rows)
 
 
-def read_scores(folder: Path) -> Scores:
+def read_scores(folder: Path, name: str) -> Scores:
     """Read what an evaluation kept in a folder.
 
     Raises:
@@ -80,7 +87,7 @@ def read_scores(folder: Path) -> Scores:
         raise DataError(f"{folder / 'metrics.json'} holds no scores; name a folder of `todi evaluate --out`")
     files = sorted(folder.glob("predictions-*.jsonl"))
     rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()] if files else []
-    return Scores(folder.name or str(folder), metrics["distance"], {row["prompt"]: row for row in rows})
+    return Scores(name, metrics["distance"], {row["prompt"]: row for row in rows})
 
 
 def _read_json(file: Path, remedy: str) -> Any:
@@ -97,7 +104,10 @@ def run_section(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = [chart for chart in charts if chart["series"]]
     if any(_held_out(run) for run in runs):
         blocks = [_before_and_after(runs), *blocks]
-    note = "Means since the log before. Held out: on the evaluation cache, before the first step and at the end."
+    note = (
+        "Each point is a mean over the steps since the one before. Held out: on the evaluation cache, before the first "
+        "step and at the end. A lower bound counts all ids that the cache does not keep as one."
+    )
     return Section("Training", note, blocks)
 
 

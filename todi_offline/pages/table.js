@@ -43,3 +43,8 @@ function drawFacts(block) {
   return element("dl", { class: "facts" },
     ...block.rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 }
+
+function drawNumbers(block) {
+  return element("dl", { class: "facts means" }, ...block.rows.map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+}

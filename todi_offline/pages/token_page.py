@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from todi_offline.pages.blocks import facts
+from todi_offline.pages.blocks import facts, numbers
 from todi_offline.pages.gate import divide, teacher_entries
 from todi_offline.pages.page import Section
 from todi_offline.pages.texts import TokenTexts
@@ -27,14 +27,16 @@ def token_section(
     shown = sorted(shown, key=lambda item: -_mean_kl(item, temperature, beta))
     block = token_block(shown, texts, temperature=temperature, beta=beta)
     means = [(measure["label"], float(block[measure["name"]].mean(dtype=np.float64))) for measure in block["measures"]]
-    rows = [*names.items(), *((f"{label}, mean", f"{mean:.4f}") for label, mean in means)]
+    num_targets = sum(len(item.sequence.targets) for item in shown)
+    rows = [*names.items(), ("Means", f"over {num_targets:,} targets, at temperature {temperature:g}")]
     note = (
-        f"{len(shown):,} of {num_sequences:,} sequences, at temperature {temperature:g}, the largest KL first. The "
-        f"gate a = sigmoid(beta log(p / q)), beta = {beta:g}, weighs each entry's part of forward KL with a and its "
-        "part of reverse KL with 1 - a. Above one half the teacher gives the entry more, below one half the student "
-        "does. The divergences count all ids that the cache does not keep as one entry."
+        f"ToDi's gate is a = sigmoid({beta:g} · log(p / q)), p the teacher's probability of a token and q the "
+        "student's. Where a is above 0.5 (blue), the student gives the token too little, and ToDi pulls it up, as "
+        "forward KL does. Where a is below 0.5 (orange), the student gives it too much, and ToDi pushes it down, as "
+        f"reverse KL does. Shown are {len(shown):,} of {num_sequences:,} sequences, the largest KL first."
     )
-    return Section("Tokens", note, [facts(rows), block])
+    listed = numbers([(label, f"{mean:.4f}") for label, mean in means])
+    return Section("Tokens", note, [facts(rows), listed, block])
 
 
 def _mean_kl(item: ShownSequence, temperature: float, beta: float) -> float:

@@ -1,7 +1,9 @@
 // Sequences with what the models predict in; their text, coloured, and what lies behind each token out.
 
 const OTHERS = "other kept ids";
-const TAIL = "tail: all other ids";
+const HELP = "Point at a token, tap it, or go there with the arrow keys (with Shift: to the next sequence). " +
+  "Underlined tokens are supervised: the cache holds the teacher's prediction of them. Grey ones are only read.";
+const TAIL = "all other ids (tail)";
 
 function drawTokens(block) {
   const view = new TokenView(block);
@@ -26,13 +28,11 @@ class TokenView {
     this.missing = element("p", { class: "note", role: "status" });
     this.sequenceChoice = choiceOf("sequence", this.sequences.map(nameOf), (at) => this.open(at));
     this.measureChoice = choiceOf("colour", block.measures.map((item) => item.label), (at) => this.colour(at));
-    const keys = "Arrow keys go from token to token, with Shift from sequence to sequence.";
     this.root = element("div", { class: "view" },
       element("div", { class: "controls" },
         element("label", {}, "Sequence ", this.sequenceChoice),
         element("label", {}, "Colour ", this.measureChoice), this.legend),
-      element("p", { class: "note" }, "Underlined tokens are supervised: the cache holds the teacher's prediction of " +
-        "them. The others, grey, are only read. " + keys),
+      element("p", { class: "note" }, HELP),
       this.missing,
       element("div", { class: "beside-panel" }, this.text, this.panel));
     this.open(0, null, false);
@@ -95,7 +95,7 @@ class TokenView {
     });
     const words = middle === null
       ? ["0", shortNumber(far / 2), `${shortNumber(far)}${name === "tail" && far >= 1 ? "" : " or more"}`]
-      : [`${shortNumber(from)} student gives more`, shortNumber(middle), `${shortNumber(far)} teacher gives more`];
+      : [`${shortNumber(from)}: student gives more`, shortNumber(middle), `${shortNumber(far)}: teacher gives more`];
     return [element("div", { class: "ramp", "aria-hidden": "true" }, ...boxes),
       element("div", { class: "ends" }, ...words.map((word) => element("span", {}, word))),
       element("p", { class: "note" }, note)];
@@ -200,7 +200,7 @@ class TokenView {
     const { block } = this;
     const width = block.entry_ids.width;
     const total = block.has_student ? block.todi.values[target] : null;
-    const names = block.has_student ? ["", "teacher", "student", "a", "share"] : ["", "teacher"];
+    const names = block.has_student ? ["", "teacher", "student", "gate", "share"] : ["", "teacher"];
     const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
     const rows = [];
     for (let column = 0; column < width; column += 1) {
@@ -221,11 +221,11 @@ class TokenView {
     });
     const at = `At temperature ${block.temperature}`;
     const words = block.has_student
-      ? `${at}; a = sigmoid(${block.beta} · log(teacher / student)). Share: of this token's ToDi. A dash: the cache ` +
-        "does not keep this id, so it counts in the tail."
-      : `${at}.`;
+      ? `${at}. Gate: a = sigmoid(${block.beta} · log(teacher / student)). Share: of this token's ToDi. A dash: the ` +
+        "cache does not keep this id, so it counts in the tail. "
+      : `${at}. `;
     return [element("table", { class: "entries" }, element("thead", {}, head), element("tbody", {}, ...rows)),
-      element("p", { class: "note" }, words)];
+      element("p", { class: "note" }, `${words}Underlined: the token that the text has here.`)];
   }
 
   drawEntry(name, p, of, total, kind) {
@@ -276,5 +276,5 @@ function inLine(text) {
 function cell(value, kind) {
   const bar = element("span", { class: `bar ${kind}` });
   bar.style.width = `${Number.isNaN(value) ? 0 : Math.min(100, 100 * value)}%`;
-  return element("td", {}, element("span", { class: "track" }, bar), percent(value));
+  return element("td", {}, percent(value), element("span", { class: "track" }, bar));
 }

@@ -68,18 +68,20 @@ class _Measure:
 
 
 _TEACHER_MEASURES = (
-    _Measure("teacher_nll", "teacher NLL", "how much the token surprises the teacher, in nats"),
-    _Measure("teacher_entropy", "teacher entropy", "how undecided the teacher is, in nats: a lower bound"),
-    _Measure("tail", "teacher tail", "the teacher's mass beyond the ids that the cache keeps"),
+    _Measure("teacher_nll", "teacher NLL", "how much this token surprises the teacher: -log probability, in nats"),
+    _Measure("teacher_entropy", "teacher entropy", "how undecided the teacher is here, in nats: a lower bound"),
+    _Measure("tail", "teacher tail", "the probability that the teacher gives to all ids that the cache does not keep"),
 )
 _STUDENT_MEASURES = (
-    _Measure("label_gate", "gate at the token", "a at this token: which model gives it more", 0.5),
-    _Measure("mean_gate", "gate, mean", "a at all entries, weighted by the teacher's mass: 0.5 where both agree", 0.5),
-    _Measure("forward_kl", "KL(teacher ‖ student)", "in nats, all ids that are not kept as one entry"),
-    _Measure("reverse_kl", "KL(student ‖ teacher)", "in nats, all ids that are not kept as one entry"),
-    _Measure("todi", "ToDi", "in nats, all ids that are not kept as one entry"),
-    _Measure("student_nll", "student NLL", "how much the token surprises the student, in nats"),
-    _Measure("student_entropy", "student entropy", "how undecided the student is, in nats"),
+    _Measure("label_gate", "gate at the token", "ToDi's gate a at this token: which model thinks it likelier", 0.5),
+    _Measure(
+        "mean_gate", "mean gate", "a at all ids, weighted by the teacher's probability: 0.5 where they agree", 0.5
+    ),
+    _Measure("forward_kl", "KL(teacher ‖ student)", "in nats; all ids that the cache does not keep count as one"),
+    _Measure("reverse_kl", "KL(student ‖ teacher)", "in nats; all ids that the cache does not keep count as one"),
+    _Measure("todi", "ToDi", "the divergence, in nats; all ids that the cache does not keep count as one"),
+    _Measure("student_nll", "student NLL", "how much this token surprises the student: -log probability, in nats"),
+    _Measure("student_entropy", "student entropy", "how undecided the student is here, in nats"),
     *_TEACHER_MEASURES,
 )
 
