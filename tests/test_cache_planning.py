@@ -14,14 +14,14 @@ from support.stopping import written_at_once
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
-import todi_offline.capturing.jobs
+import todi_offline.capturing.engines
 from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.planning import CapturePlan, plan_capture, plan_shards
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
-from todi_offline.capturing import CaptureSummary, capture
+from todi_offline.capturing import CaptureProgress, CaptureSummary, capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, DataError
 from todi_offline.teacher import Teacher, as_teacher
@@ -131,10 +131,10 @@ def test_data_that_are_all_there_add_nothing_and_change_nothing(
 ) -> None:
     root = put(appended[0], tmp_path)
     both = named([*list(old)[:7], *list(more)[:9]], "both.jsonl")
-    progress: list[tuple[int, int]] = []
-    summary = capture(teacher, both, root, progress=lambda *at: progress.append(at), **SMALL)
+    progress: list[CaptureProgress] = []
+    summary = capture(teacher, both, root, progress=progress.append, **SMALL)
     assert (summary.num_known_sequences, summary.num_captured_tokens, summary.num_sequences) == (16, 0, 120)
-    assert progress == [(int(both.num_tokens.sum()),) * 2]
+    assert [at.num_tokens for at in progress] == [at.total_tokens for at in progress] == [both.num_tokens.sum()]
     assert files_of(root) == appended[0]
 
 
@@ -229,7 +229,7 @@ def test_while_an_append_is_not_finished_readers_have_the_old_cache_and_its_own_
 def interrupted(teacher: Teacher, begun: Files, more: Examples, root: Path) -> Path:
     """Append the first of two shards."""
 
-    def after_a_shard(done: int, total: int) -> None:
+    def after_a_shard(_: CaptureProgress) -> None:
         if len(list((root / "commits").iterdir())) > 2:
             raise KeyboardInterrupt
 
@@ -267,7 +267,7 @@ def test_records_of_an_append_that_nobody_knows_of_are_refused(
 def test_an_unfinished_cache_takes_no_other_data_and_says_whose_capture_is_to_go_on(
     teacher: Teacher, old: Examples, more: Examples, tmp_path: Path
 ) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(_: CaptureProgress) -> None:
         if (tmp_path / "commits").exists():
             raise KeyboardInterrupt
 
@@ -300,9 +300,9 @@ def test_a_capture_goes_on_with_other_versions_of_libraries_and_records_them(
     teacher: Teacher, begun: Files, more: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = interrupted(teacher, begun, more, tmp_path)
-    jobs = todi_offline.capturing.jobs
-    real = jobs.version
-    monkeypatch.setattr(jobs, "version", lambda name: "9.9" if name == "numpy" else real(name))
+    engines = todi_offline.capturing.engines
+    real = engines.version
+    monkeypatch.setattr(engines, "version", lambda name: "9.9" if name == "numpy" else real(name))
     run(teacher, more, root)
     first, second = open_cache(root).manifest.parts
     assert second.versions == {**first.versions, "numpy": f"{first.versions['numpy']}, 9.9"}

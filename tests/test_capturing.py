@@ -22,7 +22,7 @@ import todi_offline.target_rows
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.capturing import capture, capture_from
+from todi_offline.capturing import CaptureProgress, capture, capture_from
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TeacherOutputError
 from todi_offline.stream import Collator
@@ -218,9 +218,9 @@ def test_a_capture_stopped_after_some_shards_and_run_again_gives_the_same_bytes(
     stops = [3000, 8000, 12_000]
     captured: list[int] = []
 
-    def stopping(done: int, total: int) -> None:
-        captured.append(done)
-        if stops and done > stops[0]:
+    def stopping(at: CaptureProgress) -> None:
+        captured.append(at.num_tokens)
+        if stops and at.num_tokens > stops[0]:
             stops.pop(0)
             raise KeyboardInterrupt
 

@@ -18,7 +18,7 @@ from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.format.layout import ENCODINGS
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.reader import open_cache
-from todi_offline.capturing import capture
+from todi_offline.capturing import CaptureProgress, capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 from todi_offline.teacher import Teacher, as_teacher
@@ -155,8 +155,8 @@ def test_a_stopped_capture_goes_on_with_reuse_and_without(
 ) -> None:
     capture(teacher, whole, tmp_path / "fresh", **SMALL)
 
-    def stopping(done: int, total: int) -> None:
-        if done > 0.6 * total:
+    def stopping(at: CaptureProgress) -> None:
+        if at.num_tokens > 0.6 * at.total_tokens:
             raise KeyboardInterrupt
 
     for first, second in (([str(nine_tenths)], []), ([], [str(nine_tenths)])):

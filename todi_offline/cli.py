@@ -4,7 +4,6 @@ A command's options are the fields of its config, with the field's own documenta
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import sys
@@ -20,6 +19,7 @@ from todi_offline.options import ConfigCommand, argument, given
 from todi_offline.terminal import (
     cache_rows,
     no_bars_in_logs,
+    print_capture,
     print_distance,
     print_generation,
     print_json,
@@ -58,7 +58,7 @@ def demo(out: Path, as_json: bool) -> None:
     from todi_offline.pages.texts import printable
 
     with progress("tokens", quiet=as_json) as report, contextlib.redirect_stdout(sys.stderr):
-        summary = demo(out, stage=lambda text: click.echo(f"> {text}", err=True), progress=report)
+        summary = demo(out, stage=lambda text: click.echo(f"> {text}", err=True), progress=_shown(report))
     if as_json:
         print_json(summary)
         return
@@ -80,25 +80,18 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
     Example: todi capture --teacher teacher/ --data dolly.jsonl --out cache/ --k 32
     """
     from todi_offline.capturing import capture_from
+    from todi_offline.capturing.ranks import one_rank_speaks
 
-    with progress("tokens", quiet=as_json) as report:
-        summary = capture_from(config, given(settings), report)
-    if as_json:
-        print_json(summary)
-        return
-    report = {name.removeprefix("num_"): n for name, n in dataclasses.asdict(summary.data_report).items() if n}
-    click.echo("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in report.items()))
-    print_table(
-        "Cache",
-        [
-            ("sequences", f"{summary.num_sequences:,}"),
-            ("targets", f"{summary.num_targets:,}"),
-            ("tokens captured now", f"{summary.num_captured_tokens:,} of {summary.num_tokens:,}"),
-            ("targets captured now", f"{summary.num_captured_targets:,}"),
-            ("targets reused now", f"{summary.num_reused_targets:,}"),
-            ("sequences already there", f"{summary.num_known_sequences:,}"),
-            *cache_rows(summary),
-        ],
+    with one_rank_speaks() as speaks, progress("tokens", quiet=as_json or not speaks) as report:
+        summary = capture_from(config, given(settings), _shown(report))
+    if speaks:
+        (print_json if as_json else print_capture)(summary)
+
+
+def _shown(report: Any) -> Any:
+    """Return what shows the progress of a capture."""
+    return report and (
+        lambda at: report(at.num_tokens, at.total_tokens, f"{at.num_shards:,} of {at.total_shards:,} shards")
     )
 
 

@@ -30,7 +30,11 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")  # torch, of a device an
 
 
 class TodiError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose; it survives pickling, whatever it is made from."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes the same error: not by `__init__`, which may ask for more than `args`."""
+        return Exception.__new__, (type(self), *self.args), vars(self)
 
 
 class ConfigError(TodiError):

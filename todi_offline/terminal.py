@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,27 +21,54 @@ def no_bars_in_logs() -> None:
 
 @contextlib.contextmanager
 def progress(unit: str, *, quiet: bool) -> Iterator[Any]:
-    """Yield a callback of (done, total): a bar on a terminal, a line for every tenth elsewhere."""
+    """Yield a callback of (done, total, note): a bar on a terminal, a line for every tenth elsewhere.
+
+    Both show the rate since the first call, and the time that is left at this rate.
+    """
     if quiet:
         yield None
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(unit)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        tenth = -1
+            task, rate = bar.add_task(unit), _Rate()
 
-        def line(done: int, total: int) -> None:
+            def show(done: int, total: int, note: str = "") -> None:
+                words = ", ".join(filter(None, (note, rate.words(unit, done, total))))
+                bar.update(task, completed=done, total=total, description=f"{unit}{words and ', '}{words}")
+
+            yield show
+    else:
+        tenth, rate = -1, _Rate()
+
+        def line(done: int, total: int, note: str = "") -> None:
             nonlocal tenth
+            words = rate.words(unit, done, total)
             if 10 * done // total != tenth:
                 tenth = 10 * done // total
-                click.echo(f"{done:,} of {total:,} {unit}", err=True)
+                said = (f"{done:,} of {total:,} {unit}", note, words)
+                click.echo(", ".join(filter(None, said)), err=True)
 
         yield line
+
+
+class _Rate:
+    """How fast work goes since the first call."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[float, int] | None = None
+
+    def words(self, unit: str, done: int, total: int) -> str:
+        """Return the rate and the time left, once there is something to go by."""
+        now = time.monotonic()
+        since, first = self._begun = self._begun or (now, done)
+        if done <= first or now <= since:
+            return ""
+        rate = (done - first) / (now - since)
+        left = datetime.timedelta(seconds=round((total - done) / rate))
+        return f"{rate:,.{0 if rate >= 10 else 1}f} {unit}/s" + (f", {left} left" if total > done else "")
 
 
 def cache_rows(summary: Any) -> list[tuple[str, str]]:
@@ -48,6 +77,30 @@ def cache_rows(summary: Any) -> list[tuple[str, str]]:
         ("bytes a target", f"{summary.bytes_per_target:.1f}"),
         ("mass of the kept ids", f"{summary.mean_topk_mass:.3f}"),
     ]
+
+
+def print_capture(summary: Any) -> None:
+    """Print what a capture did, and what its cache holds."""
+    report = {name.removeprefix("num_"): n for name, n in dataclasses.asdict(summary.data_report).items() if n}
+    click.echo("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in report.items()))
+    print_table(
+        "Cache",
+        [
+            ("sequences", f"{summary.num_sequences:,}"),
+            ("targets", f"{summary.num_targets:,}"),
+            ("tokens captured now", f"{summary.num_captured_tokens:,} of {summary.num_tokens:,}"),
+            ("targets captured now", f"{summary.num_captured_targets:,}"),
+            ("targets reused now", f"{summary.num_reused_targets:,}"),
+            ("sequences already there", f"{summary.num_known_sequences:,}"),
+            *cache_rows(summary),
+        ],
+    )
+    if len(summary.workers) > 1:
+        rows = [
+            (name, f"{work.num_shards:,}", f"{work.num_captured_tokens:,}", f"{work.teacher_seconds:,.0f}")
+            for name, work in sorted(summary.workers.items())
+        ]
+        print_table("Workers", rows, ("", "shards", "tokens", "seconds"), min_width=8)
 
 
 _DISTANCES = {

@@ -3,13 +3,16 @@
 coordinator.py   what a capture does: plan, begin the cache, have its shards captured, seal it
 config.py        its settings, and its summary
 jobs.py          what is to be captured -> the tasks of the shards
-engines.py       a shard's examples -> the teacher's targets, whichever library runs the teacher
-loading.py       the settings -> the engine that they ask for
+ranks.py         the processes that torchrun or accelerate starts, which share the shards
+workers.py       what captures shards: in_process.py, this process
 work.py          a shard's examples -> its commit record: an engine, and a writer that needs no lock
-in_process.py    shards captured by this process, each written while the teacher reads the next
+loading.py       the settings -> the engine that they ask for
+engines.py       a shard's examples -> the teacher's targets, whichever library runs the teacher
+meter.py         what workers report -> how far the capture is
 """
 
-from todi_offline.capturing.config import CaptureConfig, CaptureSummary, Progress
+from todi_offline.capturing.config import CaptureConfig, CaptureSummary
 from todi_offline.capturing.coordinator import capture, capture_from
+from todi_offline.capturing.meter import CaptureProgress, Progress
 
-__all__ = ["CaptureConfig", "CaptureSummary", "Progress", "capture", "capture_from"]
+__all__ = ["CaptureConfig", "CaptureProgress", "CaptureSummary", "Progress", "capture", "capture_from"]

@@ -1,10 +1,11 @@
 """The settings of a capture, and what it reports."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.capturing.work import Work
 from todi_offline.data import DataConfig
 from todi_offline.teacher import TeacherConfig
 
@@ -42,7 +43,5 @@ class CaptureSummary:
     mean_topk_mass: float
     data_report: Any
     """What `load_examples` cut and dropped."""
-
-
-Progress = Callable[[int, int], None]
-"""Called with the tokens captured so far and those of the whole capture."""
+    workers: Mapping[str, Work]
+    """What each worker did in this run, by its name."""

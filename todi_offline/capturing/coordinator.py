@@ -1,25 +1,26 @@
 """A capture's settings in, a cache out: plans, begins the cache, has its shards captured, and seals it."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from todi_offline.cache.planning import ShardPlan
+from todi_offline.cache.planning import CapturePlan, ShardPlan
 from todi_offline.cache.reader import open_cache
+from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.cache.writer import CacheWriter
-from todi_offline.capturing.config import CaptureConfig, CaptureSummary, Progress
-from todi_offline.capturing.engines import Engine
-from todi_offline.capturing.in_process import capture_in_process
-from todi_offline.capturing.jobs import Job, plan_job, tasks_of
-from todi_offline.capturing.loading import load_engine
-from todi_offline.capturing.work import ShardWorker, Work
+from todi_offline.capturing.config import CaptureConfig, CaptureSummary
+from todi_offline.capturing.jobs import Job
+from todi_offline.capturing.meter import CaptureProgress, Meter, Progress
+from todi_offline.capturing.ranks import join_ranks
+from todi_offline.capturing.work import ShardResult, Work
+from todi_offline.capturing.workers import start_workers
 from todi_offline.config import load_config
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import memory_errors
-from todi_offline.models import load_tokenizer
+from todi_offline.models import Tokenizer, load_tokenizer
 from todi_offline.teacher import Teacher
 
 
@@ -65,59 +66,74 @@ def run(
     examples: Examples | None = None,
     progress: Progress | None = None,
 ) -> CaptureSummary:
-    """Load what is not given, plan, copy and capture what is not committed yet, seal."""
-    if examples is None:  # before the teacher: wrong data are refused at once
-        examples = load_examples(config.data, teacher.tokenizer if teacher else _tokenizer_of(config))
-    with contextlib.closing(load_engine(config, teacher)) as engine:
-        job = plan_job(config, engine.describe(), examples)
-        return _capture(job, engine, progress)
+    """Load what is not given, plan, copy and capture what is not committed yet, seal.
+
+    Every rank of a job of torchrun or accelerate runs this; rank 0 alone plans, locks, begins and seals the cache.
+    """
+    with join_ranks(config.teacher.device) as ranks, contextlib.ExitStack() as stack:
+        if examples is None:  # before the teacher: wrong data are refused at once
+            examples = ranks.node_by_node(lambda: load_examples(config.data, _tokenizer(config, teacher)))
+        workers = stack.enter_context(ranks.together(lambda: start_workers(config, ranks.name, teacher)))
+        described = ranks.together(workers.describe)
+        job = Job.of(examples, described, config.cache)
+        ranks.require_same(job.manifest.to_json())
+        plan = ranks.first(lambda: job.plan(config))
+        writer = CacheWriter(config.out, plan.manifest, described.tokenizer_json)
+        missing, shards = ranks.first(lambda: _begin(plan, stack.enter_context(writer)))
+        with ranks.metered(Meter(_progress(job, plan, missing), progress)) as report:
+            tasks = job.tasks(plan, ranks.share(missing))
+            work = ranks.together(lambda: _work_by_worker(workers.capture(shards, tasks, report)))
+        work = {name: part for works in ranks.gather(work) for name, part in works.items()}
+        return ranks.first(lambda: _finish(config, job, plan, writer, work))
 
 
-def _capture(job: Job, engine: Engine, progress: Progress | None) -> CaptureSummary:
-    with CacheWriter(job.config.out, job.plan.manifest, job.described.tokenizer_json) as writer:
-        missing = set(writer.missing_shards())
-        own = [shard for shard in job.plan.shards if shard.index in missing]
-        worker = ShardWorker(engine, writer.shards, job.reused)
-        report = _reporter(job, own, progress)
-        work = [result.work for result in capture_in_process(worker, tasks_of(job, own), report)]
-        if own or not missing:  # else this part is finished, and another one is not
-            writer.seal()
-    return _summarise(job, work)
-
-
-def _tokenizer_of(config: CaptureConfig) -> Any:
+def _tokenizer(config: CaptureConfig, teacher: Teacher | None) -> Tokenizer:
+    if teacher is not None:
+        return teacher.tokenizer
     return load_tokenizer(config.teacher.teacher, trust_remote_code=config.teacher.trust_remote_code)
 
 
-def _reporter(job: Job, shards: Sequence[ShardPlan], progress: Progress | None) -> Callable[[int], None]:
-    """Return what counts the tokens of shards that are still to be captured, and has reported those of the others."""
-    num_tokens, members_of = job.examples.num_tokens, job.plan.sequences
+def _begin(plan: CapturePlan, writer: CacheWriter) -> tuple[list[ShardPlan], ShardWriter]:
+    """Return the shards of the plan that a cache lacks, and what writes them."""
+    missing = set(writer.missing_shards())
+    return [shard for shard in plan.shards if shard.index in missing], writer.shards
+
+
+def _progress(job: Job, plan: CapturePlan, missing: Sequence[ShardPlan]) -> CaptureProgress:
+    """Return how far a capture is as it begins."""
+    num_tokens = job.examples.num_tokens
+    left = sum(int(num_tokens[plan.sequences[shard.start : shard.stop]].sum()) for shard in missing)
     total = int(num_tokens.sum())
-    done = total - sum(int(num_tokens[members_of[shard.start : shard.stop]].sum()) for shard in shards)
-
-    def report(num_tokens: int) -> None:
-        nonlocal done
-        done += num_tokens
-        if progress:
-            progress(done, total)
-
-    report(0)
-    return report
+    return CaptureProgress(total - left, total, len(plan.shards) - len(missing), len(plan.shards))
 
 
-def _summarise(job: Job, work: Sequence[Work]) -> CaptureSummary:
-    cache = open_cache(job.config.out)
+def _work_by_worker(results: Iterable[ShardResult]) -> dict[str, Work]:
+    """Have shards captured; return what each worker did."""
+    work: dict[str, Work] = {}
+    for result in results:
+        work[result.worker] = Work.total((work.get(result.worker, Work()), result.work))
+    return work
+
+
+def _finish(
+    config: CaptureConfig, job: Job, plan: CapturePlan, writer: CacheWriter, work: Mapping[str, Work]
+) -> CaptureSummary:
+    """Seal the cache, unless this capture had nothing to do and another one is not finished, and sum up."""
+    if work or not writer.missing_shards():
+        writer.seal()
+    cache, done = open_cache(config.out), Work.total(work.values())
     num_targets = int(cache.num_targets.sum())
     return CaptureSummary(
         num_sequences=len(cache),
         num_tokens=int(cache.num_tokens.sum()),
         num_targets=num_targets,
-        num_captured_tokens=sum(each.num_captured_tokens for each in work),
-        num_captured_targets=sum(each.num_captured_targets for each in work),
-        num_reused_targets=sum(each.num_reused_targets for each in work),
-        num_known_sequences=len(job.examples) - len(job.plan.sequences),
-        teacher_seconds=sum(each.teacher_seconds for each in work),
+        num_captured_tokens=done.num_captured_tokens,
+        num_captured_targets=done.num_captured_targets,
+        num_reused_targets=done.num_reused_targets,
+        num_known_sequences=len(job.examples) - len(plan.sequences),
+        teacher_seconds=done.teacher_seconds,
         bytes_per_target=sum(cache.bytes_by_array.values()) / num_targets,
         mean_topk_mass=float(np.average(cache.columns["topk_mass"], weights=cache.num_targets)),
         data_report=job.examples.report,
+        workers=dict(work),
     )

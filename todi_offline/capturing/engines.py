@@ -11,6 +11,8 @@ from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
 from todi_offline.teacher import Teacher, length_batches, num_positions, targets_of, teacher_fingerprint, tokenizer_json
 
+_RECORDED = ("todi-offline", "numpy", "pyarrow", "numcodecs", "pcodec")
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherDescription:
@@ -25,10 +27,15 @@ class TeacherDescription:
     tokenizer_json: str | None
     """The tokenizer as `tokenizers` reads it, where it has such a form."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the libraries that run the teacher."""
+    """Of the libraries that decide the bytes of a cache; see `recorded_versions`."""
     engine: dict[str, str] = field(default_factory=dict)
     """What runs the teacher, for the recipe of the part: its name and dtype, say; empty for transformers, whose dtype
     the fingerprint has. A capture goes on with the engine that began it."""
+
+
+def recorded_versions(*engine: str) -> dict[str, str]:
+    """Return the versions of the libraries that decide the bytes of a cache: those named, and those of all captures."""
+    return {name: version(name) for name in (*_RECORDED, *engine)}
 
 
 class Engine(Protocol):
@@ -66,7 +73,7 @@ class TransformersEngine:
             teacher=teacher_fingerprint(self.teacher),
             tokenizer=tokenizer_fingerprint(self.teacher.tokenizer),
             tokenizer_json=tokenizer_json(self.teacher.tokenizer),
-            versions={name: version(name) for name in ("torch", "transformers")},
+            versions=recorded_versions("torch", "transformers"),
         )
 
     def targets(

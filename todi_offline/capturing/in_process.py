@@ -1,19 +1,57 @@
 """Tasks in, results out: shards captured by this process, each written while the teacher reads the next."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
+from todi_offline.cache.shard_writer import ShardWriter
+from todi_offline.capturing.config import CaptureConfig
+from todi_offline.capturing.engines import TeacherDescription
+from todi_offline.capturing.loading import load_engine
+from todi_offline.capturing.meter import Report
 from todi_offline.capturing.work import ShardResult, ShardTask, ShardWorker
+from todi_offline.teacher import Teacher
 
 
-def capture_in_process(
-    worker: ShardWorker, tasks: Iterable[ShardTask], report: Callable[[int], None]
-) -> Iterator[ShardResult]:
-    """Yield the result of each shard once it is committed."""
+class InProcess:
+    """One worker: this process, with its engine."""
+
+    def __init__(self, config: CaptureConfig, name: str, teacher: Teacher | None) -> None:
+        """Load the engine; its teacher may be loaded already.
+
+        Raises:
+            ModelError: the teacher cannot be loaded.
+        """
+        self._name, self._reuse = name, config.reuse
+        self._engine = load_engine(config, teacher)
+
+    def describe(self) -> TeacherDescription:
+        """Return what a cache records of the teacher; see `Workers`."""
+        return self._engine.describe()
+
+    def capture(self, writer: ShardWriter, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
+        """Yield the result of each shard once it is committed; see `Workers`."""
+        worker = ShardWorker.start(self._name, self._engine, writer, self._reuse)
+        for result in _each_behind_the_next(worker, tasks, report):
+            report(0, 1)
+            yield result
+
+    def __enter__(self) -> "InProcess":
+        """Do nothing more: the engine is loaded."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of what the engine holds."""
+        self._engine.close()
+
+
+def _each_behind_the_next(worker: ShardWorker, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
     with ThreadPoolExecutor(1) as background:
         writing: Future[ShardResult] | None = None
         for task in tasks:
-            rows = worker.rows(task, report)
+            rows = worker.rows(task, lambda num_tokens: report(num_tokens, 0))
             if writing is not None:
                 yield writing.result()
             writing = background.submit(worker.commit, rows)

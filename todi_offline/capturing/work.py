@@ -3,19 +3,21 @@
 Tasks and results may be pickled. A worker holds no lock: see `ShardWriter`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from time import perf_counter
 
 import numpy as np
 
+from todi_offline.cache.format.keys import ContentKeys, KeyIndex, content_key
 from todi_offline.cache.format.records import CommitRecord
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import SequenceRows
 from todi_offline.cache.reader import Cache
+from todi_offline.cache.reuse import open_reusable
 from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.capturing.engines import Engine
-from todi_offline.data import Example, examples_from_stream
+from todi_offline.data import Example, Examples, examples_from_stream
 from todi_offline.errors import CacheCorruptError
 
 
@@ -26,19 +28,29 @@ class ShardTask:
     shard: int
     examples: bytes
     """An Arrow stream of the shard's examples; a pickled slice of a table would carry the whole table."""
-    places: tuple[int, ...]
-    """Where the caches to reuse have each example, or -1."""
+
+    @classmethod
+    def of(cls, shard: int, examples: Examples, indices: Sequence[int]) -> "ShardTask":
+        """Take the examples with these numbers."""
+        return cls(shard, examples.to_stream(indices))
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much was done for a shard."""
+    """How much was done for some shards."""
 
-    num_captured_tokens: int
+    num_shards: int = 0
+    num_captured_tokens: int = 0
     """Tokens that the teacher read."""
-    num_captured_targets: int
-    num_reused_targets: int
-    teacher_seconds: float
+    num_captured_targets: int = 0
+    num_reused_targets: int = 0
+    teacher_seconds: float = 0.0
+
+    @classmethod
+    def total(cls, parts: "Iterable[Work]") -> "Work":
+        """Return the work of several workers, or for several shards."""
+        rows = [[getattr(part, field.name) for field in fields(cls)] for part in (cls(), *parts)]
+        return cls(*map(sum, zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,51 +68,78 @@ class ShardResult:
 
     record: CommitRecord
     work: Work
+    worker: str
+    """The name of the worker that did it."""
+
+
+class Reusable:
+    """Earlier caches of the same teacher, whose rows are copied instead of captured."""
+
+    def __init__(self, cache: Cache) -> None:
+        """Sort the content keys of a cache, once."""
+        self._cache = cache
+        self._index = KeyIndex.of(cache.content_keys)
+
+    def targets(self, examples: Sequence[Example]) -> dict[int, TargetRows]:
+        """Return the targets of those examples that the cache holds, by number.
+
+        Raises:
+            CacheCorruptError: it has other tokens under an example's content key.
+        """
+        keys = ContentKeys.of(content_key(example.token_ids, example.target_mask) for example in examples)
+        places = self._index.find(keys).tolist()
+        return {number: self._read(place, examples[number]) for number, place in enumerate(places) if place >= 0}
+
+    def _read(self, place: int, example: Example) -> TargetRows:
+        found = self._cache[place]
+        if not np.array_equal(found.token_ids, example.token_ids) or not np.array_equal(
+            found.target_mask, example.target_mask
+        ):
+            raise CacheCorruptError(
+                f"{self._cache.root} has other tokens under the content key of {example.id!r}; run `todi-cache verify`"
+            )
+        return found.targets
 
 
 @dataclass(frozen=True, slots=True)
 class ShardWorker:
     """Captures shards of one cache."""
 
+    name: str
+    """For people: `rank 3`."""
     engine: Engine
     writer: ShardWriter
-    reused: Cache | None = None
+    reusable: Reusable | None = None
+
+    @classmethod
+    def start(cls, name: str, engine: Engine, writer: ShardWriter, reuse: Sequence[str]) -> "ShardWorker":
+        """Open the caches to reuse.
+
+        Raises:
+            CacheMismatchError: one is of another teacher, tokenizer or settings.
+        """
+        cache = open_reusable(reuse, writer.manifest)
+        return cls(name, engine, writer, None if cache is None else Reusable(cache))
 
     def rows(self, task: ShardTask, report: Callable[[int], None]) -> ShardRows:
         """Return the rows of a shard: those of caches to reuse as they are there, the others from the teacher."""
         examples = examples_from_stream(task.examples)
-        copied = {index: self._copied(place, examples[index]) for index, place in enumerate(task.places) if place >= 0}
-        unknown = [index for index in range(len(examples)) if index not in copied]
-        report(sum(len(examples[index].token_ids) for index in copied))
+        copied = {} if self.reusable is None else self.reusable.targets(examples)
+        report(sum(len(examples[number].token_ids) for number in copied))
+        unknown = [number for number in range(len(examples)) if number not in copied]
+        asked = [examples[number] for number in unknown]
         started = perf_counter()
-        asked = [examples[index] for index in unknown]
         captured = self.engine.targets(asked, self.writer.manifest.settings, report) if asked else []
         teacher_seconds = perf_counter() - started
         targets = copied | dict(zip(unknown, captured, strict=True))
         rows = [
-            SequenceRows(example.id, example.source, example.token_ids, example.target_mask, targets[index])
-            for index, example in enumerate(examples)
+            SequenceRows(example.id, example.source, example.token_ids, example.target_mask, targets[number])
+            for number, example in enumerate(examples)
         ]
         num_tokens = sum(len(example.token_ids) for example in asked)
-        work = Work(num_tokens, sum(map(len, captured)), sum(map(len, copied.values())), teacher_seconds)
+        work = Work(1, num_tokens, sum(map(len, captured)), sum(map(len, copied.values())), teacher_seconds)
         return ShardRows(task.shard, rows, work)
 
     def commit(self, shard: ShardRows) -> ShardResult:
         """Write the rows of a shard and commit it."""
-        return ShardResult(self.writer.write(shard.shard, shard.rows), shard.work)
-
-    def _copied(self, place: int, example: Example) -> TargetRows:
-        """Read the targets of an example from a cache that has them.
-
-        Raises:
-            CacheCorruptError: it has them under the example's content key, and for other tokens.
-        """
-        assert self.reused is not None, "it has a place there"
-        found = self.reused[place]
-        if not np.array_equal(found.token_ids, example.token_ids) or not np.array_equal(
-            found.target_mask, example.target_mask
-        ):
-            raise CacheCorruptError(
-                f"{self.reused.root} has other tokens under the content key of {example.id!r}; run `todi-cache verify`"
-            )
-        return found.targets
+        return ShardResult(self.writer.write(shard.shard, shard.rows), shard.work, self.name)

@@ -100,11 +100,7 @@ class ContentKeys:
         >>> ContentKeys.of([b"a" * 16, b"b" * 16, b"a" * 16]).find(ContentKeys.of([b"b" * 16, b"c" * 16])).tolist()
         [1, -1]
         """
-        if not len(self):
-            return np.full(len(wanted), -1)
-        order = np.argsort(self._array, kind="stable")
-        places = order[np.searchsorted(self._array, wanted._array, sorter=order).clip(max=len(self) - 1)]
-        return np.where(self._array[places] == wanted._array, places, -1)
+        return KeyIndex.of(self).find(wanted)
 
     def is_first(self) -> npt.NDArray[np.bool_]:
         """Return for each key whether no earlier one equals it, [sequence]."""
@@ -119,3 +115,25 @@ class ContentKeys:
     def digest(self) -> str:
         """Return the hash of all keys in order: it identifies the content of a data set or of a shard."""
         return hashlib.blake2b(self._array.tobytes(), digest_size=KEY_BYTES).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyIndex:
+    """Content keys that are sorted once and searched many times."""
+
+    _keys: npt.NDArray[np.bytes_]
+    """[sequence], dtype S16."""
+    _order: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, keys: ContentKeys) -> "KeyIndex":
+        """Sort keys."""
+        return cls(keys._array, np.argsort(keys._array, kind="stable"))
+
+    def find(self, wanted: ContentKeys) -> npt.NDArray[np.int64]:
+        """Return the first place of each wanted key among these keys, or -1."""
+        if not len(self._keys):
+            return np.full(len(wanted), -1)
+        found = np.searchsorted(self._keys, wanted._array, sorter=self._order).clip(max=len(self._keys) - 1)
+        places = self._order[found]
+        return np.where(self._keys[places] == wanted._array, places, -1)

@@ -1,0 +1,256 @@
+"""The processes that torchrun or `accelerate launch` starts: each runs the same command, and rank 0 coordinates.
+
+Whatever one rank raises as an error of ours is raised on all of them: no rank waits for one that has given up.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from todi_offline.cache.format.fingerprint import differences
+from todi_offline.capturing.meter import Meter, Report
+from todi_offline.errors import CacheMismatchError, ModelError, TodiError, first_line
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=100)  # a rank that has done its shards waits for the slowest one
+_START = datetime.timedelta(minutes=30)
+_POLL_SECONDS = 0.5
+_TOKENS, _SHARDS, _FAILED = "tokens", "shards", "failed"  # keys of the board
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes that share a capture, and which of them this one is."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    board: Any = None
+    """Counters that all ranks add to and read at any time, in between what they do together."""
+
+    @property
+    def name(self) -> str:
+        """This process, for people."""
+        return f"rank {self.rank} on {socket.gethostname()}" if self.size > 1 else "this process"
+
+    def first(self, make: Callable[[], T]) -> T:
+        """Return on every rank what rank 0 makes."""
+        made: list[Any] = [None]
+        if self.rank == 0:
+            made[0] = _attempt(make)
+        if self.size > 1:
+            with _lost_ranks():
+                dist.broadcast_object_list(made, src=0, group=self.group)
+        return _result(made[0])  # type: ignore[no-any-return]
+
+    def together(self, make: Callable[[], T]) -> T:
+        """Return what this rank makes, once all ranks have made theirs."""
+        made = _attempt(make)
+        failed = made if isinstance(made, TodiError) else None
+        if failed is not None and self.board is not None:
+            self.board.set(_FAILED, "")
+        for error in self.gather(failed):
+            _result(error)
+        return made  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with _lost_ranks():
+                dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def node_by_node(self, make: Callable[[], T]) -> T:
+        """Let the first rank of every node make something, then the others, who find what it has left on the disk."""
+        is_first = self.size == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+        made = self.together(lambda: make() if is_first else None)
+        return self.together(lambda: make() if made is None else made)
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Refuse ranks that work on other data or with another teacher or libraries than rank 0.
+
+        Raises:
+            CacheMismatchError: with all that differs, side by side.
+        """
+        expected = self.first(lambda: facts)
+        found = differences(expected, facts, ("on rank 0", f"on rank {self.rank}"))
+        lines = [line for lines in self.gather(found) for line in lines]
+        if lines:
+            raise CacheMismatchError(
+                f"the ranks do not work on one capture: {'; '.join(lines)}; start all of them alike"
+            )
+
+    def share(self, items: Sequence[T]) -> Iterator[T]:
+        """Yield this rank's share, each when it is asked for, until another rank fails."""
+        for item in items[self.rank :: self.size]:
+            if self.board is not None and self.board.check([_FAILED]):
+                return
+            yield item
+
+    @contextlib.contextmanager
+    def metered(self, meter: Meter) -> Iterator[Report]:
+        """Yield what reports the work of this rank; the meter of rank 0 shows that of all ranks."""
+        if self.board is None:
+            yield meter.add
+        elif self.rank:
+            yield self._add
+        else:
+            with _polling(lambda: meter.set(self.board.add(_TOKENS, 0), self.board.add(_SHARDS, 0))):
+                yield self._add
+
+    def _add(self, num_tokens: int, num_shards: int) -> None:
+        with _lost_ranks():
+            for key, number in ((_TOKENS, num_tokens), (_SHARDS, num_shards)):
+                if number:
+                    self.board.add(key, number)
+
+
+@contextlib.contextmanager
+def one_rank_speaks() -> Iterator[bool]:
+    """Yield whether this process is to print: rank 0, or a process that no launcher has started.
+
+    An error of ours ends any other rank without a word: it is raised on rank 0, too.
+    """
+    if not _is_launched() or os.environ["RANK"] == "0":
+        yield True
+        return
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        yield False
+    except TodiError:
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Yield the ranks that this process is one of: all of a job of torchrun or accelerate, else itself alone.
+
+    Raises:
+        ModelError: a node has fewer devices than ranks.
+    """
+    if not dist.is_initialized() and not _is_launched():
+        yield Ranks()
+        return
+    _take_device(device)
+    with _default_sigterm(), _group() as group:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        yield Ranks(rank, size, group, _board(rank, group))
+
+
+def _is_launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def _take_device(device: str) -> None:
+    """Make the device of this rank the one that `auto` means."""
+    if device != "auto" or not torch.accelerator.is_available():
+        return
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ModelError(
+            f"local rank {local_rank} has no device: this node shows {count} to its processes; start as many processes "
+            "as there are devices"
+        )
+    torch.accelerator.set_device_index(local_rank)
+
+
+@contextlib.contextmanager
+def _default_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process at once: a handler of Python's would wait until a collective returns."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[Any]:
+    """Yield a group of all ranks that waits for as long as a capture takes."""
+    if dist.is_initialized():
+        yield dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return
+    with _lost_ranks():
+        store, rank, size = next(rendezvous("env://", timeout=_START))
+        # Ranks that torchrun has started again would find what the dead ones wrote: addresses where nobody answers.
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=size)
+    try:
+        yield None
+    finally:
+        dist.destroy_process_group()
+
+
+def _board(rank: int, group: Any) -> Any:
+    """Return a store of rank 0's own, which all ranks may use while others are busy."""
+    host = os.environ.get("MASTER_ADDR", socket.gethostname())
+    address: list[Any] = [None]
+    board = None
+    if rank == 0:
+        board = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_START)
+        address[0] = host, board.port
+    with _lost_ranks():
+        dist.broadcast_object_list(address, src=0, group=group)
+        if board is None:
+            host, port = address[0]
+            board = TCPStore(host, port, is_master=False, timeout=_START)
+    return board
+
+
+@contextlib.contextmanager
+def _polling(poll: Callable[[], None]) -> Iterator[None]:
+    """Within, and once more at the end, call a function every now and then."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            poll()
+
+    thread = threading.Thread(target=run, name="todi_offline progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    poll()
+
+
+@contextlib.contextmanager
+def _lost_ranks() -> Iterator[None]:
+    """Within, the end of another rank is an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TodiError(
+            f"another process of this job has ended or cannot be reached: {first_line(error)}; what is committed is "
+            "safe: run the same command again"
+        ) from error
+
+
+def _attempt(make: Callable[[], T]) -> T | TodiError:
+    try:
+        return make()
+    except TodiError as error:
+        return error
+
+
+def _result(outcome: Any) -> Any:
+    if isinstance(outcome, TodiError):
+        raise outcome
+    return outcome

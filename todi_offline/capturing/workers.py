@@ -1,0 +1,36 @@
+"""The settings of a capture in, whatever captures its shards out: this process, or actors elsewhere."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from todi_offline.cache.shard_writer import ShardWriter
+from todi_offline.capturing.config import CaptureConfig
+from todi_offline.capturing.engines import TeacherDescription
+from todi_offline.capturing.in_process import InProcess
+from todi_offline.capturing.meter import Report
+from todi_offline.capturing.work import ShardResult, ShardTask
+from todi_offline.teacher import Teacher
+
+
+class Workers(AbstractContextManager["Workers"], Protocol):
+    """What a capture asks of those who do its work; leaving the context lets go of their teachers."""
+
+    def describe(self) -> TeacherDescription:
+        """Return what a cache records of the teacher."""
+
+    def capture(self, writer: ShardWriter, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
+        """Yield the result of each shard once it is committed, in any order; no work goes on when this ends.
+
+        Raises:
+            TodiError: a shard cannot be captured.
+        """
+
+
+def start_workers(config: CaptureConfig, name: str, teacher: Teacher | None) -> Workers:
+    """Return the workers that the settings ask for; `name` is that of this process.
+
+    Raises:
+        ModelError: the teacher cannot be loaded.
+    """
+    return InProcess(config, name, teacher)
