@@ -73,12 +73,11 @@ OTHERS = [
     *DENSE_FORWARD_KL,
     Arm(targets="renormalised", k=64, encoding="root8"),
     cached(8, 4, encoding="root8"),
-]
-LAST = [
-    Arm(targets="random", samples=50, kd_weight=matched(0.5)),
-    *(dataclasses.replace(arm, start="cold") for arm in MAIN[:4]),
+    cached(32, 8),
     cached(16, 8, "forward_kl", kd_weight=matched(0.5), encoding="root8"),
+    Arm(targets="random", samples=50, kd_weight=matched(0.5)),
 ]
+COLD = [dataclasses.replace(arm, start="cold") for arm in MAIN[:4]]
 
 
 def run(
@@ -105,7 +104,7 @@ def run(
 def arms_of(seeds: int) -> list[Arm]:
     """Return the arms, those that tell the most first."""
     main = [dataclasses.replace(arm, seed=seed) for seed in range(1, seeds) for arm in MAIN]
-    return [*MAIN, *OTHERS, *main, *LAST]
+    return [*MAIN, *OTHERS, *main, *COLD]
 
 
 def _settings(quick: bool, options: dict[str, str]) -> Settings:

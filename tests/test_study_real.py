@@ -23,7 +23,7 @@ from todi_offline.data import Examples
 from todi_offline.errors import ConfigError
 from todi_offline.stream import Collator
 
-ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1], study_real.LAST[-1]]
+ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1]]
 
 
 @pytest.fixture(scope="module")
