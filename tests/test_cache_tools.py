@@ -12,6 +12,7 @@ from support.tools import run
 
 import cache_tools.__main__ as tools
 from todi_offline import __version__
+from todi_offline.cache.format.names import sequences_key
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheError
 
@@ -131,7 +132,7 @@ def test_an_unfinished_cache_is_shown_when_told_to(tmp_path: Path) -> None:
     found = json.loads(run("inspect", root, "--json", "--allow-unsealed").stdout)
     assert found["sequences"] == 12
     assert found["arrays"]["token_ids"]["shape"] == [8192]
-    assert "is not sealed" in run("verify", root, code=1).output
+    assert "the capture has not finished" in run("verify", root, code=1).output
 
 
 def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> None:
@@ -139,9 +140,12 @@ def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> N
     assert "is whole: 24 sequences" in run("verify", root).output
     assert json.loads(run("verify", root, "--json").stdout) == []
     (root / "stray").write_text("")
+    assert "note: stray: it is not part of the cache" in run("verify", root).output
+    (root / sequences_key(0)).unlink()
     text = run("verify", root, code=1).output
-    assert "stray: no record names it\n    to mend it: `todi-cache repair` deletes it" in text
-    assert json.loads(run("verify", root, "--json", code=1).stdout)[0]["where"] == "stray"
+    assert f"{sequences_key(0)}: " in text
+    assert "`todi-cache repair`" in text
+    assert sequences_key(0) in [found["where"] for found in json.loads(run("verify", root, "--json", code=1).stdout)]
 
 
 def test_errors_are_one_line_with_exit_code_1(

@@ -143,12 +143,12 @@ def test_settings_that_no_capture_could_honour_are_refused(changes: dict[str, ob
 
 
 @pytest.mark.parametrize(
-    ("k", "samples", "shard_tokens"), [(32, 8, 262_144), (1024, 0, 126_976), (150_000, 0, 4096), (300_000, 8, 4096)]
+    ("k", "samples", "shard_tokens"), [(32, 8, 131_072), (1024, 0, 126_976), (150_000, 0, 4096), (300_000, 8, 4096)]
 )
 def test_shards_have_as_many_tokens_as_take_a_gibibyte(k: int, samples: int, shard_tokens: int) -> None:
     chosen = CacheSettings(k=k, tail_samples=samples)
     assert chosen.shard_tokens == shard_tokens
-    assert shard_tokens in (262_144, 4096) or chosen.shard_tokens * chosen.target_bytes <= 2**30
+    assert shard_tokens in (131_072, 4096) or chosen.shard_tokens * chosen.target_bytes <= 2**30
 
 
 def test_a_shard_whose_rows_no_memory_would_hold_is_refused_with_what_would_do() -> None:

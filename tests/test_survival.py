@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,12 @@ from support.fake_cache import write_cache
 from support.tiny_models import save_llama
 
 from todi_offline.cache.check.repair import repair_cache
-from todi_offline.cache.reader import open_cache, read_manifest
+from todi_offline.cache.objects import read_root
+from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.store.locks import FolderLock
 from todi_offline.cache.writer import CacheWriter
-from todi_offline.errors import CacheError, CacheIncompleteError
+from todi_offline.errors import CacheError
 
 Files = dict[str, bytes]
 
@@ -136,6 +138,10 @@ def test_what_stops_a_capture_is_one_line_and_leaves_nothing_behind(
         root = tmp_path / str(number)
         at = int(rng.integers(2, 9) if fault == "teacher" else rng.integers(10, captures.num_operations - 10))
         found = captures.run(root, fault, at)
+        while found["code"] == 0:  # a temporary file could not be deleted, which the next writer does
+            shutil.rmtree(root)
+            at += 1
+            found = captures.run(root, fault, at)
         assert found["code"] == 1
         (line,) = found["error"].strip().splitlines()
         assert message in line
@@ -212,7 +218,8 @@ def test_an_operation_that_fails_is_one_line_and_leaves_what_is_committed(
             assert os.strerror(cause) in error
             assert "\n" not in error
         found = files_of(root) if root.exists() else {}
-        assert not [name for name in found if name.endswith(".tmp")]
+        temporary = [name for name in found if name.endswith(".tmp")]
+        assert len(temporary) <= 1 if error is None else not temporary  # one that could not be deleted
         assert_committed_is_whole(found, whole)
         assert files_of(write_cache(root, **WRITTEN)) == whole
     print(f"\noperations that failed, by cause: {dict(stopped)}")
@@ -238,14 +245,15 @@ def write_with_fault(root: Path, at: int, cause: int) -> str | None:
 
 
 def assert_committed_is_whole(found: Files, whole: Files) -> None:
-    """A record that can be read, or a seal, implies everything that it names."""
+    """A record that can be read, or the root of a finished cache, implies everything that it names."""
     for name, data in found.items():
         if name.startswith("commits/") and name.endswith(".json"):
             assert data == whole[name], f"{name} is torn"
             missing = [key for key in json.loads(data)["objects"] if found.get(key) != whole[key]]
             assert not missing, f"{name} is there, but {missing} are lost or torn"
-    if "sealed.json" in found:
-        assert {name: data for name, data in found.items() if name in whole} == whole
+    if found.get("cache.json") == whole["cache.json"]:
+        named = {name: data for name, data in whole.items() if not name.endswith("zarr.json")}  # which follow the root
+        assert {name: data for name, data in found.items() if name in named} == named
 
 
 @pytest.mark.parametrize("draws", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -293,7 +301,7 @@ def append_to(root: Path) -> Path:
     begun = fake_cache.manifest(chosen, 1, 2)
     both = dataclasses.replace(begun, parts=(*begun.parts, dataclasses.replace(begun.parts[0], content="d")))
     for manifest in (begun, both):
-        if (root / "zarr.json").exists() and read_manifest(LocalStore(root)) == both and manifest == begun:
+        if manifest == begun and (root / "cache.json").exists() and len(read_root(LocalStore(root)).parts) == 2:
             continue
         with CacheWriter(root, manifest) as writer:
             for shard in writer.missing_shards():
@@ -304,23 +312,21 @@ def append_to(root: Path) -> Path:
 
 
 def test_power_may_fail_at_any_operation_of_an_append(tmp_path: Path, quick_disk: None) -> None:
-    """The cache opens as it was or as it is to be, or says what was begun; the same again ends with the same bytes."""
-    whole, opened = files_of(append_to(tmp_path / "whole")), Counter[str]()
+    """At every instant the cache opens as it was or as it is to be; the same again ends with the same bytes."""
+    whole, opened = files_of(append_to(tmp_path / "whole")), Counter[int]()
     root = tmp_path / "watched"
     root.mkdir()
     with Watch(root) as watch:
         append_to(root / "cache")
-    begun = next(n for n, asked in enumerate(watch.log) if asked.path == "cache/append.json.tmp")
-    for number, state in enumerate(states_after_power_loss(watch.log, begun)):
+    swaps = [n for n, asked in enumerate(watch.log) if asked.kind == "rename" and asked.path == "cache/cache.json"]
+    begun = next(n for n in range(swaps[0], len(watch.log)) if watch.log[n].kind == "sync")  # the old cache is sealed
+    for number, state in enumerate(states_after_power_loss(watch.log, begun + 1)):
         root = tmp_path / f"lost {number}"
         put_files(root, dict(state))
-        try:
-            opened[f"{sum(1 for _ in open_cache(root))} sequences"] += 1
-        except CacheIncompleteError as error:
-            opened["being finished" if "a capture that appends to it" in str(error) else str(error)] += 1
+        opened[sum(1 for _ in open_cache(root))] += 1
         assert files_of(append_to(root)) == whole
-    print(f"\nan append that lost power, as it was opened then: {dict(opened)}")
-    assert set(opened) == {"2 sequences", "being finished", "4 sequences"}
+    print(f"\nan append that lost power, by the sequences of the cache as it was opened then: {dict(opened)}")
+    assert set(opened) == {2, 4}
 
 
 class Killed(BaseException):
@@ -352,17 +358,16 @@ def test_what_goes_on_after_a_kill_is_safe_from_a_loss_of_power(tmp_path: Path, 
 
 
 def test_what_is_repaired_is_safe_from_a_loss_of_power(tmp_path: Path, whole: Files) -> None:
-    """Seal, record and objects are deleted in this order, each for good before the next."""
-    damaged = write_cache(tmp_path / "damaged", **WRITTEN)
-    (damaged / "topk_ids/c/1/0").write_bytes(b"damage")
-    deleted = repair_cache(damaged).deleted
-    assert len(deleted) > 5
+    """Wherever a repair stops, repairing again and writing again end with the whole cache."""
     root = tmp_path / "watched"
     root.mkdir()
     with Watch(root) as watch:
-        store = LocalStore(write_cache(root / "cache", **WRITTEN))
+        damaged = write_cache(root / "cache", **WRITTEN)
+        (damaged / "topk_ids/c/1/0").write_bytes(b"damage")
         begun = len(watch.log)
-        for key in deleted:
-            store.delete(key)
-    for state in states_after_power_loss(watch.log, begun):
-        assert_committed_is_whole(dict(state), whole)
+        assert len(repair_cache(damaged).deleted) > 5
+    for number, state in enumerate(states_after_power_loss(watch.log, begun)):
+        root = tmp_path / f"lost {number}"
+        put_files(root, dict(state))
+        repair_cache(root)
+        assert files_of(write_cache(root, **WRITTEN)) == whole

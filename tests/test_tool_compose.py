@@ -10,12 +10,13 @@ import pytest
 from support.fake_cache import manifest, sequence, settings, write_cache
 from support.tools import run
 
-from cache_tools.diff import bucketed_kl
+from todi_offline.cache.check.diff import bucketed_kl
+from todi_offline.cache.convert.choosing import where
 from todi_offline.cache.convert.merge import merge_caches
-from todi_offline.cache.convert.subset import where
 from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import ENCODINGS, CacheSettings
 from todi_offline.cache.format.narrow import narrow
+from todi_offline.cache.objects import read_root
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store import open_store
 from todi_offline.cache.writer import CacheWriter
@@ -63,7 +64,12 @@ def test_a_merge_that_was_stopped_goes_on_to_the_same_cache(tmp_path: Path) -> N
     places = [str(write_cache(tmp_path / "a")), str(write_shards(tmp_path / "b", [range(20, 30), range(30, 35)]))]
     merge_caches(places, str(tmp_path / "whole"))
     merge_caches(places, str(tmp_path / "parts"))
-    for key in ("sealed.json", "commits/000001.json", "commits/000003.json"):
+    root = read_root(open_store(tmp_path / "parts"))
+    begun = dataclasses.replace(
+        root, manifest=dataclasses.replace(root.manifest, parts=()), commits=(), pending=root.manifest.parts
+    )
+    (tmp_path / "parts/cache.json").write_bytes(begun.to_bytes())
+    for key in ("commits/000001.json", "commits/000003.json"):
         (tmp_path / "parts" / key).unlink()
     merge_caches(places, str(tmp_path / "parts"))
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
@@ -80,8 +86,8 @@ def test_caches_of_other_settings_are_not_merged(tmp_path: Path) -> None:
 def test_a_subset_is_chosen_by_ids_content_condition_and_number_at_once(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     (tmp_path / "ids").write_text("".join(f"fake:{number}\n" for number in range(2, 20)))
-    keys = open_cache(root).content_keys[4:24]
-    (tmp_path / "keys").write_text("".join(key.hex() + "\n" for key in keys.tolist()))
+    keys = open_cache(root).content_keys.to_hex()[4:24]
+    (tmp_path / "keys").write_text("".join(f"{key}\n" for key in keys))
     like = write_shards(tmp_path / "like", [range(6, 40)])
     chosen = ("--ids", tmp_path / "ids", "--keys", tmp_path / "keys", "--like", like, "--where", "num_tokens > 20")
     found = json.loads(run("subset", root, *chosen, "--limit", 5, "--out", tmp_path / "small", "--json").stdout)
@@ -238,7 +244,7 @@ def test_the_tools_work_in_an_object_store(tmp_path: Path, monkeypatch: pytest.M
     store.write("topk_ids/c/0/0", b"nothing")
     store.write("stray", b"")
     assert "topk_ids/c/0/0" in run("verify", f"{place}/b", code=1).output
-    assert "makes anew shard 0" in run("repair", f"{place}/b").output
+    assert "run again what captured" in run("repair", f"{place}/b").output
     run("merge", f"{place}/a", root, "--out", f"{place}/b")
     assert "is whole: 24 sequences" in run("verify", f"{place}/b").output
     run("export", f"{place}/b", "--out", tmp_path / "rows.parquet")
