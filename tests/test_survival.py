@@ -209,7 +209,8 @@ def test_an_operation_that_fails_is_one_line_and_leaves_what_is_committed(
     tmp_path: Path, whole: Files, step: int
 ) -> None:
     causes = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
-    num_operations, stopped = len(operations(tmp_path / "watched")), Counter[str]()
+    log, stopped = operations(tmp_path / "watched"), Counter[str]()
+    num_operations = len(log)
     for at in [*range(1, num_operations, step), num_operations]:
         root, cause = tmp_path / f"fails {at}", causes[at // step % len(causes)]
         error = write_with_fault(root, at, cause)
@@ -223,7 +224,8 @@ def test_an_operation_that_fails_is_one_line_and_leaves_what_is_committed(
         assert_committed_is_whole(found, whole)
         assert files_of(write_cache(root, **WRITTEN)) == whole
     print(f"\noperations that failed, by cause: {dict(stopped)}")
-    assert stopped.total() > 0.95 * num_operations / step  # one that takes the lock away may
+    is_harmless = [asked.kind == "unlink" and asked.path.endswith((".tmp", ".lock")) for asked in log]
+    assert stopped.total() > 0.9 * (num_operations - sum(is_harmless)) / step
 
 
 def write_with_fault(root: Path, at: int, cause: int) -> str | None:
