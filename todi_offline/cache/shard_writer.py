@@ -21,6 +21,7 @@ from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.rows import Array
 from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, sequence_table, table_bytes
 from todi_offline.cache.format.shard import chunk_sums, encode_shard
+from todi_offline.cache.objects import read_record
 from todi_offline.cache.store import Store
 from todi_offline.cache.store.locks import naming_successor, read_holder, require_held
 from todi_offline.errors import CacheLockedError, DataError
@@ -70,6 +71,17 @@ class ShardWriter:
                 self._copy(shard, here, source, there)
                 objects[here] = record.objects[there]
             return self._commit(shard, renumbered_table(table, shard, self.manifest.settings.shard_tokens), objects)
+
+    def committed(self, shard: int) -> CommitRecord | None:
+        """Return the commit record of a shard that another worker under the same lock has written, or None.
+
+        Raises:
+            CacheLockedError: another process has taken over.
+        """
+        require_held(self.store, self.token)
+        if self.store.size(record_key(shard)) is None:
+            return None
+        return read_record(self.store, self.manifest, shard, None)
 
     def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))

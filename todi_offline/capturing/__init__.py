@@ -4,7 +4,8 @@ coordinator.py   what a capture does: plan, begin the cache, have its shards cap
 config.py        its settings, and its summary
 jobs.py          what is to be captured -> the tasks of the shards
 ranks.py         the processes that torchrun or accelerate starts, which share the shards
-workers.py       what captures shards: in_process.py, this process
+workers.py       what captures shards: in_process.py, this process, or ray_actors.py, actors of a cluster
+attempts.py      shards whose workers have died -> what to try next
 work.py          a shard's examples -> its commit record: an engine, and a writer that needs no lock
 loading.py       the settings -> the engine that they ask for
 engines.py       a shard's examples -> the teacher's targets, whichever library runs the teacher

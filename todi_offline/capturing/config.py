@@ -7,7 +7,34 @@ from typing import Any
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.capturing.work import Work
 from todi_offline.data import DataConfig
+from todi_offline.errors import ConfigError
 from todi_offline.teacher import TeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayConfig:
+    """Actors of Ray that do the work of a capture."""
+
+    ray_actors: int = 0
+    """Capture in this many actors of Ray, each with a teacher of its own; 0 is without Ray."""
+    ray_gpus: float = 0.0
+    """GPUs of an actor."""
+    ray_cpus: float = 1.0
+    """CPUs of an actor."""
+    ray_address: str | None = None
+    """The cluster, such as `auto` for the one that runs here; by default one is started on this machine."""
+    ray_attempts: int = 3
+    """How many actors a shard may end before the capture gives up and names it."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        for name, least in {"ray_actors": 0, "ray_gpus": 0, "ray_cpus": 0, "ray_attempts": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +48,7 @@ class CaptureConfig:
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    ray: RayConfig = field(default_factory=RayConfig)
 
 
 @dataclass(frozen=True, slots=True)

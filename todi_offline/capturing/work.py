@@ -18,7 +18,13 @@ from todi_offline.cache.reuse import open_reusable
 from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.capturing.engines import Engine
 from todi_offline.data import Example, Examples, examples_from_stream
-from todi_offline.errors import CacheCorruptError
+from todi_offline.errors import (
+    CacheCorruptError,
+    CacheLockedError,
+    TodiError,
+    first_line,
+    memory_errors,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +34,12 @@ class ShardTask:
     shard: int
     examples: bytes
     """An Arrow stream of the shard's examples; a pickled slice of a table would carry the whole table."""
+    num_examples: int
 
     @classmethod
     def of(cls, shard: int, examples: Examples, indices: Sequence[int]) -> "ShardTask":
         """Take the examples with these numbers."""
-        return cls(shard, examples.to_stream(indices))
+        return cls(shard, examples.to_stream(indices), len(indices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ class ShardWorker:
         unknown = [number for number in range(len(examples)) if number not in copied]
         asked = [examples[number] for number in unknown]
         started = perf_counter()
-        captured = self.engine.targets(asked, self.writer.manifest.settings, report) if asked else []
+        captured = self._captured(task.shard, asked, report) if asked else []
         teacher_seconds = perf_counter() - started
         targets = copied | dict(zip(unknown, captured, strict=True))
         rows = [
@@ -140,6 +147,45 @@ class ShardWorker:
         work = Work(1, num_tokens, sum(map(len, captured)), sum(map(len, copied.values())), teacher_seconds)
         return ShardRows(task.shard, rows, work)
 
+    def _captured(self, shard: int, examples: Sequence[Example], report: Callable[[int], None]) -> list[TargetRows]:
+        """Return what the teacher says of some examples of a shard.
+
+        Raises:
+            TodiError: it fails; names the shard and, where it can be told, the example.
+        """
+        settings = self.writer.manifest.settings
+        try:
+            with memory_errors("what is committed is safe: lower batch_tokens, and run the same command again"):
+                return self.engine.targets(examples, settings, report)
+        except TodiError as error:
+            error.args = (f"shard {shard}: {error}",)
+            raise
+        except Exception as error:
+            failing = (number for number in range(len(examples)) if self._fails(examples[number]))
+            culprit = next(failing, None)
+            if culprit is None or (culprit == 0 and next(failing, None) == 1):  # the teacher fails at anything
+                which = f"shard {shard} (examples {examples[0].id!r} to {examples[-1].id!r})"
+            else:
+                which = f"example {examples[culprit].id!r} of shard {shard}"
+            raise TodiError(
+                f"{which} cannot be captured: {type(error).__name__}: {first_line(error)}; what is committed is safe"
+            ) from error
+
+    def _fails(self, example: Example) -> bool:
+        """Whether the teacher fails at an example by itself."""
+        try:
+            self.engine.targets([example], self.writer.manifest.settings, lambda _: None)
+        except Exception:
+            return True
+        return False
+
     def commit(self, shard: ShardRows) -> ShardResult:
-        """Write the rows of a shard and commit it."""
-        return ShardResult(self.writer.write(shard.shard, shard.rows), shard.work, self.name)
+        """Write the rows of a shard and commit it, unless another worker of this capture has done so meanwhile."""
+        try:
+            record = self.writer.write(shard.shard, shard.rows)
+        except CacheLockedError:
+            found = self.writer.committed(shard.shard)
+            if found is None:
+                raise
+            record = found
+        return ShardResult(record, shard.work, self.name)

@@ -10,6 +10,7 @@ from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.in_process import InProcess
 from todi_offline.capturing.meter import Report
 from todi_offline.capturing.work import ShardResult, ShardTask
+from todi_offline.errors import ConfigError
 from todi_offline.teacher import Teacher
 
 
@@ -32,5 +33,12 @@ def start_workers(config: CaptureConfig, name: str, teacher: Teacher | None) -> 
 
     Raises:
         ModelError: the teacher cannot be loaded.
+        ConfigError: Ray is asked for and is not installed, or has no use for a teacher that is loaded here.
     """
+    if config.ray.ray_actors:
+        if teacher is not None:
+            raise ConfigError("actors of Ray load the teacher themselves; name it instead of giving a loaded one")
+        from todi_offline.capturing.ray_actors import RayActors
+
+        return RayActors(config)
     return InProcess(config, name, teacher)
