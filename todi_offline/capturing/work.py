@@ -21,6 +21,7 @@ from todi_offline.data import Example, Examples, examples_from_stream
 from todi_offline.errors import (
     CacheCorruptError,
     CacheLockedError,
+    OutOfMemoryError,
     TodiError,
     first_line,
     memory_errors,
@@ -157,6 +158,8 @@ class ShardWorker:
         try:
             with memory_errors("what is committed is safe: lower batch_tokens, and run the same command again"):
                 return self.engine.targets(examples, settings, report)
+        except OutOfMemoryError:  # the shard is not to blame
+            raise
         except TodiError as error:
             error.args = (f"shard {shard}: {error}",)
             raise
