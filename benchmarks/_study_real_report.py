@@ -41,13 +41,20 @@ def write_report(
             writer = csv.DictWriter(opened, list(joined[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(joined)
-        draw(summarise(joined), path.with_suffix(".svg"))
+        same_seed = [row for row in joined if str(row["seed"]) == str(joined[0]["seed"])]
+        draw(
+            summarise(same_seed, ("bytes_per_target", *MEASURES)),
+            path.with_suffix(".svg"),
+            ("forward_kl", "reverse_kl"),
+        )
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
     trained = {row["num_targets"] for row in joined}
     notes = [
         f"Every arm read {' or '.join(sorted(trained)) or 'no'} supervised tokens, once.",
         "±: the deviation over seeds where there are several; in brackets the standard error over held-out text, of "
-        "the first seed. That of the text is common to all arms, so arms differ by less than it suggests.",
+        "the first seed. That of the text is common to all arms: differences between arms have a smaller one. Shares "
+        "are counted within a seed, then averaged; compare other numbers of arms with one seed and with several with "
+        "care. The picture is of the first seed.",
     ]
     facts = f"```\n{listed(environment())}\nsettings: {chosen}\n```"
     path.with_suffix(".md").write_text("\n\n".join([f"# {path.name}", facts, *notes, table]) + "\n")

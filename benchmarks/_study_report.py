@@ -104,8 +104,8 @@ def _bars(means: Sequence[Row], bars: dict[tuple[int, int], float]) -> list[str]
     return lines
 
 
-def draw(means: Sequence[Row], file: Path) -> None:
-    """Draw forward KL against bytes a target, a panel a start: a line for each tail over K, what is dense as levels.
+def draw(means: Sequence[Row], file: Path, measures: Sequence[str] = ("forward_kl",)) -> None:
+    """Draw measures against bytes a target, a panel a start: a line for each tail over K, what is dense as levels.
 
     Only arms of ToDi at T = 1 and w = 0.5, and the references of the field; the table has the others.
     """
@@ -114,39 +114,42 @@ def draw(means: Sequence[Row], file: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 8}
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
 
     starts = sorted({mean["start"] for mean in means}, reverse=True)
-    figure, panels = pyplot.subplots(1, len(starts), figsize=(6 * len(starts), 4.2), squeeze=False)
-    for panel, start in zip(panels[0], starts, strict=True):
-        shown = [mean for mean in means if mean["start"] == start]
-        _draw_levels(panel, shown)
-        for number, (name, members) in enumerate(sorted(_series(shown).items())):
-            x, y, error = zip(
-                *((m["bytes_per_target"], m["forward_kl"], m["forward_kl_deviation"]) for m in members), strict=True
-            )
-            style = "o-" if members[0]["arm"].targets == "cached" else "x"
-            panel.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, label=name, color=f"C{number}")
-            for mean in members if style == "o-" else ():
-                at = mean["bytes_per_target"], mean["forward_kl"]
-                panel.annotate(mean["arm"].k, at, xytext=(2, 4), textcoords="offset points", fontsize=6)
-        panel.set(title=f"{start} student", xlabel="bytes a target (numbers at points: K)", xscale="log")
-        panel.set_ylabel("held-out forward KL to the teacher, nats")
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.set_xticks([10, 20, 50, 100, 200])
-        panel.minorticks_off()
-        panel.legend(fontsize=7)
+    drawn = [(start, measure) for measure in measures for start in starts]
+    columns = min(len(drawn), 2)
+    rows = -(-len(drawn) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(6 * columns, 4.2 * rows), squeeze=False)
+    for panel, (start, measure) in zip(panels.flat, drawn, strict=True):
+        _draw_panel(panel, [mean for mean in means if mean["start"] == start], measure)
+        panel.set(title=f"{start} student", xlabel="bytes a target (numbers at points: K)")
+        panel.set_ylabel(f"held-out {measure.replace('_kl', ' KL')} to the teacher, nats")
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
 
-def _draw_levels(panel: Any, means: Sequence[Row]) -> None:
-    for mean in means:
-        if mean["label"] in (SFT.label, DENSE.label, DENSE_FORWARD_KL[0].label):
-            panel.axhline(mean["forward_kl"], linestyle="--", linewidth=0.8, color="grey")
-            at = (0.01, mean["forward_kl"])
-            panel.annotate(mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+def _draw_panel(panel: Any, means: Sequence[Row], measure: str) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
+    levels = [mean for mean in means if mean["label"] in (SFT.label, DENSE.label, DENSE_FORWARD_KL[0].label)]
+    for number, mean in enumerate(sorted(levels, key=lambda mean: mean["label"])):
+        panel.axhline(mean[measure], linestyle="--", linewidth=0.8, color="grey")
+        at = (0.01 + 0.25 * number, mean[measure])  # side by side: two may be as high
+        panel.annotate(mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+    for number, (name, members) in enumerate(sorted(_series(means).items())):
+        columns = ((m["bytes_per_target"], m[measure], m[f"{measure}_deviation"]) for m in members)
+        x, y, error = zip(*columns, strict=True)
+        style = "o-" if members[0]["arm"].targets == "cached" else "x"
+        panel.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, label=name, color=f"C{number}")
+        for mean in members if style == "o-" else ():
+            at = mean["bytes_per_target"], mean[measure]
+            panel.annotate(mean["arm"].k, at, xytext=(2, 4), textcoords="offset points", fontsize=6)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(ScalarFormatter())
+    panel.set_xticks([10, 20, 50, 100, 200])
+    panel.minorticks_off()
+    panel.legend(fontsize=7)
 
 
 def _series(means: Sequence[Row]) -> dict[str, list[Row]]:
