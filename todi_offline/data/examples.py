@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.format.keys import KEY_BYTES, ContentKeys, content_key
+from todi_offline.cache.format.keys import ContentKeys, content_key
 from todi_offline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # a second of import, and not needed to read a config
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("token_ids", pa.list_(pa.uint32())),
         ("target_mask", pa.list_(pa.bool_())),
-        ("key", pa.binary(KEY_BYTES)),
+        ("key", pa.binary()),  # of a fixed size, but datasets 4 knows no such type
     ]
 )
 
