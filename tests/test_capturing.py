@@ -19,15 +19,16 @@ from transformers import AutoModelForCausalLM
 import todi_offline.capturing.coordinator
 import todi_offline.capturing.engines
 import todi_offline.target_rows
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.capturing import CaptureProgress, capture, capture_from
-from todi_offline.data import Example, Examples
+from todi_offline.capturing import CaptureConfig, CaptureProgress, capture
+from todi_offline.data import DataConfig, Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TeacherOutputError
 from todi_offline.stream import Collator
 from todi_offline.targets import SparseTargets
-from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.teacher import Teacher, TeacherConfig, as_teacher
 
 COMPUTE = 2e-5
 """Rounding of matrix products: a padded batch against one sequence."""
@@ -315,16 +316,23 @@ def test_the_bytes_of_a_cache_depend_on_no_folder(folder: Path, chats: Path, tmp
             assert private.encode() not in content, name
 
 
-def test_a_capture_from_a_toml_file_is_the_capture_of_its_settings(folder: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_file_a_config_and_settings_by_name_are_the_same_capture(folder: Path, chats: Path, tmp_path: Path) -> None:
     file = tmp_path / "capture.toml"
     file.write_text(
         f'out = "{tmp_path / "a"}"\n[teacher]\nteacher = "{folder}"\ndevice = "cpu"\n'
         f'[data]\ndata = "{chats}"\nlimit = 5\n[cache]\nk = 4\nshard_tokens = 4096\n'
     )
-    capture_from(file, {"max_length": 64, "max_prompt_length": 32})
+    capture(config=file, max_length=64, max_prompt_length=32)
     lengths = {"limit": 5, "max_length": 64, "max_prompt_length": 32}
     capture(str(folder), str(chats), tmp_path / "b", k=4, shard_tokens=4096, device="cpu", **lengths)
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    config = CaptureConfig(
+        out=str(tmp_path / "c"),
+        teacher=TeacherConfig(teacher=str(folder), device="cpu"),
+        data=DataConfig(data="elsewhere", **lengths),
+        cache=CacheSettings(k=4, shard_tokens=4096),
+    )
+    capture(data=str(chats), config=config)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c")
 
 
 def test_wrong_columns_are_refused_before_the_teacher_is_loaded(

@@ -1,5 +1,6 @@
 """Settings from defaults, TOML files and overrides."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,15 @@ def test_a_file_wins_over_defaults_and_overrides_over_the_file(tmp_path: Path) -
     path = write(tmp_path, 'out = "o"\nmode = "b"\nlimit = 3\n[inner]\nrate = 2\nsizes = [4]\n[free]\nany = 1\n')
     config = load_config(Outer, path, {"limit": 5, "rate": 0.25})
     assert config == Outer(out=Path("o"), mode="b", limit=5, inner=Inner(rate=0.25, sizes=(4,)), free={"any": 1})
+
+
+def test_a_config_serves_as_a_file_does_and_is_left_as_it_was() -> None:
+    base = load_config(Outer, None, {"out": "o", "limit": 3, "inner": {"inner": "y", "rate": 0.5}})
+    assert load_config(Outer, base) == base
+    assert load_config(Outer, base, {"rate": 0.25, "limit": 4}) == dataclasses.replace(
+        base, limit=4, inner=dataclasses.replace(base.inner, rate=0.25)
+    )
+    assert base.inner.rate == 0.5
 
 
 def test_a_tables_own_name_given_flat_is_the_field_of_that_name_inside(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from support.tiny_models import llama, save
 
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError, ModelError
-from todi_offline.evaluation import EvaluateConfig, evaluate, evaluate_from
+from todi_offline.evaluation import EvaluateConfig, evaluate
 from todi_offline.student import LoraSettings, add_lora
 
 QUICK = {"device": "cpu", "limit": 3, "max_new_tokens": 4, "seeds": (10, 20)}
@@ -76,7 +76,7 @@ def test_a_folder_of_adapters_is_a_student(folder: Path, heldout: Cache, tmp_pat
 def test_a_toml_file_says_what_settings_say(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "evaluate.toml"
     file.write_text(f'student = "{folder}"\ndata = "stdlib"\ndevice = "cpu"\nlimit = 9\nmax_new_tokens = 4\n')
-    written = evaluate_from(file, {"limit": 3, "seeds": (10, 20)})
+    written = evaluate(config=file, limit=3, seeds=(10, 20))
     assert written == evaluate(str(folder), data="stdlib", **QUICK)
 
 

@@ -41,9 +41,12 @@ def test_opening_a_cache_imports_neither_torch_nor_transformers() -> None:
 def test_the_public_names_are_these_and_each_resolves() -> None:
     names = [
         "Cache",
+        "CaptureConfig",
         "DistillationConfig",
+        "EvaluateConfig",
         "SparseTargets",
         "ToDiTrainer",
+        "TrainConfig",
         "capture",
         "evaluate",
         "open_cache",
@@ -65,18 +68,18 @@ def test_a_name_that_does_not_exist_is_answered_with_those_that_do() -> None:
 
 def test_the_functions_of_both_stages_take_these() -> None:
     assert parameters(todi_offline.capture) == {
-        "teacher": ...,
-        "data": "stdlib",
-        "out": "cache",
+        "teacher": None,
+        "data": None,
+        "out": None,
         "*config": None,
         "*progress": None,
         "settings": ...,
     }
     assert parameters(todi_offline.open_cache) == {"place": ..., "*allow_unsealed": False}
     assert parameters(todi_offline.train) == {
-        "student": ...,
-        "cache": ...,
-        "out": ...,
+        "student": None,
+        "cache": None,
+        "out": None,
         "*eval_cache": None,
         "*tokenizer": None,
         "*config": None,
@@ -87,7 +90,7 @@ def test_the_functions_of_both_stages_take_these() -> None:
 
 def test_the_evaluation_takes_these() -> None:
     assert parameters(todi_offline.evaluate) == {
-        "student": ...,
+        "student": None,
         "*cache": None,
         "*data": None,
         "*tokenizer": None,

@@ -1,5 +1,6 @@
 """The paper's experiment in one word: what it sets, and that whoever sets something else gets that."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from support.tiny_models import llama, save
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError
 from todi_offline.recipes import RECIPES
-from todi_offline.training import TrainConfig, load_train_config, train, training_arguments
+from todi_offline.training import StudentConfig, TrainConfig, load_train_config, train, training_arguments
 
 NEEDED = {"student": "s", "cache": "c", "out": "run"}
 
@@ -98,6 +99,14 @@ def test_a_step_has_as_many_sequences_whatever_the_processes_and_batches(monkeyp
     with pytest.raises(ConfigError, match="takes 32 sequences a step, which 3 processes with batches of 4 cannot"):
         resolved(recipe="paper")
     assert resolved(recipe="paper", gradient_accumulation_steps=5).trainer["gradient_accumulation_steps"] == 5
+
+
+def test_a_recipe_is_refused_beside_a_config_in_which_everything_is_set() -> None:
+    bare = TrainConfig(student=StudentConfig(student="s"), cache=("c",), out=Path("r"), recipe="paper")
+    for base, settings in ((bare, {}), (dataclasses.replace(bare, recipe=None), {"recipe": "paper"})):
+        with pytest.raises(ConfigError, match="recipe paper sets what is not set, and in a TrainConfig everything is"):
+            load_train_config(base, settings)
+    assert load_train_config(resolved(recipe="paper"), {"beta": 2.0}).distillation.beta == 2
 
 
 def test_without_a_recipe_nothing_is_set() -> None:

@@ -31,7 +31,6 @@ from todi_offline.training import (
     SelectedData,
     TrainSummary,
     load_train_config,
-    run,
     select_data,
     train,
     training_arguments,
@@ -113,7 +112,7 @@ def test_a_toml_file_says_what_settings_say(folder: Path, cache: Cache, heldout:
         "[trainer]\nmax_steps = 9\nuse_cpu = true\nsave_strategy = 'no'\n"
         "per_device_train_batch_size = 4\nlearning_rate = 1e-2\n"
     )
-    written = run(load_train_config(file, {"max_steps": 2}))
+    written = train(config=file, max_steps=2)
     settings = SMALL | {"divergence": "jeffreys", "kd_weight": 0.7, "max_steps": 2}
     said = train(str(folder), cache.root, tmp_path / "b", eval_cache=heldout.root, **settings)
     assert written.num_steps == 2

@@ -30,20 +30,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from todi_offline.cache.reader import Cache, open_cache
-    from todi_offline.capturing import capture
-    from todi_offline.evaluation import evaluate
+    from todi_offline.capturing import CaptureConfig, capture
+    from todi_offline.evaluation import EvaluateConfig, evaluate
     from todi_offline.losses import DistillationConfig
     from todi_offline.targets import SparseTargets, sparsify
     from todi_offline.trainer import ToDiTrainer
-    from todi_offline.training import train
+    from todi_offline.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cache",
+    "CaptureConfig",
     "DistillationConfig",
+    "EvaluateConfig",
     "SparseTargets",
     "ToDiTrainer",
+    "TrainConfig",
     "capture",
     "evaluate",
     "open_cache",
@@ -53,9 +56,12 @@ __all__ = [
 
 _HOMES = {
     "Cache": "cache.reader",
+    "CaptureConfig": "capturing",
     "DistillationConfig": "losses",
+    "EvaluateConfig": "evaluation",
     "SparseTargets": "targets",
     "ToDiTrainer": "trainer",
+    "TrainConfig": "training",
     "capture": "capturing",
     "evaluate": "evaluation",
     "open_cache": "cache.reader",

@@ -79,11 +79,11 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
 
     Example: todi capture --teacher teacher/ --data dolly.jsonl --out cache/ --k 32
     """
-    from todi_offline.capturing import capture_from
+    from todi_offline.capturing import capture
     from todi_offline.capturing.ranks import one_rank_speaks
 
     with one_rank_speaks() as speaks, progress("tokens", quiet=as_json or not speaks) as report:
-        summary = capture_from(config, given(settings), _shown(report))
+        summary = capture(config=config, progress=_shown(report), **given(settings))
     if speaks:
         (print_json if as_json else print_capture)(summary)
 
@@ -128,11 +128,11 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
 
     Example: todi train --student student/ --cache cache/ --out run/ --epochs 3 --learning-rate 1e-4 --set bf16=true
     """
-    from todi_offline.training import load_train_config, run
+    from todi_offline.training import train
 
     overrides = {**dict(map(argument, arguments)), **given(settings)}
     with contextlib.redirect_stdout(sys.stderr):  # where transformers' log belongs
-        summary = run(load_train_config(config, overrides))
+        summary = train(config=config, **overrides)
     if as_json:
         print_json(summary)
         return
@@ -157,10 +157,10 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
 
     Example: todi evaluate --student run/ --cache heldout/ --data dolly-dev.jsonl --out scores/
     """
-    from todi_offline.evaluation import evaluate_from
+    from todi_offline.evaluation import evaluate
 
     with progress("texts", quiet=as_json) as report:
-        summary = evaluate_from(config, given(settings), report)
+        summary = evaluate(config=config, progress=report, **given(settings))
     if as_json:
         print_json(summary)
         return
@@ -180,10 +180,10 @@ def view(config: Path | None, as_json: bool, **settings: Any) -> None:
 
     Example: todi view --student run/ --cache heldout/ --run run/ --scores scores/ --out run.html
     """
-    from todi_offline.viewing import view_from
+    from todi_offline.viewing import view
 
     with progress("sequences", quiet=as_json) as report:
-        page = view_from(config, given(settings), report)
+        page = view(config, progress=report, **given(settings))
     if as_json:
         click.echo(json.dumps(page.to_json(), indent=1))
         return

@@ -1,7 +1,10 @@
-"""A TOML file and overrides in, one frozen dataclass out.
+"""A TOML file, or a config, and overrides in; one frozen dataclass out.
 
 Every config of this library is a frozen, keyword-only dataclass that stands beside the function which takes it.
 Defaults < TOML file < overrides (the command line); a key that no field has is an error.
+
+Each stage has one entry, which takes a config as `config` (the dataclass itself, or a TOML file of it) and settings
+by their own names, which win: all of them come together in `load_config`.
 """
 
 import contextlib
@@ -11,7 +14,7 @@ import functools
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,27 +22,38 @@ from todi_offline.errors import ConfigError
 
 C = TypeVar("C")
 
+Setting = str | int | float | bool | None | Path | Sequence[Any] | Mapping[str, Any] | Callable[..., Any]
+"""The value of a setting that is given by its name; its field says which of these it is."""
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:
-    """Build `cls` from its defaults, the TOML file at `path` and `overrides`, the later winning.
+
+def load_config(cls: type[C], base: Path | C | None = None, overrides: Mapping[str, Any] | None = None) -> C:
+    """Build `cls` from its defaults, `base` (a TOML file, or a config) and `overrides`, the later winning.
 
     A field that is itself a config is a table of the file. In `overrides` its fields stand flat, by their own names.
 
     Raises:
         ConfigError: the file cannot be read; a key is unknown; a value is missing or has the wrong type or range.
     """
-    tables = read_toml(path) if path else {}
+    tables = as_tables(base)
     for key, value in (overrides or {}).items():
         _place(cls, tables, key, value)
-    return _build(cls, tables, where=str(path) if path else "the settings")
+    return _build(cls, tables, where=str(base) if isinstance(base, Path) else "the settings")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return what a TOML file says, tables as they are.
+def as_tables(base: Any) -> dict[str, Any]:
+    """Return what a TOML file, or a config, says: a value for each setting, and a table for each config within.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
+    if isinstance(base, Path):
+        return _read_toml(base)
+    fields = dataclasses.fields(base) if base is not None else ()
+    values = {field.name: getattr(base, field.name) for field in fields}
+    return {name: as_tables(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -101,7 +115,7 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 
 def _coerce(value: Any, kind: Any, name: str) -> Any:
-    """Return `value` as `kind`: lists become tuples, strings become paths, whole numbers may serve as floats."""
+    """Return `value` as `kind`: lists become tuples, strings and paths each other, whole numbers floats."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -123,6 +137,8 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
 def _coerce_plain(value: Any, kind: type, name: str) -> Any:
     if kind is Path and isinstance(value, str | Path):
         return Path(value).expanduser()
+    if kind is str and isinstance(value, Path):
+        return str(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # an integer of 400 digits
             return float(value)

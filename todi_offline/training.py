@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
-from todi_offline.config import flat_fields, load_config, read_toml, to_dict
+from todi_offline.config import Setting, as_tables, flat_fields, load_config, to_dict
 from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
 from todi_offline.losses import DistillationConfig
@@ -113,58 +113,65 @@ class TrainSummary:
 
 
 def train(
-    student: str | Model,
-    cache: "str | Path | Cache | Sequence[str | Path]",
-    out: str | Path,
+    student: "str | Model | None" = None,
+    cache: "str | Path | Cache | Sequence[str | Path] | None" = None,
+    out: str | Path | None = None,
     *,
     eval_cache: "str | Path | Cache | None" = None,
     tokenizer: Tokenizer | None = None,
-    config: Path | None = None,
+    config: TrainConfig | Path | None = None,
     callbacks: list[Any] | None = None,
-    **settings: Any,
+    **settings: Setting,
 ) -> TrainSummary:
     """Distil a cached teacher into a student, and save it in `out` with its tokenizer.
 
-    `settings` are the fields of `TrainConfig`'s tables and of `transformers.TrainingArguments`, all by their own
-    names (`beta=1.0`, `max_steps=500`, `learning_rate=1e-4`, ...); they win over the TOML file `config`.
-    A student that is already loaded needs its `tokenizer`. Of several caches the union is trained on, and with `data`
-    exactly the examples of that data set.
+    `config` is a `TrainConfig`, or a TOML file of one. What is given beside it wins: student, caches and out, and the
+    fields of the config's tables and of `transformers.TrainingArguments`, all by their own names (`beta=1.0`,
+    `max_steps=500`, `learning_rate=1e-4`, ...). A student that is already loaded needs its `tokenizer`. Of several
+    caches the union is trained on, and with `data` exactly the examples of that data set.
 
     Raises:
         TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.
     """
-    named: dict[str, Any] = {"out": out, "student": student if isinstance(student, str) else "(given)"}
-    named["cache"] = [cache.root] if isinstance(cache, Cache) else _places(cache)
-    if eval_cache is not None:
-        named["eval_cache"] = eval_cache.root if isinstance(eval_cache, Cache) else str(eval_cache)
-    return run(
-        load_train_config(config, {**settings, **named}),
-        None if isinstance(student, str) else (student, tokenizer),
-        cache if isinstance(cache, Cache) else None,
-        eval_cache if isinstance(eval_cache, Cache) else None,
+    loaded = None if student is None or isinstance(student, str) else student
+    opened, opened_eval = (each if isinstance(each, Cache) else None for each in (cache, eval_cache))
+    named: dict[str, Any] = {
+        "student": student if loaded is None else "(given)",
+        "cache": cache if opened is None else opened.root,
+        "eval_cache": eval_cache if opened_eval is None else opened_eval.root,
+        "out": out,
+    }
+    settings |= {name: value for name, value in named.items() if value is not None}
+    return _run(
+        load_train_config(config, settings),
+        None if loaded is None else (loaded, tokenizer),
+        opened,
+        opened_eval,
         callbacks,
     )
 
 
-def _places(cache: "str | Path | Sequence[str | Path]") -> list[str]:
-    return [str(cache)] if isinstance(cache, str | Path) else list(map(str, cache))
-
-
-def load_train_config(path: Path | None, settings: dict[str, Any]) -> TrainConfig:
-    """Return the config of a run: defaults < recipe < file < settings; what is no field of it goes to [trainer]."""
-    given = {**_flat_file(path), **settings}
+def load_train_config(base: TrainConfig | Path | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """Return the config of a run: defaults < recipe < `base` < settings; what is no field of it goes to [trainer]."""
+    given = {**_flat(base), **settings}
     if given.get("recipe") is not None:
-        settings = {**recipe_settings(given["recipe"], given), **settings}
+        added = recipe_settings(given["recipe"], given)
+        if added and isinstance(base, TrainConfig):
+            raise ConfigError(
+                f"recipe {given['recipe']} sets what is not set, and in a TrainConfig everything is; give the settings "
+                "by their names, or a TOML file"
+            )
+        settings = {**added, **settings}
     ours = {name for name, _ in flat_fields(TrainConfig)}
     arguments = {name: value for name, value in settings.items() if name not in ours}
-    chosen = load_config(TrainConfig, path, {name: value for name, value in settings.items() if name in ours})
+    chosen = load_config(TrainConfig, base, {name: value for name, value in settings.items() if name in ours})
     return dataclasses.replace(chosen, trainer={**chosen.trainer, **arguments})
 
 
-def _flat_file(path: Path | None) -> dict[str, Any]:
-    """Return the settings of a TOML file, those of its tables among them."""
+def _flat(base: TrainConfig | Path | None) -> dict[str, Any]:
+    """Return the settings of a config or a TOML file, those of its tables among them."""
     flat: dict[str, Any] = {}
-    for name, value in (read_toml(path) if path else {}).items():
+    for name, value in as_tables(base).items():
         flat |= value if isinstance(value, dict) else {name: value}
     return flat
 
@@ -226,12 +233,12 @@ def training_arguments(config: TrainConfig) -> Any:
     "lower per_device_train_batch_size (--batch-size) and raise gradient_accumulation_steps as much, or use "
     "--set gradient_checkpointing=true or bf16=true; the same command goes on from its last checkpoint"
 )
-def run(
+def _run(
     config: TrainConfig,
-    student: tuple[Model, Tokenizer | None] | None = None,
-    cache: Cache | None = None,
-    eval_cache: Cache | None = None,
-    callbacks: list[Any] | None = None,
+    student: tuple[Model, Tokenizer | None] | None,
+    cache: Cache | None,
+    eval_cache: Cache | None,
+    callbacks: list[Any] | None,
 ) -> TrainSummary:
     """Load what is not given, evaluate, train, evaluate, save; or go on where a run of the same settings was stopped.
 

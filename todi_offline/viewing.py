@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.config import load_config
+from todi_offline.config import Setting, load_config
 from todi_offline.errors import ConfigError
 from todi_offline.evaluation.reading import read_sequences
 from todi_offline.models import load_model, load_tokenizer
@@ -75,17 +74,21 @@ class ViewConfig:
             raise ConfigError("nothing to show; name a student and a cache (--student, --cache), --run or --scores")
 
 
-def view_from(path: Path | None, settings: Mapping[str, Any], progress: Progress | None = None) -> Page:
-    """Write the page that a TOML file and settings ask for, the latter winning; return it."""
-    return view(load_config(ViewConfig, path, settings), progress)
-
-
-def view(config: ViewConfig, progress: Progress | None = None, answers: Sequence[Scores] = ()) -> Page:
+def view(
+    config: ViewConfig | Path | None = None,
+    *,
+    answers: Sequence[Scores] = (),
+    progress: Progress | None = None,
+    **settings: Setting,
+) -> Page:
     """Write a page, and return what it shows; `answers` are texts that lie in no folder.
+
+    `config` is a `ViewConfig`, or a TOML file of one; its fields given by their own names win over it.
 
     Raises:
         TodiError: the student, the cache, a run or scores cannot be read, or the page cannot be written.
     """
+    config = load_config(ViewConfig, config, settings)
     runs = list(map(read_run, config.run, names_of(config.run)))
     scores = [*answers, *map(read_scores, config.scores, names_of(config.scores))]
     sections: list[Section] = []

@@ -13,7 +13,7 @@ meter.py         what workers report -> how far the capture is
 """
 
 from todi_offline.capturing.config import CaptureConfig, CaptureSummary
-from todi_offline.capturing.coordinator import capture, capture_from
+from todi_offline.capturing.coordinator import capture
 from todi_offline.capturing.meter import CaptureProgress, Progress
 
-__all__ = ["CaptureConfig", "CaptureProgress", "CaptureSummary", "Progress", "capture", "capture_from"]
+__all__ = ["CaptureConfig", "CaptureProgress", "CaptureSummary", "Progress", "capture"]

@@ -17,7 +17,7 @@ from todi_offline.capturing.meter import CaptureProgress, Meter, Progress
 from todi_offline.capturing.ranks import join_ranks
 from todi_offline.capturing.work import ShardResult, Work
 from todi_offline.capturing.workers import start_workers
-from todi_offline.config import load_config
+from todi_offline.config import Setting, load_config
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import memory_errors
 from todi_offline.models import Tokenizer, load_tokenizer
@@ -25,46 +25,35 @@ from todi_offline.teacher import Teacher
 
 
 def capture(
-    teacher: "str | Teacher",
-    data: "str | Examples" = "stdlib",
-    out: "str | Path" = "cache",
+    teacher: "str | Teacher | None" = None,
+    data: "str | Examples | None" = None,
+    out: "str | Path | None" = None,
     *,
-    config: Path | None = None,
+    config: CaptureConfig | Path | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Setting,
 ) -> CaptureSummary:
     """Run a teacher once over a data set and keep its sparse targets in a cache.
 
-    `settings` are the fields of `CaptureConfig`'s tables by their own names (`k=64`, `max_length=2048`, ...); they win
-    over the TOML file `config`, and so do teacher, data and out, given or not: `capture_from` takes these from a file
-    too. The same call again goes on where the last one was stopped. A finished cache of other data is appended to: the
-    sequences whose content it lacks become a part of their own. With `reuse`, names of caches of the same teacher,
-    sequences that these hold are copied.
+    `config` is a `CaptureConfig`, or a TOML file of one. What is given beside it wins: teacher, data and out, and the
+    fields of the config's tables by their own names (`k=64`, `max_length=2048`, ...). The same call again goes on
+    where the last one was stopped. A finished cache of other data is appended to: the sequences whose content it lacks
+    become a part of their own. With `reuse`, names of caches of the same teacher, sequences that these hold are copied.
 
     Raises:
         TodiError: a setting, the data, the teacher or the folder cannot be used; see `todi_offline.errors`.
     """
-    named: dict[str, Any] = {"teacher": teacher if isinstance(teacher, str) else "(given)", "out": str(out)}
-    named |= {"data": data} if isinstance(data, str) else {}
-    return run(
-        load_config(CaptureConfig, config, {**settings, **named}),
-        None if isinstance(teacher, str) else teacher,
-        None if isinstance(data, str) else data,
-        progress,
-    )
-
-
-def capture_from(path: Path | None, settings: dict[str, Any], progress: Progress | None = None) -> CaptureSummary:
-    """Capture what a TOML file and settings say, the latter winning."""
-    return run(load_config(CaptureConfig, path, settings), progress=progress)
+    loaded = teacher if isinstance(teacher, Teacher) else None
+    examples = data if isinstance(data, Examples) else None
+    named: dict[str, Any] = {"teacher": "(given)" if loaded else teacher, "out": out}
+    named |= {} if examples else {"data": data}
+    settings |= {name: value for name, value in named.items() if value is not None}
+    return _capture(load_config(CaptureConfig, config, settings), loaded, examples, progress)
 
 
 @memory_errors("what is committed is safe; lower batch_tokens, and run the same command again")
-def run(
-    config: CaptureConfig,
-    teacher: Teacher | None = None,
-    examples: Examples | None = None,
-    progress: Progress | None = None,
+def _capture(
+    config: CaptureConfig, teacher: Teacher | None, examples: Examples | None, progress: Progress | None
 ) -> CaptureSummary:
     """Load what is not given, plan, copy and capture what is not committed yet, seal.
 

@@ -7,7 +7,7 @@ evaluating  the settings of both, and both as one call
 """
 
 from todi_offline.evaluation.distance import Distance, evaluate_cache
-from todi_offline.evaluation.evaluating import EvaluateConfig, EvaluateSummary, evaluate, evaluate_from
+from todi_offline.evaluation.evaluating import EvaluateConfig, EvaluateSummary, evaluate
 from todi_offline.evaluation.generation import Generation, Prompt, Prompts, answer, evaluate_generation, load_prompts
 from todi_offline.evaluation.tally import Estimate, Group
 
@@ -23,7 +23,6 @@ __all__ = [
     "answer",
     "evaluate",
     "evaluate_cache",
-    "evaluate_from",
     "evaluate_generation",
     "load_prompts",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.config import load_config, to_dict
+from todi_offline.config import Setting, load_config, to_dict
 from todi_offline.data import DataConfig
 from todi_offline.errors import ConfigError, ModelError
 from todi_offline.evaluation.distance import Distance, evaluate_cache
@@ -100,46 +100,44 @@ class EvaluateSummary:
 
 
 def evaluate(
-    student: str | Model,
+    student: str | Model | None = None,
     *,
     cache: "str | Path | Cache | None" = None,
     data: str | None = None,
     tokenizer: Tokenizer | None = None,
-    config: Path | None = None,
+    config: EvaluateConfig | Path | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Setting,
 ) -> EvaluateSummary:
     """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
 
-    `settings` are the fields of `EvaluateConfig`; they win over the TOML file `config`. A student that is already
-    loaded needs its `tokenizer`, and stays where it is.
+    `config` is an `EvaluateConfig`, or a TOML file of one; its fields given by their own names win over it. A student
+    that is already loaded needs its `tokenizer`, and stays where it is.
 
     Raises:
         TodiError: a setting, the student, the cache or the data cannot be used, or they do not fit.
     """
-    named: dict[str, Any] = {"student": student if isinstance(student, str) else "(given)"}
-    if cache is not None:
-        named["cache"] = "(given)" if isinstance(cache, Cache) else str(cache)
-    if data is not None:
-        named["data"] = data
-    return run(
-        load_config(EvaluateConfig, config, {**settings, **named}),
-        None if isinstance(student, str) else (student, tokenizer),
-        cache if isinstance(cache, Cache) else None,
+    loaded = None if student is None or isinstance(student, str) else student
+    opened = cache if isinstance(cache, Cache) else None
+    named: dict[str, Any] = {
+        "student": student if loaded is None else "(given)",
+        "cache": cache if opened is None else opened.root,
+        "data": data,
+    }
+    settings |= {name: value for name, value in named.items() if value is not None}
+    return _evaluate(
+        load_config(EvaluateConfig, config, settings),
+        None if loaded is None else (loaded, tokenizer),
+        opened,
         progress,
     )
 
 
-def evaluate_from(path: Path | None, settings: dict[str, Any], progress: Progress | None = None) -> EvaluateSummary:
-    """Evaluate what a TOML file and settings say, the latter winning."""
-    return run(load_config(EvaluateConfig, path, settings), progress=progress)
-
-
-def run(
+def _evaluate(
     config: EvaluateConfig,
-    student: tuple[Model, Tokenizer | None] | None = None,
-    cache: Cache | None = None,
-    progress: Progress | None = None,
+    student: tuple[Model, Tokenizer | None] | None,
+    cache: Cache | None,
+    progress: Progress | None,
 ) -> EvaluateSummary:
     """Load what is not given, measure, and keep what was found where `out` says."""
     if cache is None and config.cache is not None:
