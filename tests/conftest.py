@@ -5,6 +5,8 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import transformers
@@ -27,6 +29,14 @@ torch.set_num_threads(1)  # tiny matrices gain nothing from more, and wait where
 transformers.utils.logging.disable_progress_bar()
 
 Row = dict[str, list[dict[str, str]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the user's cache folder alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

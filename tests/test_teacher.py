@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
+import todi_offline.checkpoint
 import todi_offline.target_rows
 import todi_offline.teacher
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.layout import CacheSettings
-from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
-from todi_offline.models import output_head
+from todi_offline.capturing import capture
+from todi_offline.checkpoint import checkpoint_fingerprint
+from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TeacherOutputError
+from todi_offline.models import load_model, load_tokenizer, output_head
 from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
-    _adapter_hash,
-    _identity,
     as_teacher,
     length_batches,
     load_teacher,
@@ -163,10 +163,40 @@ def test_a_broken_logit_is_located_by_example_and_position(
         handle.remove()
 
 
-def test_a_teacher_has_the_same_fingerprint_wherever_its_files_lie(teacher: Teacher, tmp_path: Path) -> None:
-    first = load_teacher(TeacherConfig(teacher=str(save(llama(), tmp_path / "a")), device="cpu"))
-    second = load_teacher(TeacherConfig(teacher=str(save(llama(), tmp_path / "b")), device="cpu"))
-    assert teacher_fingerprint(first) == teacher_fingerprint(second) == teacher_fingerprint(teacher)
+def test_a_teacher_has_the_same_fingerprint_wherever_its_files_lie(tmp_path: Path) -> None:
+    folders = [save(llama(), tmp_path / name) for name in "ab"]
+    first, second = (load_teacher(TeacherConfig(teacher=str(folder), device="cpu")) for folder in folders)
+    assert teacher_fingerprint(first) == teacher_fingerprint(second)
+    assert teacher_fingerprint(first) == {**checkpoint_fingerprint(str(folders[0])), "dtype": "float32"}
+
+
+def test_a_teacher_handed_over_in_memory_is_identified_there(teacher: Teacher) -> None:
+    found = teacher_fingerprint(teacher)
+    assert found == teacher_fingerprint(as_teacher(llama(), tiny_tokenizer()))
+    assert "identified_by" not in found
+
+
+def test_an_offloaded_teacher_is_identified_by_its_files_alone(tmp_path: Path) -> None:
+    """Weights on no device stand for those that accelerate keeps on the disk."""
+    loaded = load_teacher(TeacherConfig(teacher=str(save(llama(), tmp_path)), device="cpu"))
+    expected = teacher_fingerprint(loaded)
+    loaded.model.model.layers[1].to("meta")
+    assert teacher_fingerprint(loaded) == expected
+    with pytest.raises(ModelError, match="some weights of the teacher are offloaded"):
+        teacher_fingerprint(dataclasses.replace(loaded, checkpoint=None))
+
+
+def test_a_cache_whose_teacher_was_identified_in_memory_is_appended_to_from_memory_alone(tmp_path: Path) -> None:
+    folder, cache = save(llama(), tmp_path / "model"), tmp_path / "cache"
+    in_memory = as_teacher(load_model(str(folder), device="cpu"), load_tokenizer(str(folder)))
+    settings = {"max_length": 64, "max_prompt_length": 32, "k": 8}
+    capture(in_memory, "stdlib", cache, limit=2, **settings)
+    with pytest.raises(CacheMismatchError) as raised:
+        capture(str(folder), "stdlib", cache, limit=3, device="cpu", **settings)
+    assert "by its weights in memory in the cache" in str(raised.value)
+    assert "by the files of its checkpoint now" in str(raised.value)
+    assert "weights:" not in str(raised.value)
+    assert capture(in_memory, "stdlib", cache, limit=3, **settings).num_sequences == 3
 
 
 def test_one_changed_weight_is_another_teacher(teacher: Teacher) -> None:
@@ -199,8 +229,8 @@ def test_an_adapter_is_worn_and_belongs_to_the_fingerprint(teacher: Teacher, tmp
     (expected,) = targets_of(as_teacher(adapted, tiny_tokenizer()), [example], SETTINGS)
     assert_same_targets(rows, expected)
     assert not np.allclose(rows.logprobs, plain.logprobs, atol=1e-3)
-    assert teacher_fingerprint(worn)["weights"] != teacher_fingerprint(teacher)["weights"]
     assert teacher_fingerprint(worn)["adapters"]
+    assert teacher_fingerprint(as_teacher(adapted, tiny_tokenizer()))["adapters"]
     moved = dataclasses.replace(
         config,
         teacher=str(shutil.copytree(folder, tmp_path / "copy")),
@@ -211,38 +241,11 @@ def test_an_adapter_is_worn_and_belongs_to_the_fingerprint(teacher: Teacher, tmp
         load_teacher(dataclasses.replace(config, adapter=str(tmp_path / "none")))
 
 
-class Ordered(set[str]):
-    """A set as another process may see it."""
-
-    def __init__(self, *items: str) -> None:
-        super().__init__(items)
-        self.items = items
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.items)
-
-    def __repr__(self) -> str:
-        return repr(self.items)
-
-
-def test_an_adapters_fingerprint_depends_neither_on_hash_seeds_nor_on_folders() -> None:
-    here = {"r": 4, "target_modules": Ordered("q_proj", "k_proj"), "base_model_name_or_path": "/here"}
-    there = {"r": 4, "target_modules": Ordered("k_proj", "q_proj"), "base_model_name_or_path": "/there"}
-    assert _adapter_hash(here) == _adapter_hash(there) != _adapter_hash(here | {"r": 8})
-
-
-def test_configs_within_a_config_name_no_folder_either() -> None:
-    inner = {"hidden_size": 8, "_name_or_path": "/here", "dtype": "float32", "id2label": {0: "a"}}
-    outer = {"_name_or_path": "/here", "text_config": inner}
-    there = {"_name_or_path": "/there", "text_config": inner | {"_name_or_path": "/there", "dtype": "bfloat16"}}
-    assert _identity(outer) == _identity(there) == {"text_config": {"hidden_size": 8, "id2label": {0: "a"}}}
-    assert _identity(outer) != _identity({"text_config": inner | {"hidden_size": 9}})
-
-
 def test_large_tensors_are_sampled_and_said_to_be(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     assert teacher_fingerprint(teacher)["sampled_tensors"] == []
-    monkeypatch.setattr(todi_offline.teacher, "_SAMPLED_TENSOR_BYTES", 16_384)
-    monkeypatch.setattr(todi_offline.teacher, "_BLOCK_BYTES", 512)
+    monkeypatch.setattr(todi_offline.teacher, "SAMPLED_TENSOR_BYTES", 16_384)
+    monkeypatch.setattr(todi_offline.checkpoint, "SAMPLED_TENSOR_BYTES", 16_384)
+    monkeypatch.setattr(todi_offline.checkpoint, "BLOCK_BYTES", 512)
     sampled = teacher_fingerprint(teacher)
     assert sampled["sampled_tensors"] == ["lm_head.weight", "model.embed_tokens.weight"]
     for row in (0, -1):

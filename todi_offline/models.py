@@ -7,13 +7,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from todi_offline.checkpoint import locate
 from todi_offline.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
@@ -278,14 +278,10 @@ def _is_linear(head: Any) -> bool:
 
 def _location(path: str) -> tuple[str, dict[str, Any]]:
     """Return what `from_pretrained` takes for a path."""
-    file = Path(path).expanduser()
-    if file.suffix == ".gguf":
-        if not file.is_file():
-            raise ModelError(f"there is no file {path}; name a GGUF file, a folder with a model, or a hub id")
-        return str(file.parent), {"gguf_file": file.name}
-    if not file.exists() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
-        raise ModelError(f"there is no folder {path}; name a folder with a model, a GGUF file, or a hub id")
-    return (str(file) if file.exists() else path), {}
+    place = locate(path)
+    if place is not None and place.is_file():
+        return str(place.parent), {"gguf_file": place.name}
+    return (path if place is None else str(place)), {}
 
 
 def _without_quantization(model: Model) -> Model:

@@ -1,5 +1,6 @@
 """Batches of examples in, the teacher's sparse targets at their supervised positions out."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,13 @@ from torch import Tensor
 from todi_offline.cache.format.fingerprint import hash_bytes, hash_json
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
+from todi_offline.checkpoint import (
+    SAMPLED_TENSOR_BYTES,
+    checkpoint_fingerprint,
+    identity_of_adapter,
+    identity_of_config,
+    sampled_ranges,
+)
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
 from todi_offline.models import (
@@ -29,11 +37,6 @@ from todi_offline.models import (
 from todi_offline.target_rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
 
 logger = logging.getLogger(__name__)
-
-_SAMPLED_TENSOR_BYTES = 256 * 2**20  # larger tensors are fingerprinted by every n-th block
-_BLOCK_BYTES = 2**20
-_NOT_IDENTITY = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")  # of a model's config
-_NOT_ADAPTER_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +75,8 @@ class Teacher:
     vocab_size: int
     """Ids that the tokenizer knows; logits beyond pad the embedding and are dropped."""
     head: ChunkedHead | None
+    checkpoint: tuple[str, str | None] | None = None
+    """The paths of the model and of its adapter, which identify it; None where the model was handed over in memory."""
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
@@ -91,11 +96,11 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     )
     if config.adapter:
         model = _with_adapter(model, config.adapter)
-    return as_teacher(model, tokenizer)
+    return dataclasses.replace(as_teacher(model, tokenizer), checkpoint=(config.teacher, config.adapter))
 
 
 def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
-    """Make a teacher of a model that is already loaded."""
+    """Make a teacher of a model that is already loaded; its weights in memory identify it."""
     with evaluation_mode(model):
         return Teacher(model, tokenizer, real_vocab_size(tokenizer, model), chunked_head(model))
 
@@ -164,22 +169,35 @@ def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSet
 
 
 def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
-    """Return what identifies a teacher: hashes of config, weights and adapters, its dtype, and its kind for people.
+    """Return what identifies a teacher, and the dtype in which it runs.
 
-    A copy in another folder has the same; a fine-tune of one layer has not. Of tensors beyond 256 MiB every n-th
-    block of 1 MiB is hashed, always the first and the last; `sampled_tensors` names them.
+    Of a teacher that was loaded from a checkpoint see `checkpoint_fingerprint`; of one that was handed over in memory
+    the same is taken from its weights there, with other hashes.
+
+    Raises:
+        ModelError: the files of the checkpoint cannot be read, or weights in memory are on no device.
     """
-    model = teacher.model
+    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    if teacher.checkpoint is not None:
+        return {**checkpoint_fingerprint(*teacher.checkpoint), "dtype": dtype}
+    return {**_memory_fingerprint(teacher.model), "dtype": dtype}
+
+
+def _memory_fingerprint(model: Model) -> dict[str, Any]:
     tensors = sorted(model.state_dict().items())
-    adapters = {name: _adapter_hash(value.to_dict()) for name, value in getattr(model, "peft_config", {}).items()}
+    if any(tensor.is_meta for _, tensor in tensors):
+        raise ModelError(
+            "some weights of the teacher are offloaded, so that they cannot be fingerprinted in memory; name the path "
+            "of its checkpoint instead: capture(teacher=PATH), or load_teacher(TeacherConfig(teacher=PATH))"
+        )
+    adapters = getattr(model, "peft_config", {})
     return {
         "model_type": model.config.model_type,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "config": hash_json(_identity(model.config.to_dict())),
+        "config": hash_json(identity_of_config(model.config.to_dict())),
         "weights": hash_bytes(piece for name, tensor in tensors for piece in _tensor_pieces(name, tensor)),
-        "sampled_tensors": [name for name, tensor in tensors if tensor.nbytes > _SAMPLED_TENSOR_BYTES],
-        "adapters": adapters,
+        "sampled_tensors": [name for name, tensor in tensors if tensor.nbytes > SAMPLED_TENSOR_BYTES],
+        "adapters": {name: hash_json(identity_of_adapter(value.to_dict())) for name, value in adapters.items()},
     }
 
 
@@ -203,32 +221,11 @@ def _logit_chunks(
         yield teacher.head.logits(hidden)[:, : teacher.vocab_size]
 
 
-def _identity(config: Any) -> Any:
-    """Return of a model's config, and of those within it, what decides its logits."""
-    if not isinstance(config, dict):
-        return config
-    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY and not str(key).startswith("_")}
-    return {key: _identity(value) for key, value in kept.items()}
-
-
-def _adapter_hash(config: dict[str, Any]) -> str:
-    """Hash an adapter's config; its module names are a set, whose order another process would not repeat."""
-    return hash_json(
-        {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in config.items()
-            if key not in _NOT_ADAPTER_IDENTITY
-        }
-    )
-
-
 def _tensor_pieces(name: str, tensor: Tensor) -> Iterator[bytes]:
     yield f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode()
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    step = max(1, -(-flat.numel() // _SAMPLED_TENSOR_BYTES)) * _BLOCK_BYTES
-    starts = {*range(0, flat.numel(), step), max(0, flat.numel() - _BLOCK_BYTES)}
-    for start in sorted(starts):
-        yield flat[start : start + _BLOCK_BYTES].cpu().numpy().tobytes()
+    for start, stop in sampled_ranges(flat.numel()):
+        yield flat[start:stop].cpu().numpy().tobytes()
 
 
 def _with_adapter(model: Model, adapter: str) -> Model:

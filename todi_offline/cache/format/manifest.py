@@ -117,9 +117,25 @@ def identity_differences(
     plain = [name for name in names if name != "tokenizer"]
     mine, other = ({name: values[name] for name in plain} for values in (found.to_json(), wanted.to_json()))
     lines = differences(mine, other, where)
+    if "teacher" in names and _identified_otherwise(found.teacher, wanted.teacher):
+        lines = [line for line in lines if not line.startswith("teacher.")] + [_otherwise_identified(found, where)]
     if "tokenizer" in names:
         lines += [f"tokenizer.{line}" for line in tokenizer_differences(found.tokenizer, wanted.tokenizer, where)]
     return lines
+
+
+def _identified_otherwise(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    both_have_weights = {"weights"} <= found.keys() & wanted.keys()
+    return both_have_weights and ("identified_by" in found) != ("identified_by" in wanted)
+
+
+def _otherwise_identified(found: Manifest, where: tuple[str, str]) -> str:
+    by_files, in_memory = where if "identified_by" in found.teacher else where[::-1]
+    return (
+        f"teacher: identified by its weights in memory {in_memory}, as in caches of earlier releases, and by the files "
+        f"of its checkpoint {by_files}, which cannot be compared (a teacher that Python hands over, by "
+        "as_teacher(load_model(PATH), load_tokenizer(PATH)), is identified by its weights in memory)"
+    )
 
 
 def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: str) -> None:
