@@ -11,12 +11,21 @@ from torch.nn.functional import cross_entropy
 
 from todi_offline.errors import ConfigError, TargetsError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, dense_divergence, distillation_loss, sparse_divergence
-from todi_offline.losses.divergences import curvature, installed_divergence, skew_forward_kl, todi
+from todi_offline.losses.divergences import (
+    alpha_mixture,
+    entropy_gate,
+    installed_divergence,
+    near_teacher,
+    resolve,
+    skew_forward_kl,
+    todi,
+)
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
 from todi_offline.targets import SparseTargets, sparsify
 
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
-F_DIVERGENCES = [name for name in DIVERGENCES if name not in ("adaptive_kl", "alpha_beta")]  # and ToDi, alike here
+OTHERS = ("adaptive_kl", "alpha_beta", "alpha_mixture", "concrete_score", "entropy_gate")
+F_DIVERGENCES = [name for name in DIVERGENCES if name not in OTHERS]  # and ToDi, alike here
 SMOOTH = [name for name in DIVERGENCES if name != "tvd"]
 TEMPERATURES = (1.0, 2.0)
 
@@ -72,6 +81,9 @@ def every_draw(targets, logits):
         ("skew_forward_kl", 1.0, 0.069577966524),
         ("skew_reverse_kl", 1.0, 0.072827533459),
         ("alpha_beta", 1.0, 0.102590650444),
+        ("alpha_mixture", 1.0, 0.069086638659),
+        ("concrete_score", 1.0, 0.096773963219),
+        ("entropy_gate", 1.0, 0.092032850234),  # an entropy of 0.80 nats
         ("adaptive_kl", 1.0, 0.088577838096),  # head gap .2 of .4: half of each KL
     ],
 )
@@ -334,6 +346,8 @@ RATES = {
 def test_a_free_student_ends_at_the_teacher_on_the_kept_ids(divergence, tail):
     uniforms = (torch.arange(50, dtype=torch.float64)[None] + 0.5) / 50
     targets = sparsify(FIXED_POINT_TEACHER, 3, uniforms=uniforms)
+    if (divergence, tail) == ("concrete_score", "none"):
+        return  # it matches differences of logits alone: any multiple of the teacher's kept probabilities is a solution
     q = optimise(
         lambda logits: sparse_divergence(logits, targets, divergence, tail=tail),
         6,
@@ -493,16 +507,107 @@ def test_a_divergence_carries_its_own_curvature():
     def squares(teacher, student):
         return (teacher.exp() - student.exp()).square().sum(-1)
 
-    weighted = curvature(3.0)(lambda teacher, student: squares(teacher, student))
+    weighted = near_teacher(3.0)(lambda teacher, student: squares(teacher, student))
     for function, weight in ((squares, 1.0), (weighted, 3.0), ("jeffreys", 2.0), ("js", 0.25), ("todi", 2.5)):
         found = sparse_divergence(student, targets, function, beta=1.5)
         torch.testing.assert_close(
             found, sparse_divergence(student, targets, function, beta=1.5, tail_weight=weight), msg=str(function)
         )
     near = teacher + 1e-4 * random_logits(4, 12, 3)
-    for name in ("jeffreys", "js", "skew_forward_kl", "skew_reverse_kl"):
+    for name in ("jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "alpha_mixture", "concrete_score"):
         ratio = dense_divergence(near, teacher, name) / dense_divergence(near, teacher, "forward_kl")
-        torch.testing.assert_close(ratio, torch.full_like(ratio, DIVERGENCES[name].curvature), rtol=1e-3, atol=0)
+        torch.testing.assert_close(ratio, torch.full_like(ratio, resolve(name, 1.0).curvature), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("divergence", [name for name in SMOOTH if name != "alpha_beta"])
+def test_the_strength_of_a_divergence_is_its_gradient_over_forward_kls_near_the_teacher(divergence):
+    teacher = random_logits(4, 12, 2, scale=1.0)
+    near = (teacher + 1e-4 * random_logits(4, 12, 3)).requires_grad_()
+    found, forward = (
+        gradient(dense_divergence(near, teacher, name, beta=0.5), near) for name in (divergence, "forward_kl")
+    )
+    torch.testing.assert_close(
+        found, resolve(divergence, 0.5).strength * forward, rtol=1e-2, atol=1e-3 * forward.abs().max().item()
+    )
+
+
+# The divergences that take parameters
+
+
+def test_the_alpha_mixture_at_minus_one_is_the_skew_forward_kl_and_at_one_geometric():
+    student, teacher = random_logits(4, 12, 1).requires_grad_(), random_logits(4, 12, 2)
+    mixture = functools.partial(alpha_mixture, alpha=-1.0)
+    for tail in ("bucket", "none"):
+        found, skew = (
+            sparse_divergence(student, sparsify(teacher, 4), each, tail=tail) for each in (mixture, "skew_forward_kl")
+        )
+        torch.testing.assert_close(found, skew)
+        torch.testing.assert_close(gradient(found, student), gradient(skew, student))
+    geometric = (0.3 * teacher.log_softmax(-1) + 0.7 * student.log_softmax(-1)).log_softmax(-1)
+    found = dense_divergence(student, teacher, functools.partial(alpha_mixture, alpha=1.0, lam=0.3))
+    torch.testing.assert_close(found, dense_divergence(geometric, teacher, "forward_kl"))
+
+
+@pytest.mark.parametrize("alpha", [-3.0, -1.0, 0.0, 0.5, 1.0, 3.0])
+def test_the_alpha_mixture_is_the_obvious_formula_at_any_alpha(alpha):
+    student, teacher = random_logits(3, 9, 1), random_logits(3, 9, 2)
+    found = dense_divergence(student, teacher, functools.partial(alpha_mixture, alpha=alpha, lam=0.4))
+    expected = [
+        reference.alpha_mixture(probabilities(t), probabilities(s), alpha, 0.4)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_the_concrete_score_has_the_gradient_of_differences_of_logits():
+    student, teacher = random_logits(3, 9, 1).requires_grad_(), random_logits(3, 9, 2)
+    q, difference = student.detach().softmax(-1), student.detach() - teacher
+    expected = q * (difference - (q * difference).sum(-1, keepdim=True))
+    torch.testing.assert_close(gradient(dense_divergence(student, teacher, "concrete_score"), student), expected)
+
+
+def test_the_entropy_gate_takes_forward_kl_where_the_teacher_is_unsure():
+    teacher = torch.tensor([[9.0, 0.0, 0.0], [0.5, 0.0, 0.0]], dtype=torch.float64)
+    student = random_logits(2, 3, 1)
+    found = dense_divergence(student, teacher, functools.partial(entropy_gate, threshold=0.9))
+    forward, reverse = (dense_divergence(student, teacher, name) for name in ("forward_kl", "reverse_kl"))
+    torch.testing.assert_close(found, torch.stack([reverse[0], forward[1]]))
+
+
+# The weights of the parts
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 1.0), (3, 2.0), (4, 1.0)])
+def test_the_parts_of_forward_kl_are_weighted_as_the_obvious_formula_does(k, temperature):
+    student, teacher = random_logits(1, 11, 10).requires_grad_(), random_logits(1, 11, 11)
+    enumerated, chance = every_draw(sparsify(teacher, 4, num_tail_samples=1), teacher)
+    weights = {"mass_weight": 0.5, "head_weight": 3.0, "tail_weight": 0.7}
+    of_each_draw = sparse_divergence(
+        student.expand(len(chance), -1), enumerated, "forward_kl", temperature=temperature, k=k, **weights
+    )
+    expectation = (chance * of_each_draw).sum()
+    p, q = probabilities(teacher[0], temperature), student.detach().numpy()[0]
+    kept = reference.top_k(np.log(p), k)
+
+    def expected(logits):
+        return reference.decoupled_kl(p, np.exp(reference.log_softmax(logits, temperature)), kept, 0.5, 3.0, 0.7)
+
+    assert expectation.item() == pytest.approx(expected(q), rel=1e-10)
+    np.testing.assert_allclose(gradient(expectation, student)[0], reference.finite_difference(expected, q), atol=1e-8)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_parts_add_up_and_the_weight_of_the_masses_is_that_of_two_entries(divergence):
+    student, teacher = random_logits(3, 11, 10), random_logits(3, 11, 11)
+    targets = sparsify(teacher, 4)
+    masses = sparse_divergence(student, targets, divergence, head_weight=0.0)
+    head = sparse_divergence(student, targets, divergence, mass_weight=0.0)
+    torch.testing.assert_close(masses + head, sparse_divergence(student, targets, divergence))
+    for row in range(3):
+        p, q = probabilities(teacher[row]), probabilities(student[row])
+        kept = reference.top_k(np.log(p), 4)
+        pair = (np.array([v[kept].sum(), 1 - v[kept].sum()]) for v in (p, q))
+        assert masses[row].item() == pytest.approx(reference.DIVERGENCES[divergence](*pair), rel=1e-9)
 
 
 def test_rows_are_taken_as_a_cache_gives_them(cache):
@@ -548,9 +653,11 @@ def test_what_targets_cannot_give_is_refused(arguments, message):
         ({"beta": math.nan}, "beta is nan; expected -1 or more"),
         ({"beta": math.inf}, "beta is inf; expected -1 or more"),
         ({"tail_weight": -1.0}, "tail_weight is -1.0; expected 0 or more"),
+        ({"head_weight": -1.0}, "head_weight is -1.0; expected 0 or more"),
+        ({"mass_weight": 2.0, "tail": "none"}, "head_weight and mass_weight .*; tail='none' has no tail"),
         ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
         ({"k": 0}, "k is 0; expected 1 or more"),
-        ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*alpha_beta$"),
+        ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*entropy_gate$"),
     ],
 )
 def test_what_is_unknown_or_out_of_range_is_refused(arguments, message):
@@ -593,7 +700,7 @@ def test_an_installed_package_may_name_a_divergence(installed):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("square", "is 'square'; expected one of todi, .*alpha_beta, absent, gone, .*; did you mean 'squares'"),
+        ("square", "is 'square'; expected one of todi, .*entropy_gate, absent, gone, .*; did you mean 'squares'"),
         ("gone", "'gone', made_divergences:gone, cannot be loaded: .*no attribute 'gone'"),
         ("absent", "'absent', made_by_nobody:squares, cannot be loaded: No module named 'made_by_nobody'"),
         ("made_divergences:gone", "'made_divergences:gone', made_divergences:gone, cannot be loaded"),

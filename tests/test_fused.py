@@ -80,6 +80,10 @@ def test_the_size_of_the_chunks_does_not_matter(chunk_targets, temperature):
     assert_equal(case(), chunk_targets, temperature=temperature)
 
 
+def test_the_parts_of_a_divergence_may_be_weighted():
+    assert_equal(case(), head_weight=0.4, mass_weight=2.0, tail_weight=0.7)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.3, 1.0])
 def test_either_part_of_the_loss_may_have_no_weight(kd_weight, temperature):

@@ -115,4 +115,6 @@ def test_the_functions_of_the_mathematics_take_these() -> None:
         "*k": None,
         "*tail": "auto",
         "*tail_weight": None,
+        "*head_weight": 1.0,
+        "*mass_weight": 1.0,
     }

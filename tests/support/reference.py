@@ -116,6 +116,46 @@ def alpha_beta(p: Vector, q: Vector, alpha: float = 0.2, beta: float = 0.7) -> f
     return -total / (alpha * beta)
 
 
+def alpha_mixture(p: Vector, q: Vector, alpha: float = 0.0, lam: float = 0.1) -> float:
+    power = (1 - alpha) / 2
+    if power:
+        mixture = np.array(
+            [(lam * p_i**power + (1 - lam) * q_i**power) ** (1 / power) for p_i, q_i in zip(p, q, strict=True)]
+        )
+    else:
+        mixture = np.array([p_i**lam * q_i ** (1 - lam) for p_i, q_i in zip(p, q, strict=True)])
+    return forward_kl(p, mixture * (lam * p + (1 - lam) * q).sum() / mixture.sum())
+
+
+def concrete_score(p: Vector, q: Vector, gate_q: Vector | None = None) -> float:
+    """All pairs: half of sum q_i q_j (r_i - r_j)^2 / 2 over the sum of q."""
+    gate_q = q if gate_q is None else gate_q
+    r = np.log(p / q)
+    pairs = math.fsum(
+        w * v * (a - b) ** 2 for w, a in zip(gate_q, r, strict=True) for v, b in zip(gate_q, r, strict=True)
+    )
+    return pairs / 4 / gate_q.sum()
+
+
+def entropy_gate(p: Vector, q: Vector, threshold: float = 1.0) -> float:
+    entropy = -math.fsum(p_i * math.log(p_i) for p_i in p)
+    return forward_kl(p, q) if entropy > threshold else reverse_kl(p, q)
+
+
+def decoupled_kl(p: Vector, q: Vector, kept: Sequence[int], masses: float, head: float, tail: float) -> float:
+    """The three terms of forward KL, each with a weight."""
+
+    def inside(ids: Sequence[int]) -> float:
+        p_mass, q_mass = math.fsum(p[ids]), math.fsum(q[ids])
+        return p_mass * math.fsum(p[i] / p_mass * math.log(p[i] / p_mass / (q[i] / q_mass)) for i in ids)
+
+    others = off(kept, len(p))
+    between = math.fsum(
+        math.fsum(p[ids]) * math.log(math.fsum(p[ids]) / math.fsum(q[ids])) for ids in (list(kept), others)
+    )
+    return masses * between + head * inside(list(kept)) + tail * inside(others)
+
+
 DIVERGENCES: dict[str, Callable[..., float]] = {
     "todi": todi,
     "forward_kl": forward_kl,
@@ -127,9 +167,12 @@ DIVERGENCES: dict[str, Callable[..., float]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+    "alpha_mixture": alpha_mixture,
+    "concrete_score": concrete_score,
+    "entropy_gate": entropy_gate,
 }
 
-STOPS_GRADIENT = ("todi", "adaptive_kl")
+STOPS_GRADIENT = ("todi", "adaptive_kl", "concrete_score")
 
 
 def finite_difference(function: Callable[[Vector], float], point: Vector, step: float = 1e-5) -> Vector:

@@ -15,7 +15,7 @@ class DistillationConfig:
     """The objective: (1 - kd_weight) CE + kd_weight KD.
 
     Raises:
-        ConfigError: a setting is unknown or out of range. What only the targets can tell, they are asked when used.
+        ConfigError: a setting is unknown or out of range. Settings that depend on the targets are checked when used.
     """
 
     divergence: str | Divergence = "todi"
@@ -30,6 +30,10 @@ class DistillationConfig:
     """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
     tail_weight: float | None = None
     """Weight of the sampled tail's term; by default the divergence's own curvature."""
+    head_weight: float = 1.0
+    """Weight of what the divergence sees inside the k kept ids; 1 leaves the divergence as it is."""
+    mass_weight: float = 1.0
+    """Weight of the divergence between two entries, the mass of the kept ids and that of the tail."""
     kd_weight: float = 0.5
     """0 is plain fine-tuning, 1 distillation alone."""
 
@@ -44,5 +48,12 @@ class DistillationConfig:
             raise ConfigError(f"temperature is {self.temperature}; expected more than 0")
         if self.k is not None and self.k < 1:
             raise ConfigError(f"k is {self.k}; expected 1 or more, or none for all that the cache holds")
-        if self.tail_weight is not None and not 0 <= self.tail_weight < math.inf:
-            raise ConfigError(f"tail_weight is {self.tail_weight}; expected 0 or more")
+        self._check_weights_of_parts()
+
+    def _check_weights_of_parts(self) -> None:
+        weights = {"tail_weight": self.tail_weight, "head_weight": self.head_weight, "mass_weight": self.mass_weight}
+        for name, weight in weights.items():
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ConfigError(f"{name} is {weight}; expected 0 or more")
+        if self.tail == "none" and not self.head_weight == self.mass_weight == 1:
+            raise ConfigError("head_weight and mass_weight weight the head against the tail; tail='none' has no tail")

@@ -11,13 +11,14 @@ are stationary there as they stand.
 
 A new divergence is one function of two tensors of log-probs [..., entry]: passed in place of a name, named
 `module:function`, or named by an installed package in its entry points of the group `todi_offline.divergences`.
-Parameters other than ToDi's beta are bound with functools.partial; `curvature` says how strong it is near q = p.
+Parameters other than ToDi's beta are bound with functools.partial; `near_teacher` says how strong it is near q = p.
 """
 
 import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -33,11 +34,26 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-def curvature(value: float) -> Callable[[F], F]:
-    """Say what a divergence is near q = p over forward KL, where that is not 1: the sampled tail is weighted by it."""
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A divergence as it is used: a function of the log-probs of both models, and how strong it is near q = p.
+
+    Attributes:
+        function: two tensors of log-probs [..., entry] in, one value a position out.
+        curvature: its value near q = p over that of forward KL; the sampled tail is weighted by it.
+        strength: its gradient near q = p over that of forward KL.
+    """
+
+    function: Divergence
+    curvature: float = 1.0
+    strength: float = 1.0
+
+
+def near_teacher(curvature: float) -> Callable[[F], F]:
+    """Mark a divergence with its value near q = p over forward KL's, where that is not 1."""
 
     def mark(function: F) -> F:
-        function.curvature = value  # type: ignore[attr-defined]
+        function.curvature = curvature  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -67,13 +83,13 @@ def reverse_kl(teacher: Logprobs, student: Logprobs) -> PerPosition:
     return forward_kl(student, teacher)
 
 
-@curvature(2.0)
+@near_teacher(2.0)
 def jeffreys(teacher: Logprobs, student: Logprobs) -> PerPosition:
     """Return KL(p || q) + KL(q || p) = sum (p - q) r."""
     return ((teacher.exp() - student.exp()) * (teacher - student)).sum(-1)
 
 
-@curvature(0.25)
+@near_teacher(0.25)
 def js(teacher: Logprobs, student: Logprobs) -> PerPosition:
     """Return (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2."""
     middle = _mixture(teacher, student, 0.5)
@@ -85,13 +101,13 @@ def tvd(teacher: Logprobs, student: Logprobs) -> PerPosition:
     return (teacher.exp() - student.exp()).abs().sum(-1) / 2
 
 
-@curvature(0.81)  # (1 - lam)^2
+@near_teacher(0.81)  # (1 - lam)^2
 def skew_forward_kl(teacher: Logprobs, student: Logprobs, lam: float = 0.1) -> PerPosition:
     """Return KL(p || lam p + (1 - lam) q), 0 < lam < 1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
     return forward_kl(teacher, _mixture(teacher, student, lam))
 
 
-@curvature(0.81)
+@near_teacher(0.81)
 def skew_reverse_kl(teacher: Logprobs, student: Logprobs, lam: float = 0.1) -> PerPosition:
     """Return KL(q || (1 - lam) p + lam q), 0 < lam < 1 (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
     return forward_kl(student, _mixture(student, teacher, lam))
@@ -124,6 +140,47 @@ def alpha_beta(teacher: Logprobs, student: Logprobs, alpha: float = 0.2, beta: f
     return terms.sum(-1) / (alpha * beta * s)
 
 
+@near_teacher(0.81)  # (1 - lam)^2
+def alpha_mixture(teacher: Logprobs, student: Logprobs, alpha: float = 0.0, lam: float = 0.1) -> PerPosition:
+    """Return KL(p || m), m the alpha-mixture of p and q: m ~ (lam p^s + (1 - lam) q^s)^(1/s), s = (1 - alpha) / 2.
+
+    With alpha = -1 it is the skew forward KL; with alpha = 1, where s is 0, m ~ p^lam q^(1 - lam). m is scaled to the
+    sum of lam p + (1 - lam) q, which is 1 where the entries sum to one.
+    AMiD, Shin et al. 2025, arXiv 2510.15982, whose mixture goes with any divergence; the defaults here are ours.
+    """
+    s = (1 - alpha) / 2
+    mixture = lam * teacher + (1 - lam) * student if s == 0 else _mixture(s * teacher, s * student, lam) / s
+    total = _mixture(teacher, student, lam).logsumexp(-1, keepdim=True)
+    return forward_kl(teacher, mixture - mixture.logsumexp(-1, keepdim=True) + total)
+
+
+def concrete_score(teacher: Logprobs, student: Logprobs) -> PerPosition:
+    """Return half the variance of r under q, the weights q without gradient.
+
+    The gradient by the student's logits z is q_i (d_i - sum q_j d_j), d = z less the teacher's logits, which is that of
+    the concrete score loss with both weights the student's: it matches differences of logits. With the kept ids alone
+    it is 0 wherever p and q are proportional.
+    CSD, Kim et al. 2025, arXiv 2509.25837, as `csd` in losses.py of github.com/aailab-kaist/CSD.
+    """
+    weight = student.detach().softmax(-1)
+    ratio = teacher - student
+    mean = (weight * ratio).sum(-1, keepdim=True)
+    total = student.detach().exp().sum(-1)
+    return total * (weight * (ratio - mean).square()).sum(-1) / 2
+
+
+def entropy_gate(teacher: Logprobs, student: Logprobs, threshold: float = 1.0) -> PerPosition:
+    """Return KL(p || q) where the teacher's entropy is above the threshold, in nats, and KL(q || p) elsewhere.
+
+    The entropy is that of the entries: the tail's bucket counts as one entry, so the entropy is a lower bound of the
+    dense one.
+    After Jin et al. 2026, arXiv 2603.07079, which by its abstract adds the forward KL to the reverse one where the
+    teacher is unsure; here it takes its place. The threshold is ours.
+    """
+    entropy = -(teacher.exp() * teacher).sum(-1)
+    return torch.where(entropy > threshold, forward_kl(teacher, student), reverse_kl(teacher, student))
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "todi": todi,
     "forward_kl": forward_kl,
@@ -135,18 +192,21 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_reverse_kl": skew_reverse_kl,
     "adaptive_kl": adaptive_kl,
     "alpha_beta": alpha_beta,
+    "alpha_mixture": alpha_mixture,
+    "concrete_score": concrete_score,
+    "entropy_gate": entropy_gate,
 }
 
 ENTRY_POINTS = "todi_offline.divergences"
 """The group of entry points in which packages name divergences of their own."""
 
 
-def resolve(divergence: str | Divergence, beta: float) -> tuple[Divergence, float]:
-    """Return a divergence as a function of two tensors, and its value near q = p over forward KL's: its curvature.
+def resolve(divergence: str | Divergence, beta: float) -> Resolved:
+    """Return a divergence with what it is near q = p; beta is ToDi's.
 
-    ToDi's is 1 + beta. Its gradient there is only 1 + beta / 2 of forward KL's, for its gate takes none. But the tail
-    of a real student is not near: with a vocabulary of 4,096, beta = 1 and T = 1 it was measured at 2.2 to 2.3, by
-    least squares.
+    ToDi's curvature is 1 + beta, its strength only 1 + beta / 2, for its gate takes no gradient. But the tail of a real
+    student is not near: with a vocabulary of 4,096, beta = 1 and T = 1 the weight that fits best was measured at 2.2 to
+    2.3, by least squares. The others are as strong as their curvature.
 
     Raises:
         ConfigError: no divergence has that name, or beta is out of range.
@@ -157,8 +217,9 @@ def resolve(divergence: str | Divergence, beta: float) -> tuple[Divergence, floa
     if isinstance(function, str):
         function = DIVERGENCES.get(function) or installed_divergence(function)
     if function is todi:
-        return functools.partial(todi, beta=beta), 1 + beta
-    return function, getattr(function, "curvature", 1.0)
+        return Resolved(functools.partial(todi, beta=beta), 1 + beta, 1 + beta / 2)
+    curvature = getattr(function, "curvature", 1.0)
+    return Resolved(function, curvature, curvature)
 
 
 def values_of(function: Divergence, teacher: Logprobs, student: Logprobs) -> PerPosition:

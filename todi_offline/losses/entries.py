@@ -36,9 +36,8 @@ def dense_divergence(
     Raises:
         ConfigError: the divergence is unknown.
     """
-    function, _ = resolve(divergence, beta)
     return values_of(
-        function,
+        resolve(divergence, beta).function,
         _above_floor(teacher_logits.detach(), temperature).log_softmax(-1),
         _above_floor(student_logits, temperature).log_softmax(-1),
     )
@@ -54,6 +53,8 @@ def sparse_divergence(
     k: int | None = None,
     tail: str = "auto",
     tail_weight: float | None = None,
+    head_weight: float = 1.0,
+    mass_weight: float = 1.0,
 ) -> Float[Tensor, " target"]:
     """Return the divergence of each position from sparse targets; beta is ToDi's, k keeps fewer columns.
 
@@ -75,13 +76,23 @@ def sparse_divergence(
     - "none": the kept ids alone, by their true probabilities.
     - "auto": "sampled" where samples are stored, else "bucket".
 
+    mass_weight and head_weight weight the two parts of the bucket's divergence: between the mass of the kept ids and
+    the tail's, and inside the kept ids.
+
     Raises:
         ConfigError: the divergence or the tail is unknown, or a number is out of range.
         TargetsError: k is out of range, the temperature was not captured, or "sampled" is asked of targets that hold
             no samples.
     """
     config = DistillationConfig(
-        divergence=divergence, beta=beta, temperature=temperature, k=k, tail=cast("Tail", tail), tail_weight=tail_weight
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        k=k,
+        tail=cast("Tail", tail),
+        tail_weight=tail_weight,
+        head_weight=head_weight,
+        mass_weight=mass_weight,
     )
     targets = as_tensors(targets, student_logits.device)
     student, _ = student_entries(student_logits, targets, temperature)
@@ -112,6 +123,10 @@ class Entries:
     def with_bucket(self) -> Float[Tensor, "target entry"]:
         """Return the kept entries and the tail as one more."""
         return torch.cat([self.kept, self.tail[:, None]], dim=-1)
+
+    def head_and_tail(self) -> Float[Tensor, "target 2"]:
+        """Return the kept entries as one and the tail as the other."""
+        return torch.stack([self.kept.logsumexp(-1), self.tail], dim=-1)
 
     def narrow(self, k: int) -> "Entries":
         """Return the first k entries, the others moved into the tail; the samples are not of it, and go."""
@@ -158,19 +173,35 @@ def student_entries(
 
 def entry_divergence(teacher: Entries, student: Entries, config: DistillationConfig) -> Float[Tensor, " target"]:
     """Return what `sparse_divergence` documents, from the entries of both models."""
-    function, curvature = resolve(config.divergence, config.beta)
+    resolved = resolve(config.divergence, config.beta)
     tail = config.tail
     if tail == "auto":
         tail = "bucket" if teacher.sampled is None else "sampled"
     k = teacher.kept.shape[1] if config.k is None else config.k
     near_teacher, near_student = teacher.narrow(k), student.narrow(k)
     if tail == "none":
-        return values_of(function, near_teacher.kept, near_student.kept)
-    bucket = values_of(function, near_teacher.with_bucket(), near_student.with_bucket())
+        return values_of(resolved.function, near_teacher.kept, near_student.kept)
+    bucket = _with_bucket(resolved.function, near_teacher, near_student, config)
     if tail == "bucket":
         return bucket
-    weight = curvature if config.tail_weight is None else config.tail_weight
+    weight = resolved.curvature if config.tail_weight is None else config.tail_weight
     return bucket + weight * _tail_forward_kl(teacher, student, k)
+
+
+def _with_bucket(
+    function: Divergence, teacher: Entries, student: Entries, config: DistillationConfig
+) -> Float[Tensor, " target"]:
+    """Return the divergence of the kept entries and the tail, its two parts weighted.
+
+    One part is the divergence of two entries, head and tail; the other is what is left, the part inside the head. For
+    KL(p || q) the latter is the head's mass under p times the KL of both models' distributions inside the head.
+    With the sampled tail these are the three terms of Dasgupta et al. 2026, arXiv 2602.20816.
+    """
+    whole = values_of(function, teacher.with_bucket(), student.with_bucket())
+    if config.head_weight == config.mass_weight == 1:
+        return whole
+    masses = values_of(function, teacher.head_and_tail(), student.head_and_tail())
+    return config.mass_weight * masses + config.head_weight * (whole - masses)
 
 
 def _tail_forward_kl(teacher: Entries, student: Entries, k: int) -> Float[Tensor, " target"]:
