@@ -5,6 +5,7 @@
     ├── DataError                a data set that cannot be read as examples
     ├── ModelError               a model, tokenizer or adapter that cannot be loaded or does not fit
     │   └── TeacherOutputError   NaN or +inf among the teacher's logits
+    ├── EngineError              a serving engine that has failed, does not answer, or is not one known here
     ├── TargetsError             targets asked for in a form that they do not have
     ├── DivergedError            a run whose loss is no finite number any more
     ├── OutOfMemoryError         the machine or a device has no memory left
@@ -56,6 +57,10 @@ class TeacherOutputError(ModelError):
         """Keep the row, so that a caller can name the example that it belongs to."""
         super().__init__(message)
         self.row = row
+
+
+class EngineError(TodiError):
+    """A serving engine has failed, does not answer, or works in a way that is unknown here."""
 
 
 class TargetsError(TodiError):

@@ -1,0 +1,57 @@
+"""Calls of an engine that may never return: results, errors, and a wait that ends."""
+
+import threading
+import time
+
+import pytest
+
+from todi_offline.errors import EngineError
+from todi_offline.vllm_teacher.watchdog import Watchdog
+
+
+def test_a_call_returns_what_the_function_does_from_one_other_thread() -> None:
+    watchdog = Watchdog("the engine", 10)
+    threads = {watchdog.call("work", threading.get_ident) for _ in range(3)}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    watchdog.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("its own"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_the_function_is_raised_and_the_next_call_works(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    watchdog = Watchdog("the engine", 10)
+    with pytest.raises(type(error)) as caught:
+        watchdog.call("work", fail)
+    assert caught.value is error
+    assert watchdog.call("work", lambda: 1) == 1
+    watchdog.close()
+
+
+def test_a_call_without_a_sign_of_life_ends_and_no_other_is_made() -> None:
+    released = threading.Event()
+    watchdog = Watchdog("the engine", 0.05)
+    with pytest.raises(EngineError, match=r"asked to work and showed no sign of life for 0\.05 s.*--engine-timeout"):
+        watchdog.call("work", released.wait)
+    assert watchdog.is_stuck
+    with pytest.raises(EngineError, match="not asked to rest"):
+        watchdog.call("rest", lambda: None)
+    released.set()
+    watchdog.close()
+
+
+def test_signs_of_life_keep_a_call_going_beyond_the_patience() -> None:
+    watchdog = Watchdog("the engine", 0.2)
+    started = time.monotonic()
+
+    def work() -> int:
+        signs, waited = 0, threading.Event()
+        while time.monotonic() - started < 0.5:
+            watchdog.is_alive()
+            signs += not waited.wait(0.01)
+        return signs
+
+    assert watchdog.call("work", work) > 5
+    watchdog.close()

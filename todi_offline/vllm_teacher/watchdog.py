@@ -1,0 +1,71 @@
+"""A call in, its result out; or an error, once the call has shown no sign of life for some time.
+
+An engine of several processes may wait for ever: for a worker that was killed, or for an answer that could not be
+serialised. Python cannot end such a wait in its own thread. So one thread of its own makes all calls.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from todi_offline.errors import EngineError
+
+T = TypeVar("T")
+
+
+class Watchdog:
+    """Makes calls in a thread of its own, one after the other, and waits for each with patience that ends."""
+
+    def __init__(self, name: str, patience_seconds: float) -> None:
+        """Start the thread; `name` is that of the engine, for messages."""
+        self._name, self._patience_seconds = name, patience_seconds
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._alive_at = time.monotonic()
+        self.is_stuck = False
+        """Whether a call did not return in time: the thread still waits for that call, and makes no other."""
+        threading.Thread(target=self._make_calls, name=f"{name} calls", daemon=True).start()
+
+    def call(self, task: str, function: Callable[[], T]) -> T:
+        """Return what the function returns; `task` says for people what the function does, such as `load the model`.
+
+        Raises:
+            EngineError: the function neither returned nor called `is_alive` for the time that the watchdog waits.
+        """
+        if self.is_stuck:
+            raise EngineError(f"{self._name} did not answer an earlier call, so it is not asked to {task}")
+        future: Future[T] = Future()
+        self._alive_at = time.monotonic()
+        self._calls.put((future, function))
+        while True:
+            left = self._alive_at + self._patience_seconds - time.monotonic()
+            try:
+                return future.result(max(left, 0))
+            except TimeoutError:
+                if future.done():  # the function's own error, or its result of this very moment
+                    return future.result()
+                if time.monotonic() >= self._alive_at + self._patience_seconds:
+                    self.is_stuck = True
+                    raise EngineError(
+                        f"{self._name} was asked to {task} and showed no sign of life for "
+                        f"{self._patience_seconds:g} s; what is committed is safe. Run the same command again, with a "
+                        "longer --engine-timeout where the engine is only slow"
+                    ) from None
+
+    def is_alive(self) -> None:
+        """Note a sign of life of the call that is under way; the function itself calls this."""
+        self._alive_at = time.monotonic()
+
+    def close(self) -> None:
+        """Let the thread end after the calls that it was given."""
+        self._calls.put(None)
+
+    def _make_calls(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, function = item
+            try:
+                future.set_result(function())
+            except BaseException as error:  # whatever it is, the caller is to see it
+                future.set_exception(error)
