@@ -1,0 +1,199 @@
+"""Run `todi capture` in ranks again and again, each time in processes of their own that something may happen to.
+
+Importing torch takes longer than a small capture, so this is a program that imports everything, and forks the ranks of
+each run as torchrun starts them:
+
+    python -m support.rank_runs '{"teacher": ..., "data": ..., "settings": {...}}' < runs > outcomes
+
+A run is a line of JSON:
+
+    out       where the cache is written
+    size      how many ranks
+    words     more words of the command line
+    signals   [[rank, seconds, name], ...]: sent to a rank so many seconds after the start
+    poison    {"id": example, "how": "raise" or "kill"}: what its teacher does at an example
+    odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
+    restarts  for each attempt but the last, its `signals`; the attempts share a store, as those of torchrun do
+
+An outcome is {"codes": [...], "errors": [...], "output": ..., "seconds": ..., "is_stuck": ...}, of the last attempt.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets  # noqa: F401 -- once, not in every rank
+import torch
+import torch.distributed
+import zarr  # noqa: F401
+
+import todi_offline.capturing.coordinator
+import todi_offline.capturing.engines
+import todi_offline.capturing.loading
+from support.faults import options, todi
+from support.programs import end_with_parent
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama
+from todi_offline.data import DataConfig, Examples, load_examples
+from todi_offline.errors import ModelError
+from todi_offline.teacher import TeacherConfig, as_teacher, load_teacher
+
+LIMIT_SECONDS = 60.0
+"""After which ranks are stuck, and are killed."""
+
+Run = dict[str, Any]
+
+
+def outcome(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """Let a job run, and those that torchrun would start again before it; return what came of the last one."""
+    restarts = run.get("restarts", [])
+    shared: Any = None
+    if restarts:
+        shared = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = free_port() if shared is None else shared.port
+    for attempt, signals in enumerate([*restarts, run.get("signals", [])]):
+        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(run["size"])}
+        if shared is not None:
+            environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
+        found = job(run, config, environ, signals)
+    return found
+
+
+def job(run: Run, config: dict[str, Any], environ: dict[str, str], signals: list[Any]) -> dict[str, Any]:
+    """Fork the ranks of one attempt, send them their signals, and wait for all of them, but not for ever."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * run["size"])]
+        outputs, errors = files[::2], files[1::2]
+        started = time.monotonic()
+        ranks = [
+            fork(run, config, environ, rank, outputs[rank].fileno(), errors[rank].fileno())
+            for rank in range(run["size"])
+        ]
+        due = sorted((started + seconds, rank, name) for rank, seconds, name in signals)
+        codes: dict[int, int] = {}
+        while len(codes) < len(ranks) and time.monotonic() < started + LIMIT_SECONDS:
+            while due and due[0][0] <= time.monotonic():
+                _, rank, name = due.pop(0)
+                if rank not in codes:
+                    os.kill(ranks[rank], getattr(signal, name))
+            for rank in set(range(run["size"])) - codes.keys():
+                ended, status = os.waitpid(ranks[rank], os.WNOHANG)
+                if ended:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        is_stuck = len(codes) < len(ranks)
+        for rank in set(range(run["size"])) - codes.keys():
+            os.kill(ranks[rank], signal.SIGKILL)
+            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(ranks[rank], 0)[1])
+        for file in files:
+            file.seek(0)
+        return {
+            "codes": [codes[rank] for rank in range(run["size"])],
+            "errors": [file.read() for file in errors],
+            "output": outputs[0].read(),
+            "seconds": time.monotonic() - started,
+            "is_stuck": is_stuck,
+        }
+
+
+def fork(run: Run, config: dict[str, Any], environ: dict[str, str], rank: int, output: int, errors: int) -> int:
+    """Return the process of a rank, which ends with this one."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        end_with_parent()
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        if run["size"] > 1:
+            os.environ |= environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with poisoned(run.get("poison")), odd(run.get("odd", {}), rank):
+            words = ["--json", "--out", run["out"], *options(config), *run.get("words", [])]
+            code = todi(["capture", *words])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
+    """Within, the teacher fails at an example, or ends its process."""
+    if poison is None:
+        yield
+        return
+    real = todi_offline.capturing.engines.targets_of
+
+    def targets_of(teacher: Any, examples: Any, settings: Any) -> Any:
+        if any(example.id == poison["id"] for example in examples):
+            if poison["how"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("no kernel for this")
+        return real(teacher, examples, settings)
+
+    with mock.patch.object(todi_offline.capturing.engines, "targets_of", targets_of):
+        yield
+
+
+@contextlib.contextmanager
+def odd(oddity: dict[str, Any], rank: int) -> Iterator[None]:
+    """Within, a rank differs from the others."""
+    what = oddity.get("what") if oddity.get("rank") == rank else None
+    with contextlib.ExitStack() as stack:
+        if what == "data":
+            examples: Examples = todi_offline.capturing.coordinator.load_examples()
+            fewer = Examples.from_list(list(examples)[:-1], examples.recipe)
+            patch = mock.patch.object(todi_offline.capturing.coordinator, "load_examples", return_value=fewer)
+            stack.enter_context(patch)
+        elif what == "teacher":
+            other = as_teacher(llama(seed=1, num_hidden_layers=1), tiny_tokenizer())
+            patch = mock.patch.object(todi_offline.capturing.loading, "load_teacher", return_value=other)
+            stack.enter_context(patch)
+        elif what == "versions":
+            patch = mock.patch.object(todi_offline.capturing.engines, "version", return_value="0.1")
+            stack.enter_context(patch)
+        elif what == "broken":
+            error = ModelError("the weights cannot be read; fetch them again")
+            patch = mock.patch.object(todi_offline.capturing.loading, "load_teacher", side_effect=error)
+            stack.enter_context(patch)
+        yield
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def load_once(config: dict[str, Any]) -> None:
+    """Load teacher and data set here, for all the runs to come, and capture once: the first is slow."""
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    os.fsync = lambda _: None  # a process that dies takes nothing unsynced with it
+    teacher = load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
+    lengths = {name: value for name, value in config["settings"].items() if name.startswith("max_")}
+    examples = load_examples(DataConfig(data=config["data"], **lengths), teacher.tokenizer)
+    mock.patch.object(todi_offline.capturing.loading, "load_teacher", return_value=teacher).start()
+    mock.patch.object(todi_offline.capturing.coordinator, "load_examples", return_value=examples).start()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        todi(["capture", "--json", "--out", str(Path(folder) / "cache"), *options(config)])
+
+
+if __name__ == "__main__":
+    config = json.loads(sys.argv[1])
+    load_once(config)
+    for line in sys.stdin:
+        print(json.dumps(outcome(json.loads(line), config)), flush=True)

@@ -1,0 +1,221 @@
+"""Ranks of torchrun and accelerate: they share a capture, end together, and leave the bytes of a single process."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Row
+from support.programs import Answering, run
+from support.tiny_models import save_llama
+
+from todi_offline.cache.reader import open_cache
+from todi_offline.cache.store.locks import FolderLock
+
+SMALL = {"k": 4, "tail_samples": 1, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
+LENGTHS = {"max_length": 128, "max_prompt_length": 64}
+
+Sums = dict[str, str]
+
+
+def sums_of(root: Path) -> Sums:
+    """The SHA-256 of every file of a cache."""
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def records_of(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "commits").glob("*.json"))
+
+
+class Jobs:
+    """The program of `rank_runs.py`, and the cache that a single process makes of its data."""
+
+    def __init__(self, folder: Path, rows: list[Row]) -> None:
+        self.data = folder / "chats.jsonl"
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.teacher = save_llama(folder / "teacher", num_hidden_layers=1)
+        config = {"teacher": str(self.teacher), "data": str(self.data), "settings": SMALL | LENGTHS}
+        self._program = Answering("rank_runs", config, folder / "log")
+        self.whole_root = folder / "whole"
+        assert self.run(self.whole_root, 1)["codes"] == [0]
+        self.whole = sums_of(self.whole_root)
+        self.num_shards = len(records_of(self.whole_root))
+        assert self.num_shards >= 4
+        self.seconds: float = self.run(folder / "timed")["seconds"]
+        """How long two undisturbed ranks take."""
+
+    def run(self, out: Path, size: int = 2, **more: Any) -> dict[str, Any]:
+        """Run a job; no rank of it may have to be killed because it waits for another one."""
+        found: dict[str, Any] = self._program.ask({"out": str(out), "size": size, **more})
+        assert not found["is_stuck"], found
+        return found
+
+    def close(self) -> None:
+        self._program.close()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory, conversations: list[Row]) -> Iterator[Jobs]:
+    program = Jobs(tmp_path_factory.mktemp("jobs"), conversations[:120])
+    yield program
+    program.close()
+
+
+def errors_of(found: dict[str, Any]) -> list[str]:
+    """What the ranks said is wrong: one line in all, of rank 0."""
+    lines = [line for text in found["errors"] for line in text.splitlines() if line.startswith("Error:")]
+    assert not any("Error:" in text or "Traceback" in text for text in found["errors"][1:]), found["errors"]
+    return lines
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_leave_the_bytes_of_a_single_process(jobs: Jobs, tmp_path: Path, size: int) -> None:
+    found = jobs.run(tmp_path / "cache", size)
+    assert found["codes"] == [0] * size
+    assert sums_of(tmp_path / "cache") == jobs.whole
+    workers = json.loads(found["output"])["workers"]
+    assert [name.partition(" on ")[0] for name in sorted(workers)] == [f"rank {rank}" for rank in range(size)]
+    assert sum(work["num_shards"] for work in workers.values()) == jobs.num_shards
+    again = jobs.run(tmp_path / "cache", size)
+    assert json.loads(again["output"])["num_captured_tokens"] == 0
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_after_a_rank_was_killed_the_others_end_and_the_next_job_leaves_the_same_bytes(
+    jobs: Jobs, tmp_path: Path, count: int
+) -> None:
+    rng = np.random.default_rng(count)
+    for number in range(count):
+        root = tmp_path / str(number)
+        victims = [0, 1] if number % 4 == 3 else [number % 2]
+        instant = jobs.seconds * float(rng.random())
+        found = jobs.run(root, signals=[[victim, instant, "SIGKILL"] for victim in victims])
+        assert found["codes"] == [0, 0] or all(found["codes"]), found  # all ends of a job are the same
+        size = (1, 2, 3)[number % 3]  # goes on with any number of ranks, or without any
+        assert jobs.run(root, size)["codes"] == [0] * size
+        assert sums_of(root) == jobs.whole, (victims, instant)
+
+
+def test_a_job_that_is_asked_to_end_ends_and_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+    """SIGTERM reaches ranks that wait for each other, where a handler of Python's would not run."""
+    root = tmp_path / "cache"
+    found = jobs.run(root, signals=[[rank, 0.6 * jobs.seconds, "SIGTERM"] for rank in (0, 1)])
+    assert all(found["codes"]), found
+    assert jobs.run(root)["codes"] == [0, 0]
+    assert sums_of(root) == jobs.whole
+
+
+def test_ranks_that_were_started_again_do_not_meet_the_addresses_of_the_dead(jobs: Jobs, tmp_path: Path) -> None:
+    """As `torchrun --max-restarts` does: the store of the first attempt is that of the second."""
+    found = jobs.run(tmp_path / "cache", restarts=[[[1, 0.6 * jobs.seconds, "SIGKILL"]]])
+    assert found["codes"] == [0, 0], found
+    assert sums_of(tmp_path / "cache") == jobs.whole
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("data", "the ranks do not work on one capture: parts"),
+        ("teacher", "the ranks do not work on one capture: teacher.weights"),
+        ("versions", "on rank 0, '0.1' on rank 1"),
+    ],
+)
+def test_ranks_that_disagree_are_refused(jobs: Jobs, tmp_path: Path, what: str, named: str) -> None:
+    found = jobs.run(tmp_path / "cache", odd={"rank": 1, "what": what})
+    assert found["codes"] == [1, 1]
+    (line,) = errors_of(found)
+    assert named in line
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_is_raised_on_all(jobs: Jobs, tmp_path: Path, rank: int) -> None:
+    found = jobs.run(tmp_path / "cache", odd={"rank": rank, "what": "broken"})
+    assert found["codes"] == [1, 1]
+    assert errors_of(found) == ["Error: the weights cannot be read; fetch them again"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_example_at_which_the_teacher_fails_is_named_and_what_is_committed_stays(
+    jobs: Jobs, tmp_path: Path, size: int
+) -> None:
+    root = tmp_path / "cache"
+    table = open_cache(jobs.whole_root).sequences.to_pandas().query("shard == 3")
+    poison = {"id": str(table["id"].iloc[2]), "how": "raise"}
+    found = jobs.run(root, size, poison=poison)
+    assert found["codes"] == [1] * size
+    (line,) = errors_of(found)
+    assert line == (
+        f"Error: example {poison['id']!r} of shard 3 cannot be captured: RuntimeError: no kernel for this; what is "
+        "committed is safe"
+    )
+    committed = records_of(root)
+    assert "000003.json" not in committed
+    assert len(committed) >= 2
+    assert jobs.run(root, size)["codes"] == [0] * size
+    assert sums_of(root) == jobs.whole
+
+
+def test_a_second_job_is_refused_by_the_lock_of_the_first_on_all_of_its_ranks(jobs: Jobs, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    shutil.copytree(jobs.whole_root, root)
+    (root / "commits" / "000001.json").unlink()
+    with FolderLock(root):
+        found = jobs.run(root)
+    assert found["codes"] == [1, 1]
+    (line,) = errors_of(found)
+    assert "is being written by process" in line
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_the_command_runs_under_a_launcher(jobs: Jobs, tmp_path: Path, launcher: str) -> None:
+    root = tmp_path / "cache"
+    done = run([*launched(launcher), "-m", "todi_offline", *words_of(jobs, root)])
+    assert done.code == 0, done.errors
+    assert len(json.loads(done.output)["workers"]) == 2
+    assert sums_of(root) == jobs.whole
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: Path) -> None:
+    root, script = tmp_path / "cache", tmp_path / "dies_once.py"
+    script.write_text(
+        "import os, signal\n"
+        "import todi_offline.capturing.engines as engines\n"
+        "from todi_offline.cli import main\n"
+        "real = engines.targets_of\n"
+        "def targets_of(*args):\n"
+        "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*args)\n"
+        "engines.targets_of = targets_of\n"
+        "main()\n"
+    )
+    done = run([*launched("torchrun"), str(script), *words_of(jobs, root)])
+    assert done.code == 0, done.errors
+    assert sums_of(root) == jobs.whole
+
+
+def launched(launcher: str) -> list[str]:
+    words = LAUNCHERS[launcher]
+    if launcher == "torchrun":
+        return [sys.executable, "-m", *words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [sys.executable, "-m", *words, "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def words_of(jobs: Jobs, out: Path) -> list[str]:
+    named = {"teacher": jobs.teacher, "data": jobs.data, "out": out, "device": "cpu", **SMALL, **LENGTHS}
+    options = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["capture", "--json", *options]
