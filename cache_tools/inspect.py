@@ -79,12 +79,15 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         described = f"{name:16}{array['dtype']:>8}{shape:>16}{chunk:>12}  {array['codec']:12}"
         yield f"{described}{array['bytes_per_target']:>15.2f}"
     yield ""
-    yield "mass of the first k   " + "   ".join(f"{k}: {mass:.3f}" for k, mass in found["coverage"].items())
+    if found["coverage"]:
+        yield "mass of the first k   " + "   ".join(f"{k}: {mass:.3f}" for k, mass in found["coverage"].items())
     for row in found["rows"]:
         yield ""
         yield f"{row['sequence']}, position {row['position']}, after {_text(row['before'])}"
         yield f"    label  {_shown(row['label'])}"
-        yield "    top    " + "  ".join(map(_shown, row["top"]))
+        for name, entries in (("top", row["top"]), ("drawn", row["drawn"])):
+            if entries:
+                yield f"    {name:5}  " + "  ".join(map(_shown, entries))
         tails = ", ".join(f"{value:.3f} at T = {t}" for t, value in row["tail_logsumexp"].items())
         yield f"    kept mass {row['kept_mass']:.4f}; log tail {tails}"
 

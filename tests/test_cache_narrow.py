@@ -70,10 +70,10 @@ def test_samples_of_a_wider_tail_are_drawn_in_proportion_to_it() -> None:
     assert (np.abs(share - expected) <= 5 * error).all()
 
 
-@pytest.mark.parametrize("steps", [(2,), (6, 2), (9, 6, 4, 2), (11, 2)], ids=str)
+@pytest.mark.parametrize("steps", [(2,), (6, 2), (9, 6, 4, 2), (11, 2), (0,), (6, 0), (9, 4, 0)], ids=str)
 def test_the_samples_of_a_narrowed_narrow_have_the_distribution_of_a_narrow(steps: tuple[int, ...]) -> None:
-    """From 12 entries to 2, in one step or in several: ranks 3 to 12 and beyond have their shares of the tail."""
-    num_rows, samples = 30_000, 2
+    """From 12 entries to few, in one step or in several: the others and the tail have their shares of the samples."""
+    num_rows, samples, last = 30_000, 2, steps[-1]
     logits = np.random.default_rng(1).normal(0, 2, VOCAB)
     logprobs = np.sort(logits - np.logaddexp.reduce(logits))[::-1].astype(np.float32)  # ids are ranks
     weights = np.exp(logprobs.astype(np.float64))
@@ -91,11 +91,11 @@ def test_the_samples_of_a_narrowed_narrow_have_the_distribution_of_a_narrow(step
         rows = narrow(rows, settings(k=k, tail_samples=samples, temperatures=(1.0,)), KEY)
     assert rows.tail_ids is not None
     counts = np.bincount(rows.tail_ids.ravel(), minlength=VOCAB)
-    assert not counts[:2].any()
-    found = np.append(counts[2:12], counts[12:].sum())
-    expected = np.append(weights[2:12], weights[12:].sum()) / weights[2:].sum() * counts.sum()
+    assert not counts[:last].any()
+    found = np.append(counts[last:12], counts[12:].sum())
+    expected = np.append(weights[last:12], weights[12:].sum()) / weights[last:].sum() * counts.sum()
     chi_square = float(((found - expected) ** 2 / expected).sum())
-    assert chi_square < 30  # 10 degrees of freedom: one in a thousand is above 29.6, and the seeds are fixed
+    assert chi_square < 33  # 10 or 12 degrees of freedom: one in a thousand is above 29.6 or 32.9; the seeds are fixed
 
 
 def test_which_samples_stay_follows_from_content_and_seed_alone() -> None:

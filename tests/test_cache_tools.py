@@ -14,7 +14,7 @@ import cache_tools.__main__ as tools
 from todi_offline import __version__
 from todi_offline.cache.format.names import sequences_key
 from todi_offline.cache.writer import CacheWriter
-from todi_offline.errors import CacheError
+from todi_offline.errors import CacheError, TargetsError
 
 COMMANDS = tools.cli.list_commands(None)  # type: ignore[arg-type]
 
@@ -97,6 +97,27 @@ def test_coverage_is_the_mean_mass_of_the_first_columns(tmp_path: Path) -> None:
     found = json.loads(run("inspect", root, "--json").stdout)["coverage"]
     for k, mass in found.items():
         assert mass == pytest.approx(rows[:, : int(k)].sum(axis=1).mean(), abs=0.02)  # of long sequences, a part
+
+
+def test_every_command_takes_a_cache_of_samples_alone(tmp_path: Path) -> None:
+    root, wide = write_cache(tmp_path / "cache", k=0), write_cache(tmp_path / "wide")
+    run("subset", wide, "--k", 0, "--out", tmp_path / "narrow")
+    text = run("inspect", root).output
+    assert "k = 0, 3 tail samples" in text
+    assert "mass of the first k" not in text
+    assert text.count("\n    drawn  ") == 3
+    assert "\n    top  " not in text
+    assert json.loads(run("inspect", root, "--json").stdout)["coverage"] == {}
+    assert "mean KL of first to second 0 nats" in run("diff", root, tmp_path / "narrow", code=1).output
+    assert "mean KL of first to second" in run("diff", wide, root, code=1).output
+    assert "bytes" in run("view", root, "--out", tmp_path / "page.html").output
+    run("export", root, "--out", tmp_path / "out.parquet")
+    run("import", tmp_path / "out.parquet", "--out", tmp_path / "again")
+    assert "0 of them with other targets" in run("diff", root, tmp_path / "again", code=1).output
+    for name in ("cache", "narrow", "again"):
+        assert "is whole" in run("verify", tmp_path / name).output
+    with pytest.raises(TargetsError, match="export it as plain"):
+        run("export", root, "--layout", "axolotl", "--out", tmp_path / "axolotl.parquet")
 
 
 def test_text_is_shown_where_the_cache_has_a_tokenizer(tmp_path: Path) -> None:

@@ -128,7 +128,9 @@ def test_a_shard_whose_object_is_gone_cannot_be_sealed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 0}, "expected k >= 1"),
+        ({"k": -1}, "expected both from 0"),
+        ({"tail_samples": -1}, "expected both from 0"),
+        ({"k": 0, "tail_samples": 0}, "nothing would be kept"),
         ({"temperatures": ()}, "expected at least one"),
         ({"temperatures": (1.0, -2.0)}, "each above 0"),
         ({"temperatures": (1.0, 1.0)}, "expected each once"),

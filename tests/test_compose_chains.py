@@ -161,6 +161,32 @@ def test_a_narrowed_cache_of_every_encoding_is_whole(tmp_path: Path, encoding: s
     assert verify_cache(subset_of(tmp_path / "s", tmp_path / "t", k=1)) == []
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_cache_of_samples_alone_goes_through_every_operation(tmp_path: Path, encoding: str) -> None:
+    asked = settings(k=0, encoding=encoding, codec="fast")
+    root = captured(tmp_path / "a", FIRST, k=0, encoding=encoding)
+    captured(root, SECOND, k=0, encoding=encoding)
+    assert not any((root / name).exists() for name in ("topk_ids", "topk_logprobs", "log_partition"))
+    other = captured(tmp_path / "b", ALL[3:], k=0, encoding=encoding)
+    wide = captured(tmp_path / "w", ALL, encoding=encoding)
+    merged(tmp_path / "m", root, other)
+    subset_of(tmp_path / "m", tmp_path / "s", LONGER)
+    imported(root, tmp_path / "i")
+    subset_of(wide, tmp_path / "n", k=0)
+    capture_into(tmp_path / "r", ALL, asked, [wide, other], stretch=STRETCH)
+    for name in "amsinr":
+        assert verify_cache(tmp_path / name) == []
+    alone = [Entry.captured(number, asked) for number in ALL]
+    narrowed = [Entry.captured(number, settings(encoding=encoding, codec="fast")) for number in ALL]
+    assert_holds(open_cache(root), alone)
+    assert_holds(open_cache(tmp_path / "i"), alone)
+    assert_holds(open_cache(tmp_path / "m"), alone)
+    assert_holds(open_cache(tmp_path / "s"), [entry for entry in alone if length_of(entry.number) > 40])
+    assert_holds(open_cache(tmp_path / "n"), narrowed)
+    assert_holds(open_cache(tmp_path / "r"), [*narrowed[:3], *alone[3:]])  # rows that need no narrowing come first
+    assert_holds(union([open_cache(wide), open_cache(other)]), narrowed)
+
+
 @pytest.mark.parametrize("found", ["q8", "root8"])
 @pytest.mark.parametrize("asked", ENCODINGS)
 def test_what_a_coarse_encoding_has_rounded_is_not_stored_in_another(tmp_path: Path, found: str, asked: str) -> None:

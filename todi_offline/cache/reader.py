@@ -167,7 +167,8 @@ def union(caches: Sequence[Cache], settings: CacheSettings | None = None, *, mix
 
     Raises:
         CacheMismatchError: they are of different teachers, tokenizers or vocabularies, have no temperature in common,
-            or samples that were drawn at different temperatures; with both values.
+            samples that were drawn at different temperatures, or neither entries nor samples in common; with both
+            values.
     """
     require_alike(caches, mix_teachers=mix_teachers)
     members = [member for cache in caches for member in cache.members]
@@ -214,6 +215,8 @@ def common_settings(caches: Sequence[Cache]) -> CacheSettings:
     if samples:
         _require_same(caches, "tail_temperature")
     k = min(settings.k for settings in (first, *others))
+    if not k and not samples:  # one cache has samples alone, another one entries alone
+        _require_same(caches, "tail_samples")
     return dataclasses.replace(first, k=k, temperatures=tuple(shared), tail_samples=samples)
 
 

@@ -148,7 +148,7 @@ class ShardWriter:
                     f"sequence {sequence.id!r} has k, temperatures and samples {found}; {self.store} keeps {expected}"
                 )
             numbers = [sequence.token_ids, rows.ids, *([] if rows.tail_ids is None else [rows.tail_ids])]
-            if (largest := max(int(ids.max()) for ids in numbers)) >= vocab_size:
+            if (largest := max(int(ids.max(initial=0)) for ids in numbers)) >= vocab_size:
                 raise DataError(
                     f"sequence {sequence.id!r} has the id {largest}, beyond the vocabulary of {vocab_size} ids; "
                     "check that teacher and tokenizer belong together"

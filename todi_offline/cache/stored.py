@@ -121,9 +121,9 @@ class StoredCache:
             raise CacheCorruptError(
                 f"it supervises its last position in {self.store}, which no token follows; run `todi-cache verify`"
             )
-        if mask.sum() != len(arrays["topk_ids"]):
+        if mask.sum() != (num_targets := len(arrays["label_logprob"])):
             raise CacheCorruptError(
-                f"it supervises {mask.sum()} positions in {self.store} and has {len(arrays['topk_ids'])} targets; run "
+                f"it supervises {mask.sum()} positions in {self.store} and has {num_targets} targets; run "
                 "`todi-cache verify`"
             )
         rows = decode_rows(arrays, settings.encoding, settings.temperatures, settings.tail_temperature)

@@ -80,6 +80,7 @@ def describe_cache(cache: Cache) -> list[tuple[str, str]]:
     """Return the manifest in words."""
     manifest, settings = cache.manifest, cache.manifest.settings
     num_targets, num_bytes = int(cache.num_targets.sum()), sum(cache.bytes_by_array.values())
+    kept = f"the {settings.k:,} likeliest of {manifest.vocab_size:,} ids" if settings.k else "none of the likeliest ids"
     samples = f"{settings.tail_samples} ids drawn from the rest at T = {settings.tail_temperature:g}"
     nll = float(np.average(cache.columns["teacher_nll"], weights=cache.num_targets))
     return [
@@ -87,7 +88,7 @@ def describe_cache(cache: Cache) -> list[tuple[str, str]]:
         ("Teacher", ", ".join(_teacher_facts(manifest.teacher)) or "unknown"),
         *(("Data", _describe_part(part)) for part in manifest.parts),
         ("Holds", f"{len(cache):,} sequences, {int(cache.num_tokens.sum()):,} tokens, {num_targets:,} targets"),
-        ("Kept of a target", f"the {settings.k:,} likeliest of {manifest.vocab_size:,} ids; {samples}"),
+        ("Kept of a target", f"{kept}; {samples}"),
         ("Temperatures", ", ".join(f"{temperature:g}" for temperature in settings.temperatures)),
         ("Stored as", f"{settings.encoding}, {settings.codec}; format {manifest.format_version}"),
         ("Size", f"{num_bytes:,} bytes, {num_bytes / num_targets:.1f} a target"),
@@ -165,7 +166,7 @@ def _charts(cache: Cache, measured: _Measured) -> list[Block]:
     total = int(cache.num_targets.sum())
     sizes = sorted(cache.bytes_by_array.items(), key=lambda item: -item[1])
     return [
-        _coverage(measured),
+        *([_coverage(measured)] if measured.mass.shape[1] else []),
         histogram(
             "Entropy of the teacher",
             f"At T = {first:g}, a lower bound: 0 where the teacher is sure.",

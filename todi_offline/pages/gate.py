@@ -38,7 +38,7 @@ def teacher_entries(rows: TargetRows, temperature: float) -> tuple[Values, Value
 
 def entropy_bound(kept: Values, tail: Values) -> Values:
     """Return a lower bound of the entropy of each target: no id of the tail has more than the least kept one."""
-    likeliest = np.minimum(kept[:, -1], tail)
+    likeliest = np.minimum(kept[:, -1:].min(axis=1, initial=0), tail)
     bound: Values = -(np.exp(kept) * kept).sum(1) - np.exp(tail) * likeliest
     return bound
 

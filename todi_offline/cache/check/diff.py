@@ -64,7 +64,7 @@ def bucketed_kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64
 
     Both are normalised: what is stored is rounded.
     """
-    size = max(_BLOCK_ENTRIES // max(first.ids.shape[1], second.ids.shape[1]), 1)
+    size = max(_BLOCK_ENTRIES // max(first.ids.shape[1], second.ids.shape[1], 1), 1)
     blocks = [_kl(first[start : start + size], second[start : start + size]) for start in range(0, len(first), size)]
     kl: npt.NDArray[np.float64] = np.concatenate([np.empty(0), *blocks])
     return kl
@@ -75,8 +75,10 @@ def _kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64]:
     order = np.argsort(second.ids, axis=1)
     places = _places(first.ids, np.take_along_axis(second.ids, order, axis=1))
     is_shared = places >= 0
-    q = np.exp(np.take_along_axis(second.logprobs, order, axis=1), dtype=np.float64)
-    q = np.where(is_shared, np.take_along_axis(q, places.clip(min=0), axis=1), 0)
+    q = np.zeros(is_shared.shape)
+    if is_shared.any():
+        ordered = np.exp(np.take_along_axis(second.logprobs, order, axis=1), dtype=np.float64)
+        q = np.where(is_shared, np.take_along_axis(ordered, places.clip(min=0), axis=1), 0)
     p = np.where(is_shared, np.exp(first.logprobs, dtype=np.float64), 0)
     p, q = (np.column_stack([kept, _beyond(rows, kept)]) for rows, kept in ((first, p), (second, q)))
     p, q = (mass / mass.sum(axis=1, keepdims=True) for mass in (p, q))
@@ -89,6 +91,8 @@ def _kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64]:
 def _places(wanted: npt.NDArray[Any], ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Return where each wanted id [target, k] stands in its row of sorted ids [target, k], or -1."""
     rows, (num_targets, k) = np.arange(len(ids))[:, None], ids.shape
+    if not k:
+        return np.full(wanted.shape, -1)
     width = int(max(wanted.max(initial=0), ids.max(initial=0))) + 1
     keys = (rows * width + ids.astype(np.int64)).ravel()  # rows one above the other: one sorted list of all
     asked = rows * width + wanted.astype(np.int64)

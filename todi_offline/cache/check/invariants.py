@@ -94,7 +94,7 @@ def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], within: dict
     lower, upper = within["logprobs"]
     least, most = (bound[:, None] for bound in within["label_logprob"])
     differs = kept & ((most < lower - SLACK) | (least > upper + SLACK))
-    above_kept = least > upper[:, -1:] + SLACK
+    above_kept = least > _most_of_last(upper) + SLACK
     return {
         "the label's log-prob is NaN or above 0": ~(rows.label_logprob <= SLACK),
         "the label's log-prob is not that of the same id among the kept ones": differs.any(axis=1),
@@ -108,10 +108,15 @@ def _tail_faults(rows: TargetRows, vocab_size: int, within: dict[str, Bounds]) -
     drawn = ~np.isneginf(rows.tail_logprobs)  # where the tail has no mass, its samples stand for nothing
     samples: Any = rows.tail_ids.T  # one after the other: all at once would take [target, sample, k]
     among_kept: Any = np.stack([(ids[:, None] == rows.ids).any(axis=1) for ids in samples], axis=1)
-    least, last_kept = within["tail_logprobs"][0], within["logprobs"][1][:, -1:]
+    least, last_kept = within["tail_logprobs"][0], _most_of_last(within["logprobs"][1])
     return {
         "a tail sample is a kept id": (among_kept & drawn).any(axis=1),
         f"tail samples beyond the vocabulary of {vocab_size}": (rows.tail_ids >= vocab_size).any(axis=1),
         "a tail sample's log-prob is NaN or above 0": ~(rows.tail_logprobs <= 0).all(axis=1),
         "a tail sample is more probable than a kept id": (least > last_kept + SLACK).any(axis=1),
     }
+
+
+def _most_of_last(upper: Numbers) -> Numbers:
+    """Return the most that the last kept entry of each row can be, [target, 1]; infinite where none is kept."""
+    return upper[:, -1:] if upper.shape[1] else np.full((len(upper), 1), np.inf)

@@ -55,12 +55,17 @@ def size_of(cache: Cache) -> dict[str, Any]:
 
 
 def coverage(cache: Cache) -> dict[int, float]:
-    """Return the mean teacher mass of the first k entries, for k = 1, 2, 4, ..., over some targets spread evenly."""
+    """Return the mean teacher mass of the first k entries, for k = 1, 2, 4, ..., over some targets spread evenly.
+
+    A cache without entries has none.
+    """
     parts = []
     for index in _spread(len(cache), _SAMPLED_SEQUENCES):
         logprobs = cache[index].targets.logprobs
         parts.append(np.exp(logprobs[_spread(len(logprobs), _SAMPLED_TARGETS)], dtype=np.float64).cumsum(axis=1))
     mass = np.concatenate(parts).mean(axis=0)
+    if not len(mass):
+        return {}
     widths = {2**power for power in range(len(mass).bit_length()) if 2**power < len(mass)} | {len(mass)}
     return {k: float(mass[k - 1]) for k in sorted(widths)}
 
@@ -88,14 +93,17 @@ def _row(sequence: CachedSequence, target: int, text_of: TextOf | None) -> dict[
         named = {"id": int(number), "p": float(np.exp(logprob))}
         return named if text_of is None else named | {"text": text_of([int(number)])}
 
-    shown = zip(rows.ids[target, :_SHOWN_IDS], rows.logprobs[target, :_SHOWN_IDS], strict=True)
+    def entries(ids: Any, logprobs: Any) -> list[dict[str, Any]]:
+        return [entry(*pair) for pair in zip(ids[target, :_SHOWN_IDS], logprobs[target, :_SHOWN_IDS], strict=True)]
+
     tails = zip(rows.temperatures, rows.tail_logsumexp[target], strict=True)
     before = sequence.token_ids[: position + 1][-_CONTEXT_TOKENS:].tolist()
     return {
         "position": position,
         "before": {"ids": before} | ({} if text_of is None else {"text": text_of(before)}),
         "label": entry(sequence.token_ids[position + 1], rows.label_logprob[target]),
-        "top": [entry(number, logprob) for number, logprob in shown],
+        "top": entries(rows.ids, rows.logprobs),
+        "drawn": [] if rows.tail_ids is None else entries(rows.tail_ids, rows.tail_logprobs),
         "kept_mass": float(np.exp(rows.logprobs[target]).sum()),
         "tail_logsumexp": {f"{temperature:g}": float(value) for temperature, value in tails},
     }

@@ -31,7 +31,8 @@ def describe_table(
             "imported as it is, without options, and `todi-cache subset` then stores it otherwise"
         )
     files = read_tokenizer_files(tokenizer)
-    settings = {"temperatures": (1.0,), "tail_samples": 0, "k": settings.get("k") or fewest_entries(table), **settings}
+    k = settings["k"] if "k" in settings else fewest_entries(table)
+    settings = {"temperatures": (1.0,), "tail_samples": 0, **settings, "k": k}
     chosen = load_config(CacheSettings, overrides=settings)
     vocab_size = max(files.get_vocab().values()) + 1
     manifest = imported_manifest(chosen, vocab_size, teacher, tokenizer_fingerprint(files))
@@ -62,5 +63,8 @@ def fewest_entries(path: Path) -> int:
         ]
     k = min((count for count in fewest if count is not None), default=0)
     if not k:
-        raise DataError(f"{path}, column target_ids: a target has no entry; leave such targets out of target_mask")
+        raise DataError(
+            f"{path}, column target_ids: a target has no entry; leave such targets out of target_mask, or import "
+            "samples alone with --k 0"
+        )
     return int(k)

@@ -71,7 +71,8 @@ def export_cache(
     are those over the whole vocabulary at `temperature`, its kd_temperature, so kd_normalize_topk is to be false.
 
     Raises:
-        TargetsError: the temperature was not captured, or the plain layout is asked for another than 1.
+        TargetsError: the temperature was not captured, the plain layout is asked for another than 1, or axolotl's for
+            a cache that keeps samples alone.
         CacheError: a part of the cache is damaged.
         DataError: the table cannot be written; nothing of it is left.
     """
@@ -80,6 +81,10 @@ def export_cache(
         raise TargetsError(
             f"log-probs at temperature {temperature:g} are asked for; the layout plain has those at 1, and axolotl "
             f"those at 1 and at what {cache.root} was captured with: {captured}"
+        )
+    if layout == "axolotl" and not cache.manifest.settings.k:
+        raise TargetsError(
+            f"{cache.root} keeps samples alone (k = 0), for which the layout axolotl has no column; export it as plain"
         )
     row: Callable[[CachedSequence], dict[str, Any]] = _plain_row
     schema = {"plain": PLAIN_SCHEMA, "axolotl": AXOLOTL_SCHEMA}[layout]

@@ -126,6 +126,8 @@ class _Entries:
 
 
 def _entries(row: Row, num_targets: int, manifest: Manifest) -> _Entries:
+    if not manifest.settings.k and "target_ids" not in row:
+        return _Entries(np.empty((num_targets, 0), np.int64), np.empty((num_targets, 0)))
     ids, logprobs, k = read_cell(row, "target_ids"), read_cell(row, "target_logprobs"), manifest.settings.k
     for cell in (ids, logprobs):
         cell.require_targets(num_targets)

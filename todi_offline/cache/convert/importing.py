@@ -39,7 +39,7 @@ def import_table(
 
     A table that `export_cache` wrote brings its own description; `described` is that of any other (its part is made
     here). Needed are input_ids, target_mask (or `positions`, the numbers of its true entries), target_ids and
-    target_logprobs.
+    target_logprobs; for k = 0, tail_ids and tail_logprobs in the place of these two.
 
     - The entries of a target may stand in any order, and be more than k: as where a serving engine adds the label to
       its top k. What is beyond k goes into the tail.
@@ -141,7 +141,8 @@ def _require_columns(table: pq.ParquetFile, settings: CacheSettings, where: str)
     names = table.schema_arrow.names
     mask = [] if "positions" in names else ["target_mask"]
     sampled = ["tail_ids", "tail_logprobs"] if settings.tail_samples else []
-    needed = ["input_ids", *mask, "target_ids", "target_logprobs", *sampled]
+    kept = ["target_ids", "target_logprobs"] if settings.k else []
+    needed = ["input_ids", *mask, *kept, *sampled]
     if missing := [name for name in needed if name not in names]:
         raise DataError(f"{where} lacks the columns {', '.join(missing)}; it has {', '.join(names)}")
     if "tail_logsumexp" not in names and settings.temperatures != (1.0,):

@@ -138,11 +138,11 @@ def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
             ids=np.take_along_axis(rows.ids, order, axis=1),
             logprobs=np.take_along_axis(rows.logprobs, order, axis=1),
         )
-    arrays: dict[str, Array] = {"topk_ids": rows.ids}
-    if encoding == "bf16_logit":
-        arrays |= _bf16_logits(rows)
-    else:
-        arrays["topk_logprobs"] = encode_logprobs(rows.logprobs, encoding)
+    arrays: dict[str, Array] = {}
+    if rows.ids.shape[1]:
+        is_bf16 = encoding == "bf16_logit"
+        arrays["topk_ids"] = rows.ids
+        arrays |= _bf16_logits(rows) if is_bf16 else {"topk_logprobs": encode_logprobs(rows.logprobs, encoding)}
     others = {name: values for name, values in rows.arrays().items() if name in _STEPS}
     if encoding == "root8":
         others = {name: _to_steps(values, *_STEPS[name]) for name, values in others.items()}
@@ -156,15 +156,7 @@ def decode_rows(
     arrays: dict[str, Array], encoding: str, temperatures: tuple[float, ...], tail_temperature: float
 ) -> TargetRows:
     """Return what `encode_rows` made as rows."""
-    ids, kept = arrays["topk_ids"], arrays["topk_logprobs"]
-    partition: Any = arrays.get("log_partition")
-    if encoding == "bf16_logit":
-        ids, kept = _by_rank(ids, kept ^ np.where(kept >= 0x8000, *_FLIPS))
-        bits = (kept ^ np.where(kept < 0x8000, *_FLIPS)).astype(np.uint32) << 16
-        logprobs = bits.view(np.float32) - partition[:, None]
-    else:
-        ids, kept = _by_rank(ids, kept) if encoding == "root8" else (ids, kept)
-        logprobs = decode_logprobs(kept, encoding)
+    ids, logprobs = _decoded_entries(arrays, encoding)
     others: dict[str, Any] = {
         name: _from_steps(arrays[name], steps) if encoding == "root8" else arrays[name].astype(np.float32, copy=False)
         for name, (steps, _) in _STEPS.items()
@@ -176,9 +168,23 @@ def decode_rows(
         temperatures=temperatures,
         tail_temperature=tail_temperature,
         tail_ids=arrays.get("tail_ids"),
-        log_partition=partition,
+        log_partition=arrays.get("log_partition"),
         **others,
     )
+
+
+def _decoded_entries(arrays: dict[str, Array], encoding: str) -> tuple[Array, npt.NDArray[np.float32]]:
+    """Return the kept ids and their log-probs, [target, k] each; a cache of k = 0 stores neither."""
+    if "topk_ids" not in arrays:
+        none = (len(arrays["label_logprob"]), 0)
+        return np.empty(none, np.uint32), np.empty(none, np.float32)
+    ids, kept = arrays["topk_ids"], arrays["topk_logprobs"]
+    if encoding == "bf16_logit":
+        ids, kept = _by_rank(ids, kept ^ np.where(kept >= 0x8000, *_FLIPS))
+        bits = (kept ^ np.where(kept < 0x8000, *_FLIPS)).astype(np.uint32) << 16
+        return ids, bits.view(np.float32) - arrays["log_partition"][:, None]
+    ids, kept = _by_rank(ids, kept) if encoding == "root8" else (ids, kept)
+    return ids, decode_logprobs(kept, encoding)
 
 
 def _require_numbers(rows: TargetRows) -> None:

@@ -5,7 +5,7 @@ History of the format
     1   the first: token_ids, target_mask, topk_ids, topk_logprobs, tail_logsumexp, label_logprob and,
         where tail samples were asked for, tail_ids and tail_logprobs; with bf16_logit, log_partition
     2   cache.json is the root, which names all commit records and is replaced in one step; chunks that no row uses
-        are left out of a shard; the arrays are those of format 1
+        are left out of a shard; the arrays are those of format 1, where k is 0 without those of the kept entries
 """
 
 import math
@@ -42,7 +42,7 @@ class CacheSettings:
     """What is kept of every teacher distribution, and how it is stored."""
 
     k: int = 32
-    """Entries kept a position, the most probable first."""
+    """Entries kept a position, the most probable first; 0 for tail samples alone, which then stand for all ids."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
     """Temperatures at which the mass of everything else is kept; training may use these and no others."""
     tail_samples: int = 8
@@ -62,11 +62,12 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no capture could honour, and choose the size of shards where none is given."""
-        if not 1 <= self.k <= MAX_COLUMNS or not 0 <= self.tail_samples <= MAX_COLUMNS:
+        if not 0 <= self.k <= MAX_COLUMNS or not 0 <= self.tail_samples <= MAX_COLUMNS:
             raise ConfigError(
-                f"k is {self.k} and tail_samples {self.tail_samples}; "
-                f"expected k >= 1 and samples >= 0, both up to {MAX_COLUMNS:,}"
+                f"k is {self.k} and tail_samples {self.tail_samples}; expected both from 0 to {MAX_COLUMNS:,}"
             )
+        if not self.k and not self.tail_samples:
+            raise ConfigError("k and tail_samples are 0, so nothing would be kept of the teacher; raise one of them")
         self._check_temperatures()
         if not 0 <= self.tail_seed < 2**64:
             raise ConfigError(f"tail_seed is {self.tail_seed}; expected 0 to 2^64 - 1")
@@ -159,12 +160,16 @@ def array_specs(settings: CacheSettings, vocab_size: int) -> Mapping[str, ArrayS
     rows: list[tuple[str, Axis, npt.DTypeLike, int | None]] = [
         ("token_ids", "token", "<u4", None),
         ("target_mask", "token", "|u1", None),
-        ("topk_ids", "target", "<u4" if by_id else id_dtype, settings.k),
-        ("topk_logprobs", "target", logprob_dtype, settings.k),
         ("tail_logsumexp", "target", "<i2" if root8 else "<f4", len(settings.temperatures)),
         ("label_logprob", "target", "<i2" if root8 else "<f4", None),
     ]
-    if settings.encoding == "bf16_logit":
+    if settings.k:
+        entries: list[tuple[str, Axis, npt.DTypeLike, int | None]] = [
+            ("topk_ids", "target", "<u4" if by_id else id_dtype, settings.k),
+            ("topk_logprobs", "target", logprob_dtype, settings.k),
+        ]
+        rows[2:2] = entries
+    if settings.k and settings.encoding == "bf16_logit":
         rows.append(("log_partition", "target", "<f4", None))
     if settings.tail_samples:
         rows.append(("tail_ids", "target", id_dtype, settings.tail_samples))

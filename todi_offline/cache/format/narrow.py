@@ -67,12 +67,13 @@ def _with_dropped_samples(
     assert narrowed.tail_ids is not None, "there are samples"
     assert narrowed.tail_logprobs is not None, "and their log-probs"
     dropped = rows.logprobs[:, settings.k :].astype(np.float64)
-    column = rows.temperatures.index(settings.tail_temperature)
+    tail = rows.tail_logsumexp[:, [rows.temperatures.index(settings.tail_temperature)]].astype(np.float64)
     weights = np.exp(dropped / settings.tail_temperature)
     cumulative = np.cumsum(weights, axis=1)
-    total = cumulative[:, -1:] + np.exp(rows.tail_logsumexp[:, column : column + 1].astype(np.float64))
+    total = cumulative[:, -1:] + np.exp(tail)
     reached = _uniforms(content_key, settings, rows.ids.shape[1], narrowed.tail_ids.shape) * total
-    place = (reached[:, :, None] >= cumulative[:, None, :]).sum(axis=2)
+    # One sample after the other: all at once would take [target, sample, k].
+    place = np.stack([(column[:, None] >= cumulative).sum(axis=1) for column in reached.T], axis=1)
     replaced = place < dropped.shape[1]
     place = np.where(replaced, place, 0)
     ids = np.take_along_axis(rows.ids[:, settings.k :], place, axis=1)
