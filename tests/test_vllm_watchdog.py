@@ -10,7 +10,7 @@ from todi_offline.vllm_teacher.watchdog import Watchdog
 
 
 def test_a_call_returns_what_the_function_does_from_one_other_thread() -> None:
-    watchdog = Watchdog("the engine", 10)
+    watchdog = Watchdog("the engine", 10.0)
     threads = {watchdog.call("work", threading.get_ident) for _ in range(3)}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
@@ -22,7 +22,7 @@ def test_an_error_of_the_function_is_raised_and_the_next_call_works(error: BaseE
     def fail() -> None:
         raise error
 
-    watchdog = Watchdog("the engine", 10)
+    watchdog = Watchdog("the engine", 10.0)
     with pytest.raises(type(error)) as caught:
         watchdog.call("work", fail)
     assert caught.value is error
