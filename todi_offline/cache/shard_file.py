@@ -4,6 +4,7 @@ Reading it directly (the index once, `pread` of the chunk, compare, decode) is m
 """
 
 import os
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -97,6 +98,8 @@ class ShardFile:
 
     def _index(self, descriptor: int) -> Index:
         status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheError(f"cannot read {self.path}: it is not a regular file")
         index = _read_index(self.path, self.spec, status.st_size, status.st_mtime_ns)
         if self.sums is not None and len(index) * CRC_BYTES != len(self.sums):
             raise CacheCorruptError(
