@@ -15,6 +15,7 @@ The modules stand in the order in which data flows:
     top_k, targets         logits -> sparse targets; target_rows, as a cache holds them
     cache                  sparse targets <-> Zarr shards
     capturing              stage 1: data set -> cache
+    costing                what stage 1 and stage 2 will cost
     stream                 cache -> batches
     losses                 student logits and targets -> loss
     student, trainer       what is trained, and by what

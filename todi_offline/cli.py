@@ -1,4 +1,4 @@
-"""Command lines in, calls of the library out: `todi demo`, `capture`, `student`, `train`, `evaluate`, `view`, `keys`.
+"""Command lines in, calls of the library out: the commands of `todi`.
 
 A command's options are the fields of its config, with the field's own documentation as their help.
 """
@@ -23,6 +23,7 @@ from todi_offline.terminal import (
     print_distance,
     print_generation,
     print_json,
+    print_plan,
     print_table,
     print_texts,
     progress,
@@ -36,6 +37,7 @@ def cli() -> None:
 
     \b
     todi demo                                           see it work, on a real teacher
+    todi plan --teacher T --data D --probe 64           what stage 1 will cost, before it runs
     todi capture --teacher T --data D --out CACHE       stage 1: run the teacher once
     todi student --from T --layers 8 --out S            cut a student from it
     todi train --student S --cache CACHE --out RUN      stage 2: train, without the teacher
@@ -86,6 +88,26 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
         summary = capture(config=config, progress=_shown(report), **given(settings))
     if speaks:
         (print_json if as_json else print_capture)(summary)
+
+
+@cli.command(
+    cls=ConfigCommand,
+    config=("todi_offline.costing:PlanOptions", "todi_offline.capturing.config:CaptureConfig"),
+)
+@click.option("--out", help="A cache that is there already: what it holds is not counted. By default a new one.")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of a capture's settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(config: Path | None, as_json: bool, **settings: Any) -> None:
+    """Say what a capture will cost before it runs: time, memory, bytes by shape, files, and a student's training.
+
+    It takes the options of `todi capture`, and refuses what a capture would refuse.
+
+    Example: todi plan --teacher teacher/ --data dolly.jsonl --probe 64 --student student/
+    """
+    from todi_offline.costing import plan
+
+    stage = (lambda _: None) if as_json else (lambda text: click.echo(f"> {text}", err=True))
+    (print_json if as_json else print_plan)(plan(config=config, stage=stage, **given(settings)))
 
 
 def _shown(report: Any) -> Any:

@@ -27,24 +27,29 @@ _OPTION_NAMES = {
 
 
 class ConfigCommand(click.Command):
-    """A command with an option for every field of a config class, which is imported only when it is used."""
+    """A command with an option for every field of some config classes, which are imported only when they are used.
 
-    def __init__(self, *args: Any, config: str, **kwargs: Any) -> None:
-        """Name the class as `module:Class`."""
+    An option of the command's own stands in the place of a field of the same name.
+    """
+
+    def __init__(self, *args: Any, config: str | tuple[str, ...], **kwargs: Any) -> None:
+        """Name each class as `module:Class`."""
         super().__init__(*args, **kwargs)
-        self._config = config
+        self._configs = (config,) if isinstance(config, str) else config
         self._options: list[click.Parameter] = []
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the options of the config's fields, then the command's own."""
+        """Return the options of the configs' fields, then the command's own."""
+        own = super().get_params(ctx)
         if not self._options:
-            module, _, name = self._config.partition(":")
+            names = {param.name for param in own}
             self._options = [
                 option
+                for module, _, name in (config.partition(":") for config in self._configs)
                 for field, holder in flat_fields(getattr(import_module(module), name))
-                if (option := _option(field, holder)) is not None
+                if field not in names and (option := _option(field, holder)) is not None
             ]
-        return [*self._options, *super().get_params(ctx)]
+        return [*self._options, *own]
 
 
 class _JsonObject(click.ParamType[dict[str, Any]]):

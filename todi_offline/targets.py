@@ -223,7 +223,7 @@ def _targets(
     far below the kept ones it lies.
     """
     uniforms = None if uniforms is None or uniforms.shape[1] == 0 else uniforms
-    _check(logits.shape[1], k, temperatures, tail_temperature if uniforms is not None else None)
+    check_capture(logits.shape[1], k, temperatures, tail_temperature if uniforms is not None else None)
     values, ids, following = top_k(logits, k)
     _require_softmax(values[:, 0])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -300,7 +300,8 @@ def _require_softmax(largest: Float[Tensor, " target"]) -> None:
         )
 
 
-def _check(vocab: int, k: int, temperatures: tuple[float, ...], tail_temperature: float | None) -> None:
+def check_capture(vocab: int, k: int, temperatures: tuple[float, ...], tail_temperature: float | None) -> None:
+    """Raise TargetsError unless such targets can be taken of a vocabulary; no tail temperature means no samples."""
     if not 1 <= k <= vocab:
         raise TargetsError(f"k is {k}, but the vocabulary has {vocab} ids; choose 1 to {vocab}")
     if not temperatures or not all(0 < t < math.inf for t in temperatures):

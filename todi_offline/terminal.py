@@ -81,8 +81,7 @@ def cache_rows(summary: Any) -> list[tuple[str, str]]:
 
 def print_capture(summary: Any) -> None:
     """Print what a capture did, and what its cache holds."""
-    report = {name.removeprefix("num_"): n for name, n in dataclasses.asdict(summary.data_report).items() if n}
-    click.echo("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in report.items()))
+    _print_report(summary.data_report)
     print_table(
         "Cache",
         [
@@ -101,6 +100,114 @@ def print_capture(summary: Any) -> None:
             for name, work in sorted(summary.workers.items())
         ]
         print_table("Workers", rows, ("", "shards", "tokens", "seconds"), min_width=8)
+
+
+def _print_report(report: Any) -> None:
+    """Print what became of the rows of a data set."""
+    counts = {name.removeprefix("num_"): n for name, n in dataclasses.asdict(report).items() if n}
+    click.echo("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+
+
+def print_plan(plan: Any) -> None:
+    """Print what a capture will cost: data, work, the table of shapes, files, a student."""
+    amount = plan.amount
+    _print_report(plan.report)
+    rows = [
+        ("sequences", f"{amount.num_sequences:,}"),
+        ("tokens", f"{amount.num_tokens:,}"),
+        ("targets", f"{amount.num_targets:,}"),
+    ]
+    if plan.num_known_sequences or plan.num_read_sequences < amount.num_sequences:
+        rows += [
+            ("sequences already there", f"{plan.num_known_sequences:,}"),
+            ("sequences left to read", f"{plan.num_read_sequences:,}"),
+        ]
+    rows += [
+        ("parameters of the teacher", f"{plan.teacher.num_parameters:,}"),
+        ("its weights in memory", size(plan.weight_bytes)),
+        *([] if plan.peak_bytes is None else [("memory of the probe, at most", size(plan.peak_bytes))]),
+        ("rows of a full shard", f"2 x {size(plan.shard_memory_bytes)}"),
+        ("work", f"{'at most ' if plan.teacher.has_experts else ''}{scaled(plan.flops, 'FLOP')}"),
+    ]
+    print_table("Capture", rows)
+    if plan.num_read_sequences:
+        _print_duration(plan.duration, "--probe 64 measures it, --rate TOKENS_A_SECOND computes it")
+    else:
+        click.echo("the teacher has nothing to read")
+    of_each = "" if plan.shard_bytes is None else f", about {size(plan.shard_bytes)} each"
+    click.echo(f"files: {plan.num_files:,}; shards: {amount.num_shards:,}{of_each}\n")
+    if plan.choices:
+        _print_choices(plan)
+    if plan.student is not None:
+        _print_student(plan.student)
+
+
+def _print_duration(duration: Any, remedy: str) -> None:
+    if duration is None:
+        click.echo(f"time: unknown; {remedy}")
+    else:
+        click.echo(f"time: {datetime.timedelta(seconds=round(duration.seconds))} ({duration.basis})")
+
+
+_SHARES = {
+    "fwd": "forward_kl",
+    "rev": "reverse_kl",
+    "warm": "small_warm",
+    "cold": "small_cold",
+}
+
+
+def _print_choices(plan: Any) -> None:
+    """Print the table of shapes and encodings, what is asked for and what is suggested marked."""
+    rows = []
+    for choice in plan.choices:
+        shares = [getattr(choice.shares, name) for name in _SHARES.values()]
+        rows.append(
+            (
+                f"{choice.k}+{choice.tail_samples}",
+                choice.encoding,
+                "" if choice.bytes_per_target is None else f"{choice.bytes_per_target:.1f}",
+                "" if choice.total_bytes is None else size(choice.total_bytes),
+                "" if choice.kept_mass is None else f"{choice.kept_mass:.3f}",
+                *("" if share is None else f"{share:.0%}" for share in shares),
+                "suggested" if choice.is_suggested else "asked for" if choice.is_asked else "",
+            )
+        )
+    header = ("shape", "encoding", "bytes", "total", "kept", *_SHARES, "")
+    print_table("Choices", rows, header, min_width=4)
+    source = "as SmolLM2-135M took them over Dolly; --probe 64 measures your teacher on your data"
+    click.echo(
+        "shape: k + tail samples\n"
+        f"bytes: a target, {source if plan.peak_bytes is None else 'as measured'}\n"
+        "kept: mean probability of the k ids together\n"
+        "fwd, rev: share of dense ToDi's gain in forward and reverse KL, in a study of SmolLM2-135M at T = 1\n"
+        "warm, cold: the same in forward KL, in a study of a small teacher, by how the student starts"
+    )
+    click.echo(f"suggested: {plan.suggestion}")
+
+
+def _print_student(student: Any) -> None:
+    rows = [
+        ("parameters", f"{student.num_parameters:,}"),
+        ("steps", f"{student.num_steps:,}"),
+        ("work", scaled(student.flops, "FLOP")),
+        ("memory without activations", size(student.memory_bytes)),
+    ]
+    print_table("Student, AdamW in float32", rows)
+    _print_duration(student.duration, "--probe 64 measures it, --rate TOKENS_A_SECOND computes it")
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes for people."""
+    return scaled(num_bytes, "B")
+
+
+def scaled(value: float, unit: str) -> str:
+    """Return a value with three digits and a decimal prefix: 1,234,000 B is 1.23 MB."""
+    for prefix, least in {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}.items():
+        if value >= least:
+            return f"{value / least:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
 
 
 _DISTANCES = {

@@ -69,8 +69,7 @@ class CacheWriter:
             CacheMismatchError: it was begun with other settings, data, teacher or tokenizer.
             CacheError: the place is not empty and no cache, or cannot be written.
         """
-        if not has_cache(self.store) and _is_foreign(self.store):
-            raise CacheError(f"{self.store} is not empty and holds no cache; choose another folder")
+        require_place(self.store)
         with contextlib.ExitStack() as stack:
             self._lock = stack.enter_context(self.store.lock())
             _remove_temporaries(self.store)
@@ -286,6 +285,11 @@ def _remove_temporaries(store: Store) -> None:
             store.delete(key)
 
 
-def _is_foreign(store: Store) -> bool:
-    """Whether a place holds anything that no interrupted creation of a cache would have left."""
-    return any(not (is_own(key) or is_temporary(key)) for key in store.find())
+def require_place(store: Store) -> None:
+    """Refuse a place that holds other files than a cache, or what an interrupted creation of one has left.
+
+    Raises:
+        CacheError: it holds others.
+    """
+    if not has_cache(store) and any(not (is_own(key) or is_temporary(key)) for key in store.find()):
+        raise CacheError(f"{store} is not empty and holds no cache; choose another folder")

@@ -14,6 +14,7 @@ from todi_offline.capturing.config import CaptureConfig
 from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.work import ShardTask
 from todi_offline.data import Examples
+from todi_offline.targets import check_capture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +28,13 @@ class Job:
 
     @classmethod
     def of(cls, examples: Examples, described: TeacherDescription, settings: CacheSettings) -> "Job":
-        """Describe the capture of a whole data set."""
+        """Describe the capture of a whole data set.
+
+        Raises:
+            TargetsError: the vocabulary has no such targets.
+        """
+        at = settings.tail_temperature if settings.tail_samples else None
+        check_capture(described.vocab_size, settings.k, settings.temperatures, at)
         keys = examples.content_keys()
         return cls(examples, keys, describe_cache(described, settings, (_part(examples, keys, described),)))
 

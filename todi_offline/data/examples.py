@@ -233,6 +233,19 @@ class Examples:
         lengths = pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))
         return np.asarray(lengths, np.int64)
 
+    @property
+    def num_targets(self) -> npt.NDArray[np.int64]:
+        """[example]: the supervised positions of each."""
+        import pyarrow.compute
+
+        counts = [np.empty(0, np.int64)]
+        for chunk in self.dataset.data.column("target_mask").chunks:
+            lengths = np.asarray(pyarrow.compute.list_value_length(chunk), np.int64)
+            marks = np.concatenate([[0], np.cumsum(np.asarray(chunk.flatten().to_numpy(zero_copy_only=False)))])
+            ends = np.cumsum(lengths)
+            counts.append(marks[ends] - marks[ends - lengths])
+        return np.concatenate(counts)
+
     def content_keys(self) -> ContentKeys:
         """Return what identifies each in a cache."""
         return ContentKeys.from_column(self.dataset.data.column("key"))
