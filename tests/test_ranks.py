@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,9 +52,9 @@ class Jobs:
         """How long two undisturbed ranks take."""
 
     def run(self, out: Path, size: int = 2, **more: Any) -> dict[str, Any]:
-        """Run a job; no rank of it may have to be killed because it waits for another one."""
+        """Run a job; no rank of it may survive the SIGTERM that follows the end of another one."""
         found: dict[str, Any] = self._program.ask({"out": str(out), "size": size, **more})
-        assert not found["is_stuck"], found
+        assert not found["are_stuck"], found
         return found
 
     def close(self) -> None:
@@ -102,6 +103,24 @@ def test_after_a_rank_was_killed_the_others_end_and_the_next_job_leaves_the_same
         assert sums_of(root) == jobs.whole, (victims, instant)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
+    jobs: Jobs, tmp_path: Path, victim: int
+) -> None:
+    """Rank r has the shards r, r + 2, ...; its teacher ends it at an example of the second of them."""
+    table = open_cache(jobs.whole_root).sequences.to_pandas().query(f"shard == {2 + victim}")
+    found = jobs.run(tmp_path / "cache", poison={"id": str(table["id"].iloc[2]), "how": "kill"})
+    assert found["codes"][victim] == -signal.SIGKILL
+    assert found["codes"][1 - victim] == 1
+    assert not found["were_ended"], found
+    if victim:
+        (line,) = errors_of(found)
+        assert "another process of this job has ended or cannot be reached" in line
+        assert "what is committed is safe: run the same command again" in line
+    assert jobs.run(tmp_path / "cache")["codes"] == [0, 0]
+    assert sums_of(tmp_path / "cache") == jobs.whole
+
+
 def test_a_job_that_is_asked_to_end_ends_and_goes_on(jobs: Jobs, tmp_path: Path) -> None:
     """SIGTERM reaches ranks that wait for each other, where a handler of Python's would not run."""
     root = tmp_path / "cache"
@@ -122,7 +141,7 @@ def test_ranks_that_were_started_again_do_not_meet_the_addresses_of_the_dead(job
     ("what", "named"),
     [
         ("data", "the ranks do not work on one capture: parts"),
-        ("teacher", "the ranks do not work on one capture: teacher.weights"),
+        ("teacher", "teacher.weights: not the same"),
         ("versions", "on rank 0, '0.1' on rank 1"),
     ],
 )

@@ -84,7 +84,10 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
     from todi_offline.capturing import capture
     from todi_offline.capturing.ranks import one_rank_speaks
 
-    with one_rank_speaks() as speaks, progress("tokens", quiet=as_json or not speaks) as report:
+    with contextlib.ExitStack() as stack:
+        speaks = stack.enter_context(one_rank_speaks())
+        report = stack.enter_context(progress("tokens", quiet=as_json or not speaks))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the messages of Ray belong
         summary = capture(config=config, progress=_shown(report), **given(settings))
     if speaks:
         (print_json if as_json else print_capture)(summary)

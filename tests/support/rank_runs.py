@@ -15,7 +15,9 @@ A run is a line of JSON:
     odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
     restarts  for each attempt but the last, its `signals`; the attempts share a store, as those of torchrun do
 
-An outcome is {"codes": [...], "errors": [...], "output": ..., "seconds": ..., "is_stuck": ...}, of the last attempt.
+An outcome, of the last attempt, is {"codes": [...], "errors": [...], "output": ..., "seconds": ..., "were_ended": ...,
+"are_stuck": ...}. As torchrun does, the program ends the ranks that are left when one has failed, but after some
+seconds, in which they should have ended by themselves: `were_ended` says that they had not.
 """
 
 import contextlib
@@ -48,6 +50,8 @@ from todi_offline.data import DataConfig, Examples, load_examples
 from todi_offline.errors import ModelError
 from todi_offline.teacher import TeacherConfig, as_teacher, load_teacher
 
+GRACE_SECONDS = 5.0
+"""After the end of the first rank that fails, for the others to end by themselves."""
 LIMIT_SECONDS = 60.0
 """After which ranks are stuck, and are killed."""
 
@@ -75,26 +79,28 @@ def job(run: Run, config: dict[str, Any], environ: dict[str, str], signals: list
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * run["size"])]
         outputs, errors = files[::2], files[1::2]
         started = time.monotonic()
-        ranks = [
-            fork(run, config, environ, rank, outputs[rank].fileno(), errors[rank].fileno())
+        ranks = {
+            rank: fork(run, config, environ, rank, outputs[rank].fileno(), errors[rank].fileno())
             for rank in range(run["size"])
-        ]
+        }
         due = sorted((started + seconds, rank, name) for rank, seconds, name in signals)
         codes: dict[int, int] = {}
-        while len(codes) < len(ranks) and time.monotonic() < started + LIMIT_SECONDS:
+        deadline, were_ended = float("inf"), False
+        while ranks and time.monotonic() < started + LIMIT_SECONDS:
+            if time.monotonic() > deadline:
+                due, deadline, were_ended = [(0.0, rank, "SIGTERM") for rank in ranks], float("inf"), True
             while due and due[0][0] <= time.monotonic():
                 _, rank, name = due.pop(0)
-                if rank not in codes:
+                if rank in ranks:
                     os.kill(ranks[rank], getattr(signal, name))
-            for rank in set(range(run["size"])) - codes.keys():
-                ended, status = os.waitpid(ranks[rank], os.WNOHANG)
-                if ended:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
+            reap(ranks, codes, os.WNOHANG)
+            if any(codes.values()) and not were_ended:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             time.sleep(0.005)
-        is_stuck = len(codes) < len(ranks)
-        for rank in set(range(run["size"])) - codes.keys():
-            os.kill(ranks[rank], signal.SIGKILL)
-            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(ranks[rank], 0)[1])
+        are_stuck = bool(ranks)
+        for process in ranks.values():
+            os.kill(process, signal.SIGKILL)
+        reap(ranks, codes, 0)
         for file in files:
             file.seek(0)
         return {
@@ -102,8 +108,18 @@ def job(run: Run, config: dict[str, Any], environ: dict[str, str], signals: list
             "errors": [file.read() for file in errors],
             "output": outputs[0].read(),
             "seconds": time.monotonic() - started,
-            "is_stuck": is_stuck,
+            "were_ended": were_ended,
+            "are_stuck": are_stuck,
         }
+
+
+def reap(ranks: dict[int, int], codes: dict[int, int], options: int) -> None:
+    """Take out the ranks that have ended, and note their exit codes."""
+    for rank, process in list(ranks.items()):
+        ended, status = os.waitpid(process, options)
+        if ended:
+            del ranks[rank]
+            codes[rank] = os.waitstatus_to_exitcode(status)
 
 
 def fork(run: Run, config: dict[str, Any], environ: dict[str, str], rank: int, output: int, errors: int) -> int:

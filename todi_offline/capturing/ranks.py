@@ -62,7 +62,8 @@ class Ranks:
         made = _attempt(make)
         failed = made if isinstance(made, TodiError) else None
         if failed is not None and self.board is not None:
-            self.board.set(_FAILED, "")
+            with contextlib.suppress(RuntimeError):  # rank 0 may be gone, as `gather` finds out
+                self.board.set(_FAILED, "")
         for error in self.gather(failed):
             _result(error)
         return made  # type: ignore[return-value]
@@ -98,9 +99,14 @@ class Ranks:
     def share(self, items: Sequence[T]) -> Iterator[T]:
         """Yield this rank's share, each when it is asked for, until another rank fails."""
         for item in items[self.rank :: self.size]:
-            if self.board is not None and self.board.check([_FAILED]):
+            if self._has_failed():
                 return
             yield item
+
+    def _has_failed(self) -> bool:
+        """Whether a rank has raised an error."""
+        with _lost_ranks():
+            return self.board is not None and bool(self.board.check([_FAILED]))
 
     @contextlib.contextmanager
     def metered(self, meter: Meter) -> Iterator[Report]:

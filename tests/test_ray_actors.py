@@ -1,0 +1,328 @@
+"""Actors of Ray: whatever ends them, a capture goes on with the same bytes, or names what ends them."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Row, tokenised
+from support.fake_ray import Actor, Deadly, DiedError, FakeRay
+from support.poison import save_poisonous
+from support.programs import run, started
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama, save_llama
+from test_ranks import LENGTHS, SMALL, Sums, records_of, sums_of
+
+import todi_offline.capturing.ray_actors
+from todi_offline.cache.reader import open_cache
+from todi_offline.capturing import capture
+from todi_offline.capturing.engines import Engine, TransformersEngine
+from todi_offline.data import Examples
+from todi_offline.errors import CacheMismatchError, ConfigError, TodiError
+from todi_offline.teacher import Teacher, as_teacher
+
+BATCH_TOKENS = SMALL["batch_tokens"]
+
+
+@pytest.fixture(scope="module")
+def small_teacher() -> Teacher:
+    return as_teacher(llama(num_hidden_layers=1), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def many(conversations: list[Row]) -> Examples:
+    return tokenised(conversations[:120])
+
+
+@pytest.fixture(scope="module")
+def whole_root(tmp_path_factory: pytest.TempPathFactory, small_teacher: Teacher, many: Examples) -> Path:
+    """The cache that this process makes."""
+    root = tmp_path_factory.mktemp("whole")
+    capture(small_teacher, many, root, **SMALL)
+    assert len(records_of(root)) >= 4
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(whole_root: Path) -> Sums:
+    return sums_of(whole_root)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, small_teacher: Teacher) -> Callable[..., FakeRay]:
+    """Put a Ray of one process in the place of Ray, whose actors share one loaded teacher."""
+
+    def put(seed: int = 0, deadly: Deadly = lambda _name, _actor: False, engine: Engine | None = None) -> FakeRay:
+        ray = FakeRay(seed, deadly)
+        loaded = engine or TransformersEngine(small_teacher, BATCH_TOKENS)
+        monkeypatch.setattr(todi_offline.capturing.ray_actors, "_import_ray", lambda: ray)
+        monkeypatch.setattr(todi_offline.capturing.ray_actors, "load_engine", lambda _: loaded)
+        return ray
+
+    return put
+
+
+def in_actors(many: Examples, root: Path, num_actors: int = 2, **settings: Any) -> Any:
+    return capture("a teacher", many, root, ray_actors=num_actors, **SMALL, **settings)
+
+
+@pytest.mark.parametrize("num_actors", [1, 2, 5])
+def test_actors_leave_the_bytes_of_a_single_process(
+    fake: Callable[..., FakeRay], many: Examples, whole: Sums, tmp_path: Path, num_actors: int
+) -> None:
+    ray = fake(seed=num_actors)
+    summary = in_actors(many, tmp_path / "cache", num_actors)
+    assert sums_of(tmp_path / "cache") == whole
+    assert len(ray.actors) == num_actors
+    assert all(actor.is_dead for actor in ray.actors)
+    assert sum(work.num_shards for work in summary.workers.values()) == len(records_of(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_actors_that_die_at_any_call_leave_the_same_bytes(
+    fake: Callable[..., FakeRay], many: Examples, whole: Sums, tmp_path: Path, count: int
+) -> None:
+    num_deaths = 0
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        ray = fake(seed, lambda name, _, rng=rng: "load" not in name and rng.random() < 0.1)
+        in_actors(many, tmp_path / str(seed), ray_attempts=1000)
+        assert sums_of(tmp_path / str(seed)) == whole, seed
+        num_deaths += len(ray.actors) - 2
+    assert num_deaths > count
+
+
+def test_a_shard_that_a_dead_actor_has_committed_is_not_captured_again(
+    fake: Callable[..., FakeRay], many: Examples, whole: Sums, tmp_path: Path
+) -> None:
+    died = []
+
+    def deadly(name: str, actor: Actor) -> bool:
+        if name == "after capture" and not died:
+            died.append(actor.number)
+            return True
+        return False
+
+    ray = fake(0, deadly)
+    captured = []
+    real = ray._step
+    ray._step = lambda actor: (captured.append(actor.waiting[0].call[0]), real(actor))  # type: ignore[method-assign]
+    in_actors(many, tmp_path / "cache", 1)
+    assert died
+    assert sums_of(tmp_path / "cache") == whole
+    assert captured.count("capture") == len(records_of(tmp_path / "cache"))
+
+
+class Poisoned:
+    """An engine that fails at an example, or ends its actor."""
+
+    def __init__(self, engine: Engine, example_id: str, error: BaseException) -> None:
+        self._engine, self._id, self._error = engine, example_id, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def targets(self, examples: Any, settings: Any, report: Any) -> Any:
+        if any(example.id == self._id for example in examples):
+            raise self._error
+        return self._engine.targets(examples, settings, report)
+
+
+@pytest.mark.parametrize("how", ["raises", "kills"])
+def test_an_example_that_its_teacher_does_not_survive_is_named_and_what_is_committed_stays(
+    fake: Callable[..., FakeRay],
+    many: Examples,
+    small_teacher: Teacher,
+    whole_root: Path,
+    tmp_path: Path,
+    how: str,
+) -> None:
+    poison = str(open_cache(whole_root).sequences.to_pandas().query("shard == 2")["id"].iloc[3])
+    error: BaseException = RuntimeError("no kernel for this") if how == "raises" else DiedError()
+    fake(engine=Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), poison, error))
+    with pytest.raises(TodiError) as caught:
+        in_actors(many, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    named = f"example {poison!r} of shard 2 "
+    assert str(caught.value).startswith(named)
+    assert "has ended each worker that read it" in str(caught.value) or how == "raises"
+    assert "what is committed is safe" in str(caught.value)
+    kept = records_of(tmp_path / "cache")
+    assert kept
+    assert "000002.json" not in kept
+    capture(small_teacher, many, tmp_path / "cache", **SMALL)  # goes on without actors
+    assert sums_of(tmp_path / "cache") == sums_of(whole_root)
+
+
+def test_actors_that_die_while_they_load_are_not_blamed_on_a_shard(
+    fake: Callable[..., FakeRay], many: Examples, tmp_path: Path
+) -> None:
+    fake(deadly=lambda name, _: name == "load")
+    with pytest.raises(TodiError, match=r"^3 actors have died while they loaded the teacher: .* died unexpectedly\.; "):
+        in_actors(many, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_actors_that_load_another_teacher_are_refused(
+    fake: Callable[..., FakeRay],
+    many: Examples,
+    small_teacher: Teacher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake()
+    other = as_teacher(llama(seed=1, num_hidden_layers=1), tiny_tokenizer())
+    engines = iter([TransformersEngine(small_teacher, BATCH_TOKENS), TransformersEngine(other, BATCH_TOKENS)])
+    monkeypatch.setattr(todi_offline.capturing.ray_actors, "load_engine", lambda _: next(engines))
+    with pytest.raises(CacheMismatchError, match=r"^the actors differ: teacher\.weights"):
+        in_actors(many, tmp_path / "cache")
+
+
+def test_a_loaded_teacher_is_of_no_use_to_actors(small_teacher: Teacher, many: Examples, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="actors of Ray load the teacher themselves; name it"):
+        capture(small_teacher, many, tmp_path / "cache", ray_actors=2)
+
+
+def test_progress_counts_the_tokens_of_all_actors(fake: Callable[..., FakeRay], many: Examples, tmp_path: Path) -> None:
+    fake()
+    seen = []
+    in_actors(many, tmp_path / "cache", progress=seen.append)
+    total = int(many.num_tokens.sum())
+    assert (seen[0].num_tokens, seen[-1].num_tokens, seen[-1].total_tokens) == (0, total, total)
+    assert seen[-1].num_shards == seen[-1].total_shards == len(records_of(tmp_path / "cache"))
+
+
+# With Ray itself, in processes of its own: it is slow to start.
+
+
+class Setting:
+    """A teacher and data on the disk, and the cache that one process makes of them."""
+
+    def __init__(self, folder: Path, rows: list[Row]) -> None:
+        pytest.importorskip("ray")
+        self.folder = folder
+        self.rows = rows
+        self.data = folder / "chats.jsonl"
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.teacher = save_llama(folder / "teacher", num_hidden_layers=1)
+
+    def words(self, out: Path, *more: str, **changes: Any) -> list[str]:
+        named = {"teacher": self.teacher, "data": self.data, "out": out, "device": "cpu", **SMALL, **LENGTHS, **changes}
+        options = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [sys.executable, "-m", "todi_offline", "capture", "--json", *options, *more]
+
+    @functools.cached_property
+    def whole(self) -> Sums:
+        capture(str(self.teacher), str(self.data), self.folder / "whole", device="cpu", **SMALL, **LENGTHS)
+        return sums_of(self.folder / "whole")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, conversations: list[Row]) -> Setting:
+    return Setting(tmp_path_factory.mktemp("setting"), conversations[:120])
+
+
+def descendants(process: int) -> dict[int, str]:
+    """The processes below a process, and their names."""
+    found: dict[int, str] = {}
+    parents: dict[int, int] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (path / "cmdline").read_text(errors="replace").replace("\0", " ")
+                status = (path / "status").read_text()
+                parents[int(path.name)] = int(status.partition("PPid:")[2].split()[0])
+                found[int(path.name)] = words
+    below, frontier = set[int](), {process}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        below |= frontier
+    return {number: found[number] for number in below}
+
+
+def actors_of(driver: int) -> list[int]:
+    return sorted(number for number, words in descendants(driver).items() if words.startswith("ray::CaptureActor"))
+
+
+def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[str]", seconds: float = 100) -> Any:
+    """Return what a condition becomes while a process runs; None when that ends first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        if process.poll() is not None:
+            return None
+        time.sleep(0.02)
+    raise TimeoutError(f"nothing within {seconds} s")
+
+
+@contextlib.contextmanager
+def driving(words: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """Yield a driver; whatever it has started ends with the context, too, Ray's own processes included."""
+    with started(words) as process:
+        below: dict[int, str] = {}
+        try:
+            yield process
+        finally:
+            below |= descendants(process.pid)
+            for number in below:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+
+def test_a_killed_actor_of_ray_is_replaced_and_the_bytes_are_the_same(setting: Setting, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    with driving(setting.words(root, ray_actors=2)) as process:
+        wait_for(lambda: (root / "cache.json").exists() and actors_of(process.pid), process)
+        victims = wait_for(lambda: len(records_of(root)) >= 1 and actors_of(process.pid), process)
+        if victims:  # else it was done before
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victims[0], signal.SIGKILL)
+        output, errors = process.communicate(timeout=150)
+        assert process.returncode == 0, errors
+    assert sums_of(root) == setting.whole
+    assert sum(work["num_shards"] for work in json.loads(output)["workers"].values()) == len(records_of(root))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(6))
+def test_a_driver_or_its_actors_are_killed_at_any_instant(setting: Setting, tmp_path: Path, number: int) -> None:
+    rng, root = np.random.default_rng(number), tmp_path / "cache"
+    with driving(setting.words(root, ray_actors=2)) as process:
+        wait_for(lambda: len(actors_of(process.pid)) == 2, process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=float(rng.random()) * 15)
+        victims = [process.pid] if number % 2 else actors_of(process.pid)
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        process.communicate(timeout=150)
+    changes: dict[str, Any] = {} if number % 3 else {"ray_actors": 1}  # goes on as one process, or with fewer actors
+    done = run(setting.words(root, **changes), seconds=200)
+    assert done.code == 0, done.errors
+    assert sums_of(root) == setting.whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_ray_names_an_example_that_its_teacher_does_not_survive(
+    setting: Setting, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    teacher, data = save_poisonous(tmp_path, setting.rows, 70, how)
+    words = setting.words(tmp_path / "cache", "--trust-remote-code", teacher=teacher, data=data, ray_actors=2)
+    done = run(words, seconds=250)
+    assert done.code == 1
+    (line,) = done.error_lines
+    assert "example 'chats.jsonl:70' of shard " in line
+    assert records_of(tmp_path / "cache")
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["pending"]
