@@ -23,7 +23,7 @@ from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
 from todi_offline.errors import ModelError
-from todi_offline.models import ChunkedHead, output_head
+from todi_offline.head import Head
 from todi_offline.teacher import Teacher
 
 Array = npt.NDArray[Any]
@@ -56,10 +56,10 @@ def keep(teacher: Teacher, examples: Examples, place: Path, **settings: Any) -> 
     if _beside(place).exists():
         return
     shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped; what its head read is lost
-    head: Any = output_head(teacher.model)
-    if teacher.head is None or head.bias is not None or teacher.head.scale != 1 or teacher.head.softcap:
+    head = teacher.head.module
+    if not teacher.head.is_linear or head.bias is not None or teacher.head.scale != 1 or teacher.head.softcap:
         raise ModelError(f"the head of {type(teacher.model).__name__} is more than a matrix; take another teacher")
-    recording = _Recording(teacher.model, 1.0, None)
+    recording = _Recording(teacher.model, runs_apart=True)
     capture(dataclasses.replace(teacher, head=recording), examples, place, **settings)
     hidden = [recording.read_at(sequence) for sequence in open_cache(place)]
     np.save(place.parent / "head.npy", head.weight[: teacher.vocab_size].detach().numpy())
@@ -76,14 +76,14 @@ def numbered(cache: Cache) -> list[CachedSequence]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recording(ChunkedHead):
+class _Recording(Head):
     """A teacher's head that keeps what it reads of every sequence."""
 
     recorded: dict[bytes, Array] = field(default_factory=dict)
 
     def hidden_states(self, positions: Tensor, **inputs: Tensor) -> Tensor:
         """Return what the head reads at these positions."""
-        hidden = ChunkedHead.hidden_states(self, positions, **inputs)
+        hidden = Head.hidden_states(self, positions, **inputs)
         rows = positions // inputs["input_ids"].shape[1]
         for row, tokens in enumerate(inputs["input_ids"].numpy()):
             self.recorded[_content(tokens)] = hidden[rows == row].numpy()

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks._study_arms import Arm
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
+from todi_offline.head import head_of
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss
-from todi_offline.models import head_at
 from todi_offline.stream import Collator, batch_targets
 from todi_offline.targets import SparseTargets
 
@@ -42,7 +42,7 @@ def losses_of(
 
 def logits_of(model: Any, batch: Batch, vocab_size: int) -> Tensor:
     """Return a model's logits at the targets of a batch."""
-    with head_at(model, batch["target_positions"]):
+    with head_of(model).at(batch["target_positions"]):
         output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     logits: Tensor = output.logits[0, :, :vocab_size]
     return logits

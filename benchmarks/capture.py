@@ -89,7 +89,7 @@ def _padding(examples: Examples) -> float:
 
 @torch.no_grad()
 def _bare(teacher: Teacher, examples: Examples) -> None:
-    assert teacher.head is not None, "these teachers have a plain head"
+    assert teacher.head.runs_apart, "these teachers have a plain head"
     for batch in _batches(examples):
         members = [examples[index] for index in batch]
         length = padded_length(max(len(example.token_ids) for example in members))

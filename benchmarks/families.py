@@ -86,7 +86,7 @@ def _captured(model: Any, tolerance: float, worst: Callable[[Tensor], Tensor] = 
         found = torch.from_numpy(rows.label_logprob)
         labels = expected.gather(-1, _labels(example)[:, None])[:, 0]
         _require_close("a label's log-prob", found, labels, tolerance, worst)
-    return "whole" if teacher.head is None else "in chunks"
+    return "in chunks" if teacher.head.runs_apart else "whole"
 
 
 def trained(model: Any) -> str:
@@ -96,7 +96,7 @@ def trained(model: Any) -> str:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for gradients in zip(*(_gradients(loss, parameters) for loss in (found, expected)), strict=True):
         _require_close("a gradient", gradients[0], gradients[1], 1e-4)
-    loss = "from logits" if trainer.head is None else "fused"
+    loss = "fused" if trainer.head.is_linear else "from logits"
     return f"{loss}, {'packed' if trainer.data_collator.pack else 'a row each'}"
 
 

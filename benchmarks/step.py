@@ -25,6 +25,7 @@ Not claimed: anything of a GPU, of bfloat16, of other sizes, of several processe
 """
 
 import copy
+import dataclasses
 import importlib
 import importlib.util
 import statistics
@@ -55,8 +56,9 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks._peak import peak_bytes
 from todi_offline import ToDiTrainer, capture, open_cache
 from todi_offline.cache.reader import Cache
+from todi_offline.head import head_of
 from todi_offline.losses import dense_divergence
-from todi_offline.models import head_at, load_model, load_tokenizer
+from todi_offline.models import load_model, load_tokenizer
 from todi_offline.stdlib_corpus import stdlib_pairs
 from todi_offline.stream import ShuffledOrder
 
@@ -183,7 +185,7 @@ class OnlineToDi(ToDiTrainer):
         return ((losses + dense_divergence(student, teacher)) / 2).sum() / num_items_in_batch
 
     def _logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        with head_at(model, inputs["target_positions"]):
+        with head_of(model).at(inputs["target_positions"]):
             outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
         return outputs.logits[0, :, : self._cache.manifest.vocab_size]  # type: ignore[no-any-return, union-attr]
 
@@ -207,7 +209,7 @@ def _methods(world: World, root: Path) -> dict[str, Callable[[], Trainer]]:
 
     def readable() -> Trainer:
         trainer = from_cache(ToDiTrainer)
-        trainer.head = None
+        trainer.head = dataclasses.replace(trainer.head, is_linear=False)
         return trainer
 
     def online() -> Trainer:

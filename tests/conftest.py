@@ -13,7 +13,8 @@ import transformers
 from jaxtyping import install_import_hook
 
 # Only the modules whose signatures carry shapes, and before anything of ours is imported.
-CHECKED = ("models", "teacher", "top_k", "targets", "target_rows", "vllm_teacher", "losses", "trainer", "evaluation")
+CHECKED = ("models", "head", "teacher", "top_k", "targets", "target_rows", "vllm_teacher", "losses", "trainer")
+CHECKED += ("evaluation",)
 install_import_hook([f"todi_offline.{name}" for name in CHECKED], "beartype.beartype")
 
 from support.tiny import tiny_tokenizer

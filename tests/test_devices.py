@@ -1,7 +1,9 @@
 """Numbers and devices on an accelerator that is none: see `elsewhere`."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ import torch.utils.backend_registration as backends
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 from support.tiny_runs import trainer_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.reader import Cache
 from todi_offline.data import DataConfig, load_examples
+from todi_offline.head import tried_head
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.targets import SparseTargets, teacher_targets
 from todi_offline.teacher import as_teacher, targets_of
@@ -22,7 +25,7 @@ from todi_offline.trainer import ToDiTrainer
 
 if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this release of torch knows no devices made in Python", allow_module_level=True)
-from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres, without_reads
+from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres, settle, without_reads
 
 NUM_TARGETS, WIDTH, VOCAB, K, NUM_SAMPLES = 6, 8, 600, 5, 3
 
@@ -105,16 +108,6 @@ def test_losses_and_gradients_are_computed_where_the_student_is(divergence, tail
         torch.testing.assert_close(found, expected)
 
 
-def settle(model: torch.nn.Module) -> None:
-    """Move a model there, by new tensors: those of the CPU cannot become them in place."""
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        model.to(ELSEWHERE)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
-
-
 def test_a_teacher_reads_where_it_is() -> None:
     tokenizer = tiny_tokenizer()
     examples = load_examples(DataConfig(limit=3, max_length=64, max_prompt_length=32), tokenizer)
@@ -133,7 +126,7 @@ def test_a_teacher_reads_where_it_is() -> None:
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_a_step_is_made_where_the_student_is(is_fused: bool, cache: Cache, tmp_path: Path) -> None:
     def step(trainer: ToDiTrainer, device: torch.device | str) -> list[Tensor]:
-        trainer.head = trainer.head if is_fused else None
+        trainer.head = dataclasses.replace(trainer.head, is_linear=is_fused)
         batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
         inputs = {name: value.to(device) for name, value in batches[0].items()}
         scale, count = torch.full((), 2.0).to(device), count.to(device)
@@ -150,3 +143,25 @@ def test_a_step_is_made_where_the_student_is(is_fused: bool, cache: Cache, tmp_p
         found = step(trainer, ELSEWHERE)
     for there, same in zip(found, expected, strict=True):
         torch.testing.assert_close(here(there), same, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_on_another_device_than_the_logits_runs_apart() -> None:
+    """As accelerate spreads a teacher: the last device has the head, the first gets the logits back."""
+    model, tokens, positions = llama(), torch.arange(3, 23)[None], torch.tensor([0, 7, 19])
+    with Elsewheres():
+        settle(model.lm_head)
+        model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].to(ELSEWHERE),))
+        model.register_forward_hook(_logits_to_cpu)
+        head = tried_head(model)
+        assert head.runs_apart
+        with torch.no_grad():
+            (logits,) = head.chunks(positions, 100, input_ids=tokens)
+    assert logits.device == ELSEWHERE
+    with torch.no_grad():
+        expected = llama()(input_ids=tokens).logits[0, positions]
+    torch.testing.assert_close(here(logits), expected, rtol=1e-5, atol=1e-5)
+
+
+def _logits_to_cpu(_: nn.Module, __: Any, output: Any) -> Any:
+    output.logits = output.logits.to("cpu")
+    return output

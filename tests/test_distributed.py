@@ -1,5 +1,6 @@
 """Two processes against one: the same steps, the same gradients, no sequence lost or seen twice."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -80,7 +81,7 @@ def outcome(out: Path, name: str, cache: Cache, heldout: Cache, parts: dict[str,
     build, settings = RUNS[name]
     trainer = trainer_of(out, cache, build(), eval_dataset=heldout, **COMMON, **parts, **settings)
     if name == "readable":
-        trainer.head = None
+        trainer.head = dataclasses.replace(trainer.head, is_linear=False)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 6

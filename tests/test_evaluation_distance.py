@@ -16,6 +16,7 @@ from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ModelError, TargetsError
 from todi_offline.evaluation import Distance, Group, distance, evaluate_cache
 from todi_offline.evaluation.distance import position_in_response
+from todi_offline.head import head_of
 from todi_offline.losses import DistillationConfig
 from todi_offline.targets import SparseTargets
 from todi_offline.teacher import Teacher
@@ -232,7 +233,7 @@ def test_the_numbers_depend_neither_on_batches_nor_on_chunks_nor_on_how_the_head
     np.testing.assert_allclose(values(measured(model, heldout, batch_size=1)), whole, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(distance, "CHUNK_BYTES", 4 * 512 * 7)
     np.testing.assert_allclose(values(measured(model, heldout, batch_size=3)), whole, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr(distance, "chunked_head", lambda _: None)
+    monkeypatch.setattr(distance, "tried_head", head_of)
     np.testing.assert_allclose(values(measured(model, heldout, batch_size=3)), whole, rtol=1e-4, atol=1e-6)
 
 

@@ -19,8 +19,8 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.cache.store.staging import Staging
+from todi_offline.head import head_of
 from todi_offline.losses import distillation_loss
-from todi_offline.models import head_at
 from todi_offline.stream import (
     EMPTY,
     CacheDataset,
@@ -220,7 +220,7 @@ def in_batch_order(members: list[CachedSequence], batch: dict[str, Tensor]) -> l
 
 
 def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad(), head_at(model, batch["target_positions"]):
+    with torch.no_grad(), head_of(model).at(batch["target_positions"]):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         return model(**inputs, use_cache=False).logits[0]
 
@@ -264,7 +264,7 @@ def test_what_fills_up_a_row_spoils_no_gradient(collator: Collator, cache: Cache
     assert not model.get_input_embeddings().weight[model.config.pad_token_id].any()
     batch = collator([cache[2], cache[5]])
     assert len(batch["input_ids"].flatten()) > batch["num_tokens"]
-    with head_at(model, batch["target_positions"]):
+    with head_of(model).at(batch["target_positions"]):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         model(**inputs, use_cache=False).logits.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)

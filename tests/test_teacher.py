@@ -22,7 +22,8 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.capturing import capture
 from todi_offline.checkpoint import checkpoint_fingerprint
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TeacherOutputError
-from todi_offline.models import load_model, load_tokenizer, output_head
+from todi_offline.head import output_module
+from todi_offline.models import load_model, load_tokenizer
 from todi_offline.teacher import (
     Teacher,
     TeacherConfig,
@@ -109,7 +110,7 @@ def test_logits_of_padding_ids_are_dropped_before_the_softmax() -> None:
 def test_the_fallback_of_an_unknown_head_gives_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     members = some_examples(40, 25, 33)
     known = as_teacher(gemma2(), tiny_tokenizer())
-    unknown = dataclasses.replace(known, head=None)
+    unknown = dataclasses.replace(known, head=dataclasses.replace(known.head, runs_apart=False))
     monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", 5 * 4 * VOCAB)  # five rows a chunk
     for found, expected in zip(
         targets_of(unknown, members, SETTINGS), targets_of(known, members, SETTINGS), strict=True
@@ -129,7 +130,7 @@ def test_the_head_runs_at_the_targets_alone_and_in_chunks(
         sizes.append(output.numel() // VOCAB)
 
     monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
-    handle = output_head(teacher.model).register_forward_hook(note)
+    handle = output_module(teacher.model).register_forward_hook(note)
     try:
         targets_of(teacher, members, SETTINGS)
     finally:
@@ -155,7 +156,7 @@ def test_a_broken_logit_is_located_by_example_and_position(
         seen += len(rows)
 
     monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
-    handle = output_head(teacher.model).register_forward_hook(breaking)
+    handle = output_module(teacher.model).register_forward_hook(breaking)
     try:
         with pytest.raises(TeacherOutputError, match=r"example '1' at position 7 hold NaN or \+inf"):
             targets_of(teacher, members, SETTINGS)

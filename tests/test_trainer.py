@@ -493,7 +493,7 @@ def test_a_mixture_of_experts_trains_with_its_routers_loss_as_transformers_does(
 ) -> None:
     sft = DistillationConfig(kd_weight=0.0)
     trainer = trainer_of(tmp_path, cache, mixtral(), distillation=sft, per_device_train_batch_size=1, max_steps=1)
-    trainer.head = trainer.head if is_fused else None
+    trainer.head = dataclasses.replace(trainer.head, is_linear=is_fused)
     trainer.train()
     model = mixtral().train()
     batch = trainer.batches[0]

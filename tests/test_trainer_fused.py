@@ -1,5 +1,6 @@
 """Training through the model's own forward pass, against training on the logits that it returns: the same numbers."""
 
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ from transformers import TrainerCallback
 
 import todi_offline.trainer
 from todi_offline.cache.reader import Cache
+from todi_offline.head import output_module
 from todi_offline.losses import DistillationConfig
-from todi_offline.models import output_head
 from todi_offline.student import LoraSettings, add_lora
 
 
@@ -87,9 +88,9 @@ def run(out: Path, cache: Cache, build: Callable[[], Any], *, readable: bool, **
     noted = Gradients()
     values = {"max_steps": 3, "gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0}
     trainer = trainer_of(out, cache, build(), callbacks=[noted], **(values | settings))
-    assert trainer.head is not None
+    assert trainer.head.is_linear
     if readable:
-        trainer.head = None
+        trainer.head = dataclasses.replace(trainer.head, is_linear=False)
     trainer.train()
     return trainer, noted.steps
 
@@ -150,8 +151,8 @@ def test_in_bfloat16_they_are_as_near_as_that_is(model: str, cache: Cache, tmp_p
 def test_an_evaluation_gives_the_same_metrics(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, cache, eval_dataset=heldout)
     fused = trainer.evaluate()
-    assert trainer.head is not None
-    trainer.head = None
+    assert trainer.head.is_linear
+    trainer.head = dataclasses.replace(trainer.head, is_linear=False)
     readable = trainer.evaluate()
     for name in ("loss", "kd", "cross_entropy", "reverse_kl", "tail_share"):
         assert fused[f"eval_{name}"] == pytest.approx(readable[f"eval_{name}"], rel=1e-5), name
@@ -232,9 +233,9 @@ def test_a_head_that_is_more_than_a_linear_layer_runs_itself_and_a_line_says_so(
     with caplog.at_level(logging.WARNING, logger="todi_offline"):
         trainer = trainer_of(tmp_path, cache, build(), max_steps=2, report_to="none")
         rows: list[int] = []
-        output_head(trainer.model).register_forward_hook(lambda _, __, output: rows.append(output.numel() // VOCAB))
+        output_module(trainer.model).register_forward_hook(lambda _, __, output: rows.append(output.numel() // VOCAB))
         trainer.train()
-    assert trainer.head is None
+    assert not trainer.head.is_linear
     assert rows == [len(batch["labels"]) for batch in trainer.batches]
     assert caplog.text.count("is no plain linear layer") == 1
 

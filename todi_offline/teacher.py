@@ -23,17 +23,8 @@ from todi_offline.checkpoint import (
 )
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
-from todi_offline.models import (
-    ChunkedHead,
-    Model,
-    Tokenizer,
-    chunked_head,
-    evaluation_mode,
-    head_at,
-    load_model,
-    load_tokenizer,
-    real_vocab_size,
-)
+from todi_offline.head import Head, real_vocab_size, tried_head
+from todi_offline.models import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer
 from todi_offline.target_rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
 
 logger = logging.getLogger(__name__)
@@ -74,7 +65,7 @@ class Teacher:
     tokenizer: Tokenizer
     vocab_size: int
     """Ids that the tokenizer knows; logits beyond pad the embedding and are dropped."""
-    head: ChunkedHead | None
+    head: Head
     checkpoint: tuple[str, str | None] | None = None
     """The paths of the model and of its adapter, which identify it; None where the model was handed over in memory."""
 
@@ -101,8 +92,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
 
 def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
     """Make a teacher of a model that is already loaded; its weights in memory identify it."""
-    with evaluation_mode(model):
-        return Teacher(model, tokenizer, real_vocab_size(tokenizer, model), chunked_head(model))
+    return Teacher(model, tokenizer, real_vocab_size(tokenizer, model), tried_head(model))
 
 
 def padded_length(num_tokens: int, num_positions: int | None = None) -> int:
@@ -210,15 +200,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
 def _logit_chunks(
     teacher: Teacher, input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, " target"]
 ) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    rows = chunk_rows(teacher.vocab_size)
-    if teacher.head is None:
-        with head_at(teacher.model, positions):
-            logits = teacher.model(input_ids=input_ids, use_cache=False).logits[0]
-        for chunk in torch.split(logits, rows):
-            yield chunk[:, : teacher.vocab_size]
-        return
-    for hidden in torch.split(teacher.head.hidden_states(positions, input_ids=input_ids), rows):
-        yield teacher.head.logits(hidden)[:, : teacher.vocab_size]
+    for logits in teacher.head.chunks(positions, chunk_rows(teacher.vocab_size), input_ids=input_ids):
+        yield logits[:, : teacher.vocab_size]
 
 
 def _tensor_pieces(name: str, tensor: Tensor) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """A student and a cache in, a trained student out: transformers' Trainer with the objective of `losses`."""
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,10 @@ from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerp
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
+from todi_offline.head import Head, real_vocab_size, tried_head
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.meters import FiniteLosses, Meter
-from todi_offline.models import Model, Tokenizer, head_at, linear_head, loss_at, real_vocab_size
+from todi_offline.models import Model, Tokenizer
 from todi_offline.stream import (
     CacheDataset,
     Collator,
@@ -38,9 +40,9 @@ logger = logging.getLogger(__name__)
 class ToDiTrainer(Trainer):
     """A `transformers.Trainer` whose targets come from a cache.
 
-    Where the student's head is a linear layer, `head` says so, and the loss is computed in the forward pass of the
-    model, without holding the logits of a batch. Where it is None, which a log line explains, logits are returned and
-    the loss is computed from them: the same numbers. So it is where someone asks `compute_loss` for the outputs.
+    Where the student's head is a linear layer (`head.is_linear`), the loss is computed in the forward pass of the
+    model, without holding the logits of a batch. Where it is not, which a log line explains, logits are returned and
+    the loss is computed from them: the same numbers. So it is where `compute_loss` is asked for the outputs.
 
     Arguments, callbacks, reporting, checkpoints and resuming are the Trainer's own. Beside its loss it logs, as means
     over targets: `cross_entropy`, `kd`, `forward_kl`, `reverse_kl`, `teacher_kept_mass`, `student_kept_mass`,
@@ -99,7 +101,7 @@ class ToDiTrainer(Trainer):
         if "data_collator" not in kwargs:
             self.data_collator = _collator(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here
-        self.head = linear_head(self.model)
+        self.head = tried_head(self.model, linear=True)
         self._order: ShuffledOrder | None = None
         self._source: Iterator[Any] | None = None
         self._batches: Iterator[dict[str, Tensor]] = iter(())
@@ -120,7 +122,8 @@ class ToDiTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the objective, summed over the targets here and divided by `num_items_in_batch`."""
-        objective = self._objective_from_logits if return_outputs or self.head is None else self._objective_in_forward
+        in_forward = self.head.is_linear and not return_outputs
+        objective = self._objective_in_forward if in_forward else self._objective_from_logits
         outputs, loss, sums = objective(model, inputs, num_items_in_batch)
         if (of_router := _router_loss(outputs)) is not None:
             num_targets = len(inputs["labels"])
@@ -134,13 +137,15 @@ class ToDiTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the loss is a sum
         return (loss, outputs) if return_outputs else loss
 
+    def _head_within(self, model: nn.Module) -> Head:
+        return dataclasses.replace(self.head, model=self.accelerator.unwrap_model(model))
+
     def _objective_in_forward(
         self, model: nn.Module, inputs: dict[str, Tensor], num_targets: Tensor | int | None
     ) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """Return what `_objective_from_logits` does, from hidden states and the head."""
         assert self._cache is not None
-        assert self.head is not None
-        vocab_size, head, sums = self._cache.manifest.vocab_size, self.head, {}
+        vocab_size, head, sums = self._cache.manifest.vocab_size, self._head_within(model), {}
         targets = batch_targets(inputs, self._cache)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]  # its gradients are made by hand
@@ -160,7 +165,7 @@ class ToDiTrainer(Trainer):
             sums.update(found)
             return loss
 
-        with loss_at(self.accelerator.unwrap_model(model), inputs["target_positions"], loss_of):
+        with head.loss_at(inputs["target_positions"], loss_of):
             outputs = model(**_read_by_models(inputs), use_cache=False)
         return outputs, outputs["loss"], sums
 
@@ -169,7 +174,7 @@ class ToDiTrainer(Trainer):
     ) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """Return the model's outputs, the loss and the sums to log."""
         assert self._cache is not None
-        with head_at(self.accelerator.unwrap_model(model), inputs["target_positions"]):
+        with self._head_within(model).at(inputs["target_positions"]):
             outputs = model(**_read_by_models(inputs), use_cache=False)
         logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
         targets = batch_targets(inputs, self._cache)

@@ -98,6 +98,16 @@ class _Literals(TorchFunctionMode):
         return made if device is None else made.to(device)
 
 
+def settle(model: torch.nn.Module) -> None:
+    """Move a model there, by new tensors: those of the CPU cannot become them in place."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(ELSEWHERE)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
 def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}

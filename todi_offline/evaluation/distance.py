@@ -40,10 +40,11 @@ from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.evaluation.tally import Group, Tally
+from todi_offline.head import Head, real_vocab_size, tried_head
 from todi_offline.losses import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
-from todi_offline.models import ChunkedHead, Model, Tokenizer, chunked_head, evaluation_mode, head_at, real_vocab_size
+from todi_offline.models import Model, Tokenizer, evaluation_mode
 from todi_offline.stream import Collator, batch_targets, prefetch
 from todi_offline.targets import SparseTargets
 
@@ -104,10 +105,10 @@ def evaluate_cache(
     batches = prefetch(_batches(cache, total, batch_size))
     num_sequences = 0
     tally: Tally | None = None
+    head = tried_head(model)
     with evaluation_mode(model):
-        head = chunked_head(model)
         for batch in batches:
-            measures, entropy = _measure_batch(model, head, batch, cache, temperature, k)
+            measures, entropy = _measure_batch(head, batch, cache, temperature, k)
             tally = tally or Tally(list(measures), ((), POSITION_EDGES, ENTROPY_EDGES))
             positions = batch["target_positions"].numpy()
             sequences = positions // batch["input_ids"].shape[1]
@@ -172,32 +173,19 @@ def _batches(cache: Cache, total: int, batch_size: int) -> Iterator[dict[str, Te
 
 
 def _measure_batch(
-    model: Model, head: ChunkedHead | None, batch: dict[str, Tensor], cache: Cache, temperature: float, k: int | None
+    head: Head, batch: dict[str, Tensor], cache: Cache, temperature: float, k: int | None
 ) -> tuple[dict[str, npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
     """Return the measures of a batch's targets, and the teacher's entropy at each."""
-    device, vocab = model.get_input_embeddings().weight.device, cache.manifest.vocab_size
+    device, vocab = head.model.get_input_embeddings().weight.device, cache.manifest.vocab_size
     batch = {name: value.to(device) for name, value in batch.items()}
     targets = batch_targets(batch, cache)
-    parts = [
-        measure_targets(logits[:, :vocab], batch["labels"][rows], targets[rows], temperature, k)
-        for rows, logits in _logits(model, head, batch, chunk=max(1, CHUNK_BYTES // (4 * vocab)))
-    ]
+    parts: list[dict[str, Tensor]] = []
+    start, rows = 0, max(1, CHUNK_BYTES // (4 * vocab))
+    for logits in head.chunks(batch["target_positions"], rows, input_ids=batch["input_ids"]):
+        some = slice(start, start + len(logits))
+        parts.append(measure_targets(logits[:, :vocab], batch["labels"][some], targets[some], temperature, k))
+        start = some.stop
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures["teacher_cross_entropy"] = -batch["label_logprob"]
     values = {name: value.cpu().numpy().astype(np.float64) for name, value in measures.items()}
     return values, values.pop("teacher_entropy")
-
-
-def _logits(
-    model: Model, head: ChunkedHead | None, batch: dict[str, Tensor], chunk: int
-) -> Iterator[tuple[slice, Float[Tensor, "target vocab"]]]:
-    """Yield the logits of a batch's targets, some rows at a time where the head can run by itself."""
-    positions, input_ids = batch["target_positions"], batch["input_ids"]
-    if head is None:
-        with head_at(model, positions):
-            logits = model(input_ids=input_ids, use_cache=False).logits[0]
-    else:
-        hidden = head.hidden_states(positions, input_ids=input_ids)
-    for start in range(0, len(positions), chunk):
-        rows = slice(start, start + chunk)
-        yield rows, logits[rows] if head is None else head.logits(hidden[rows])

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ from todi_offline.data.questions import without_answer
 from todi_offline.data.sources import open_source
 from todi_offline.data.tokens import Dropped
 from todi_offline.errors import ConfigError, DataError
-from todi_offline.models import Model, Tokenizer, evaluation_mode, output_head, real_vocab_size
+from todi_offline.head import head_of, real_vocab_size
+from todi_offline.models import Model, Tokenizer, evaluation_mode
 
 Progress = Callable[[int, int], None]
 
@@ -206,11 +207,10 @@ def _generation_settings(model: Model, tokenizer: Tokenizer, prompts: Sequence[P
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(prompt.end_id for prompt in prompts)}
     ends |= set(own if isinstance(own, list) else [] if own is None else [own])
-    known, head = real_vocab_size(tokenizer, model), output_head(model)
     return GenerationConfig(
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        suppress_tokens=list(range(known, len(cast(Tensor, head.weight)))) or None,
+        suppress_tokens=list(range(real_vocab_size(tokenizer, model), head_of(model).num_ids)) or None,
     )
 
 

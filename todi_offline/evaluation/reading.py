@@ -10,8 +10,9 @@ from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
+from todi_offline.head import head_of, real_vocab_size
 from todi_offline.losses.entries import student_entries
-from todi_offline.models import Model, Tokenizer, evaluation_mode, head_at, real_vocab_size
+from todi_offline.models import Model, Tokenizer, evaluation_mode
 from todi_offline.pages.tokens import TEACHER_ENTRIES, StudentRows
 from todi_offline.stream import Collator, batch_targets
 from todi_offline.targets import SparseTargets
@@ -31,7 +32,7 @@ def read_sequences(
     with evaluation_mode(model):
         for sequence in sequences:
             batch = {name: value.to(device) for name, value in collate([sequence]).items()}
-            with head_at(model, batch["target_positions"]):
+            with head_of(model).at(batch["target_positions"]):
                 logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0, :, : cache.manifest.vocab_size]
             yield predict(logits.float(), batch["labels"], batch_targets(batch, cache), temperature)
 
