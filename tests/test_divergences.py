@@ -596,6 +596,44 @@ def test_the_parts_of_forward_kl_are_weighted_as_the_obvious_formula_does(k, tem
     np.testing.assert_allclose(gradient(expectation, student)[0], reference.finite_difference(expected, q), atol=1e-8)
 
 
+# Samples alone
+
+
+@pytest.mark.parametrize("stored", [0, 4])
+@pytest.mark.parametrize("tail_temperature", TEMPERATURES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "todi"])
+def test_samples_alone_estimate_forward_kl_and_its_gradient(divergence, temperature, tail_temperature, stored):
+    student, teacher = random_logits(1, 11, 10).requires_grad_(), random_logits(1, 11, 11)
+    targets = sparsify(teacher, stored, num_tail_samples=1, tail_temperature=tail_temperature)
+    enumerated, chance = every_draw(targets, teacher)
+    of_each_draw = sparse_divergence(
+        student.expand(len(chance), -1), enumerated, divergence, temperature=temperature, k=0
+    )
+    expectation = (chance * of_each_draw).sum()
+    dense = dense_divergence(student, teacher, "forward_kl", temperature=temperature)
+    weight = resolve(divergence, 1.0).curvature
+    assert expectation.item() == pytest.approx(weight * dense.item(), rel=1e-9)
+    torch.testing.assert_close(gradient(expectation, student), weight * gradient(dense, student), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_with_nothing_kept_every_divergence_is_the_weighted_tail(divergence):
+    student, teacher = random_logits(3, 11, 10).requires_grad_(), random_logits(3, 11, 11)
+    targets = sparsify(teacher, 0, num_tail_samples=4, generator=torch.Generator().manual_seed(0))
+    tail = sparse_divergence(student, targets, "forward_kl")
+    found = sparse_divergence(student, targets, divergence, tail_weight=0.5, head_weight=3.0)
+    torch.testing.assert_close(found, tail / 2)
+    torch.testing.assert_close(gradient(found, student), gradient(tail, student) / 2)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "none"])
+def test_without_kept_ids_and_samples_there_is_nothing_to_learn(tail):
+    student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4, num_tail_samples=2)
+    with pytest.raises(TargetsError, match=f"with k = 0 and tail='{tail}' nothing is left of the teacher"):
+        sparse_divergence(student, targets, k=0, tail=tail)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_parts_add_up_and_the_weight_of_the_masses_is_that_of_two_entries(divergence):
     student, teacher = random_logits(3, 11, 10), random_logits(3, 11, 11)
@@ -656,7 +694,7 @@ def test_what_targets_cannot_give_is_refused(arguments, message):
         ({"head_weight": -1.0}, "head_weight is -1.0; expected 0 or more"),
         ({"mass_weight": 2.0, "tail": "none"}, "head_weight and mass_weight .*; tail='none' has no tail"),
         ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
-        ({"k": 0}, "k is 0; expected 1 or more"),
+        ({"k": -1}, "k is -1; expected 0 or more"),
         ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*entropy_gate$"),
     ],
 )

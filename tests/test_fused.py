@@ -80,6 +80,37 @@ def test_the_size_of_the_chunks_does_not_matter(chunk_targets, temperature):
     assert_equal(case(), chunk_targets, temperature=temperature)
 
 
+@pytest.mark.parametrize("positions", ["student-entropy:0.4", "tip:0.5", "tip:1"])
+@pytest.mark.parametrize(("kd_weight", "temperature"), [(0.0, 1.0), (0.5, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 2.0)])
+def test_kd_may_be_had_at_selected_positions_alone(kd_weight, temperature, positions):
+    options = {"kd_weight": kd_weight, "temperature": temperature, "positions": positions}
+    for softcap in (None, 4.0):
+        assert_equal(case(), softcap=softcap, **options)
+    hidden, weight, bias, labels, targets = case()
+    assert_equal((hidden, weight.detach(), None, labels, targets), **options)
+    assert_equal((hidden.detach(), weight, bias, labels, targets), **options)
+    loss, sums = fused(*case(num_targets=0), **options)
+    assert (loss.item(), sums["kd"].item()) == (0, 0)
+
+
+def test_with_kd_alone_the_gradient_is_computed_from_the_selected_rows(chunks):
+    fused(*case(num_targets=10), kd_weight=1.0, positions="student-entropy:0.2", chunk_targets=4)
+    assert chunks == [4, 4, 2, 2]
+    chunks.clear()
+    fused(*case(num_targets=10), kd_weight=0.9, positions="student-entropy:0.2", chunk_targets=4)
+    assert chunks == [4, 4, 2, 4, 4, 2]
+
+
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_samples_alone_may_be_the_targets(temperature, k):
+    hidden, weight, bias, labels, _ = case()
+    teacher = torch.randn(NUM_TARGETS, VOCAB, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    targets = sparsify(teacher, k, num_tail_samples=3, generator=torch.Generator().manual_seed(4))
+    assert_equal((hidden, weight, bias, labels, targets), temperature=temperature)
+    assert_equal(case(), temperature=temperature, k=0)
+
+
 def test_the_parts_of_a_divergence_may_be_weighted():
     assert_equal(case(), head_weight=0.4, mass_weight=2.0, tail_weight=0.7)
 

@@ -31,6 +31,7 @@ from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, DivergedError, ModelError, TargetsError
 from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
+from todi_offline.losses.schedule import scheduled
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
 from todi_offline.targets import SparseTargets
 from todi_offline.teacher import Teacher, as_teacher
@@ -654,3 +655,29 @@ def test_a_smaller_k_and_another_tail_are_trained_on_as_asked(cache: Cache, tmp_
         assert trainer.losses[0] == pytest.approx(float(expected), rel=1e-5)
         losses[str(changes)] = trainer.losses[0]
     assert len(set(losses.values())) == len(losses)
+
+
+@pytest.mark.parametrize("schedule", ["linear-up", "linear-down", "wsd"])
+def test_the_weight_of_kd_follows_its_schedule(schedule: str, cache: Cache, tmp_path: Path) -> None:
+    config = DistillationConfig(kd_weight=0.8, kd_schedule=schedule)
+    trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=4, learning_rate=0.0)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    for step, (loss, row) in enumerate(zip(trainer.losses, logged, strict=True)):
+        weight = scheduled(config, (step + 0.5) / 4).kd_weight
+        assert loss == pytest.approx((1 - weight) * row["cross_entropy"] + weight * row["kd"], rel=1e-5)
+    before = trainer.evaluate(cache)
+    assert before["eval_loss"] == pytest.approx(0.2 * before["eval_cross_entropy"] + 0.8 * before["eval_kd"], rel=1e-5)
+
+
+def test_selected_positions_are_trained_on_alike_with_and_without_the_head(cache: Cache, tmp_path: Path) -> None:
+    losses = []
+    for kd_weight in (0.5, 1.0):
+        config = DistillationConfig(kd_weight=kd_weight, positions="tip:0.5")
+        for has_head in (True, False):
+            trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=2)
+            trainer.head = trainer.head if has_head else None
+            trainer.train()
+            losses.append(trainer.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[3], rel=1e-4)

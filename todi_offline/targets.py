@@ -29,7 +29,8 @@ class SparseTargets:
     """A teacher's predictions at some positions: the top k ids, the mass of all others, samples of those.
 
     Attributes:
-        ids: the k most probable ids, sorted by (log-prob descending, id ascending).
+        ids: the k most probable ids, sorted by (log-prob descending, id ascending); none where the samples, then drawn
+            from the whole vocabulary, are all that is kept (random sampling, Anshumann et al. 2025, arXiv 2503.16870).
         logprobs: their log-probs at T = 1 over the whole vocabulary.
         tail_logsumexp: log sum of exp(logprob / T) over the ids not kept, a column for each temperature;
             -inf where they have no mass.
@@ -202,10 +203,10 @@ def teacher_targets(
     return targets, label_logprobs.to(targets.logprobs.dtype).squeeze(-1)
 
 
-def check_narrowing(k: int, stored: int) -> None:
+def check_narrowing(k: int, stored: int, least: int = 1) -> None:
     """Raise TargetsError unless k of `stored` columns can be kept."""
-    if not 1 <= k <= stored:
-        raise TargetsError(f"k is {k}, but these targets hold the top {stored}; choose 1 to {stored}")
+    if not least <= k <= stored:
+        raise TargetsError(f"k is {k}, but these targets hold the top {stored}; choose {least} to {stored}")
 
 
 @torch.no_grad()
@@ -225,7 +226,7 @@ def _targets(
     uniforms = None if uniforms is None or uniforms.shape[1] == 0 else uniforms
     check_capture(logits.shape[1], k, temperatures, tail_temperature if uniforms is not None else None)
     values, ids, following = top_k(logits, k)
-    _require_softmax(values[:, 0])
+    _require_softmax((values if k else following)[:, 0])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     largest = following.masked_fill(following == -math.inf, 0).to(dtype)
     summed = tuple(dict.fromkeys((*temperatures, 1.0)))
@@ -302,8 +303,9 @@ def _require_softmax(largest: Float[Tensor, " target"]) -> None:
 
 def check_capture(vocab: int, k: int, temperatures: tuple[float, ...], tail_temperature: float | None) -> None:
     """Raise TargetsError unless such targets can be taken of a vocabulary; no tail temperature means no samples."""
-    if not 1 <= k <= vocab:
-        raise TargetsError(f"k is {k}, but the vocabulary has {vocab} ids; choose 1 to {vocab}")
+    least = 1 if tail_temperature is None else 0  # samples alone are targets too
+    if not least <= k <= vocab:
+        raise TargetsError(f"k is {k}, but the vocabulary has {vocab} ids; choose {least} to {vocab}")
     if not temperatures or not all(0 < t < math.inf for t in temperatures):
         raise TargetsError(f"temperatures are {_listed(temperatures)}; expected one or more positive numbers")
     if len(set(temperatures)) < len(temperatures):

@@ -20,6 +20,7 @@ from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
 from todi_offline.head import Head, real_vocab_size, tried_head
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
+from todi_offline.losses.schedule import scheduled
 from todi_offline.meters import FiniteLosses, Meter
 from todi_offline.models import Model, Tokenizer
 from todi_offline.stream import (
@@ -155,7 +156,7 @@ class ToDiTrainer(Trainer):
                 weight,
                 inputs["labels"],
                 targets,
-                self.distillation,
+                self._objective(model),
                 bias=bias,
                 num_targets=num_targets,
                 vocab_size=vocab_size,
@@ -178,8 +179,15 @@ class ToDiTrainer(Trainer):
             outputs = model(**_read_by_models(inputs), use_cache=False)
         logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
         targets = batch_targets(inputs, self._cache)
-        loss, sums = distillation_loss(logits, inputs["labels"], targets, self.distillation, num_targets=num_targets)
+        objective = self._objective(model)
+        loss, sums = distillation_loss(logits, inputs["labels"], targets, objective, num_targets=num_targets)
         return outputs, loss, sums
+
+    def _objective(self, model: nn.Module) -> DistillationConfig:
+        """Return the settings at this step of training; an evaluation has the full weight of KD at any step."""
+        if not model.training:
+            return self.distillation
+        return scheduled(self.distillation, (self.state.global_step + 0.5) / max(self.state.max_steps, 1))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -2,6 +2,8 @@
 
 divergences.py  every divergence, of log-probs
 config.py       the settings of the objective
+positions.py    which positions are distilled
+schedule.py     the weight of KD over a run
 entries.py      logits and sparse targets as the entries of a divergence: dense and sparse, one value a position
 objective.py    cross-entropy and divergence as the one number that is trained on
 fused.py        the same from hidden states and the head, without the logits of all positions

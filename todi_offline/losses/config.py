@@ -6,7 +6,9 @@ from typing import Literal, get_args
 
 from todi_offline.errors import ConfigError
 from todi_offline.losses.divergences import Divergence, choices, resolve
+from todi_offline.losses.positions import parse_selection
 
+Schedule = Literal["constant", "linear-up", "linear-down", "wsd"]
 Tail = Literal["auto", "bucket", "sampled", "none"]
 
 
@@ -25,7 +27,7 @@ class DistillationConfig:
     temperature: float = 1.0
     """Of teacher and student in KD; one of those that the cache was captured at."""
     k: int | None = None
-    """Entries of the teacher used a position; the cache's by default."""
+    """Entries of the teacher used a position; the cache's by default. With 0 the sampled tail is all of KD."""
     tail: Tail = "auto"
     """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
     tail_weight: float | None = None
@@ -36,18 +38,25 @@ class DistillationConfig:
     """Weight of the divergence between two entries, the mass of the kept ids and that of the tail."""
     kd_weight: float = 0.5
     """0 is plain fine-tuning, 1 distillation alone."""
+    kd_schedule: Schedule = "constant"
+    """How kd_weight changes over the run: `linear-up` from 0, `linear-down` to 0, or `wsd`, up, stable and down."""
+    positions: str = "all"
+    """The positions of KD: `all`, `student-entropy:0.2` (the fifth where the student is least sure) or `tip:0.5` (also
+    where it is sure and far from the teacher)."""
 
     def __post_init__(self) -> None:
         """Refuse names that nothing has, and numbers out of range."""
         resolve(self.divergence, self.beta)
-        if self.tail not in get_args(Tail):
-            raise ConfigError(f"tail is {self.tail!r}; expected {choices(self.tail, get_args(Tail))}")
+        for name, value, known in (("tail", self.tail, Tail), ("kd_schedule", self.kd_schedule, Schedule)):
+            if value not in get_args(known):
+                raise ConfigError(f"{name} is {value!r}; expected {choices(value, get_args(known))}")
         if not 0 <= self.kd_weight <= 1:
             raise ConfigError(f"kd_weight is {self.kd_weight}; expected 0 to 1")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}; expected more than 0")
-        if self.k is not None and self.k < 1:
-            raise ConfigError(f"k is {self.k}; expected 1 or more, or none for all that the cache holds")
+        if self.k is not None and self.k < 0:
+            raise ConfigError(f"k is {self.k}; expected 0 or more, or none for all that the cache holds")
+        parse_selection(self.positions)
         self._check_weights_of_parts()
 
     def _check_weights_of_parts(self) -> None:

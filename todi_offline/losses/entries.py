@@ -65,14 +65,14 @@ def sparse_divergence(
     - "bucket": one more entry. For ToDi and every f-divergence this is the dense divergence where, inside the
       tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With
       every id kept, every divergence is dense.
-    - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), which is
-      what the bucket leaves out of forward KL. A sample j weighs p(j) over the probability that it was drawn
-      with, so neither value nor gradient has a bias, at any temperature; their variance is at most, for the
-      samples of a cache are stratified, that of one weighted log-ratio, and of its gradient, over the number
-      of samples. At q = p only the value's is zero. Entries that a smaller k drops belong to the tail, and
-      are summed exactly. tail_weight is by default the divergence's value near q = p over forward KL's:
-      1 + beta for ToDi, and 1 for a function that is not in `DIVERGENCES`. For ToDi the sum has a bias: the
-      tail is given forward KL's direction, not ToDi's own, which no few samples estimate well.
+    - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), the part of
+      forward KL that the bucket leaves out. A sample j weighs p(j) over the probability that it was drawn with, so
+      neither value nor gradient has a bias, at any temperature. The samples of a cache are stratified, so the variance
+      is at most that of one weighted log-ratio, and of its gradient, over the number of samples. At q = p only the
+      value's is zero. Entries that a smaller k drops belong to the tail, and are summed exactly; with k = 0 everything
+      is the tail. tail_weight is by default the divergence's value near q = p over forward KL's: 1 + beta for ToDi,
+      and 1 for a function that is not in `DIVERGENCES`. For ToDi the sum has a bias: the tail is given forward KL's
+      direction, not ToDi's own, which no few samples estimate well.
     - "none": the kept ids alone, by their true probabilities.
     - "auto": "sampled" where samples are stored, else "bucket".
 
@@ -130,7 +130,7 @@ class Entries:
 
     def narrow(self, k: int) -> "Entries":
         """Return the first k entries, the others moved into the tail; the samples are not of it, and go."""
-        check_narrowing(k, self.kept.shape[1])
+        check_narrowing(k, self.kept.shape[1], least=0)
         if k == self.kept.shape[1]:
             return Entries(self.kept, self.tail)
         return Entries(self.kept[:, :k], torch.logaddexp(self.tail, self.kept[:, k:].logsumexp(-1)))
@@ -142,10 +142,12 @@ def teacher_entries(targets: SparseTargets, temperature: float) -> Entries:
     Raises:
         TargetsError: the temperature was not captured.
     """
-    floor = targets.logprobs[:, :1] / temperature + FLOOR
+    tail = targets.tail_at(temperature)[:, None]
+    # Without kept ids the tail is everything, and its mass takes the place of the largest log-prob.
+    floor = (targets.logprobs[:, :1] / temperature if targets.logprobs.shape[1] else tail) + FLOOR
     log_partition = targets.log_partition(temperature)[:, None]
     kept = _replace(targets.logprobs / temperature, floor) - log_partition
-    tail = _replace(targets.tail_at(temperature)[:, None], floor) - log_partition
+    tail = _replace(tail, floor) - log_partition
     if targets.tail_logprobs is None:
         return Entries(kept, tail.squeeze(-1))
     sampled = _replace(targets.tail_logprobs / temperature, floor) - log_partition
@@ -179,6 +181,8 @@ def entry_divergence(teacher: Entries, student: Entries, config: DistillationCon
         tail = "bucket" if teacher.sampled is None else "sampled"
     k = teacher.kept.shape[1] if config.k is None else config.k
     near_teacher, near_student = teacher.narrow(k), student.narrow(k)
+    if k == 0 and tail != "sampled":
+        raise TargetsError(f"with k = 0 and tail={tail!r} nothing is left of the teacher; use samples, tail='sampled'")
     if tail == "none":
         return values_of(resolved.function, near_teacher.kept, near_student.kept)
     bucket = _with_bucket(resolved.function, near_teacher, near_student, config)
@@ -198,7 +202,7 @@ def _with_bucket(
     With the sampled tail these are the three terms of Dasgupta et al. 2026, arXiv 2602.20816.
     """
     whole = values_of(function, teacher.with_bucket(), student.with_bucket())
-    if config.head_weight == config.mass_weight == 1:
+    if config.head_weight == config.mass_weight == 1 or teacher.kept.shape[1] == 0:
         return whole
     masses = values_of(function, teacher.head_and_tail(), student.head_and_tail())
     return config.mass_weight * masses + config.head_weight * (whole - masses)

@@ -12,8 +12,12 @@ and G their sum, KD's gradient by the s is
 because an entry's log-prob is s_j, or logsumexp of s over the tail, minus the log-partition, whose own derivative is
 q. So it is the softmax inside the tail times one scalar a row, but for K + S corrections. The g are those of the
 readable `entry_divergence` by autograd: [chunk, K + 1 + S] is small, and no divergence is written twice.
+
+Where positions are selected, a pass without gradients scores all rows first. With kd_weight = 1 the pass with gradients
+then takes the selected rows alone; below 1 it takes all rows, for cross-entropy has a gradient everywhere.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +28,9 @@ from torch import Tensor
 
 from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teacher_entries
-from todi_offline.losses.objective import sums_to_log
-from todi_offline.losses.passes import combine_rows, exponentiate_rows
+from todi_offline.losses.objective import reverse_kl_with_bucket, sums_to_log
+from todi_offline.losses.passes import combine_rows, exponentiate_rows, pieces
+from todi_offline.losses.positions import parse_selection, position_weights, student_entropy
 from todi_offline.targets import SparseTargets
 
 CPU_CHUNK_BYTES = 72 * 2**20
@@ -75,7 +80,8 @@ def fused_linear_distill(
     gradients = _Gradients(*(_empty_where_needed(tensor) for tensor in (hidden, weight, bias)))
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head = _Head(weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype))
-        loss, sums = _accumulate(hidden.to(dtype), head, labels, targets, terms, chunk_targets, gradients)
+        batch = _Batch(hidden.to(dtype), labels, targets, None)
+        loss, sums = _loss_and_gradients(batch, head, terms, chunk_targets, gradients)
     if torch.is_grad_enabled():
         loss = _WithGradients.apply(loss, gradients, hidden, weight, bias)  # type: ignore[no-untyped-call]
     return loss / later, sums
@@ -88,8 +94,37 @@ class _Head:
 
 
 @dataclass(frozen=True, slots=True)
+class _Batch:
+    """Rows of the loss; `kd_weights` multiplies the divergence of each row, None for 1."""
+
+    hidden: Float[Tensor, "target d"]
+    labels: Int[Tensor, " target"]
+    targets: SparseTargets
+    kd_weights: Float[Tensor, " target"] | None
+
+    def __getitem__(self, index: slice | Tensor) -> "_Batch":
+        """Return the rows that a slice or tensor of indices selects."""
+        weights = None if self.kd_weights is None else self.kd_weights[index]
+        return _Batch(self.hidden[index], self.labels[index], self.targets[index], weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """What is measured of rows: values a row, and the sums over rows that `sums_to_log` returns.
+
+    `entropy` and `reverse_kl` are None where no positions are selected.
+    """
+
+    cross_entropy: Float[Tensor, " target"]
+    kd: Float[Tensor, " target"]
+    entropy: Float[Tensor, " target"] | None
+    reverse_kl: Float[Tensor, " target"] | None
+    sums: dict[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Terms:
-    """What the loss is, whatever the rows."""
+    """The terms of the loss, the same for all rows."""
 
     config: DistillationConfig
     num_targets: Tensor | float
@@ -144,32 +179,71 @@ def _empty_where_needed(tensor: Tensor | None) -> Tensor | None:
     return torch.empty_like(tensor, dtype=_wide(tensor.dtype), requires_grad=False)
 
 
-def _accumulate(
-    hidden: Float[Tensor, "target d"],
-    head: _Head,
-    labels: Int[Tensor, " target"],
-    targets: SparseTargets,
-    terms: _Terms,
-    chunk_targets: int | None,
-    gradients: _Gradients,
+def _loss_and_gradients(
+    batch: _Batch, head: _Head, terms: _Terms, chunk_targets: int | None, gradients: _Gradients
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Return loss and sums, and add to the gradients, a chunk of rows at a time."""
+    """Return loss and sums, and fill the gradients."""
+    config = terms.config
+    selection = parse_selection(config.positions)
+    if selection is None:
+        values = _accumulate(batch, head, terms, chunk_targets, gradients)
+        kd = values.kd.sum()
+    else:
+        values = _accumulate(batch, head, terms, chunk_targets, _Gradients(None, None, None))
+        assert values.entropy is not None
+        assert values.reverse_kl is not None
+        weights = position_weights(selection, values.entropy, values.reverse_kl)
+        kd = (values.kd * weights).sum()
+        if gradients.needed():
+            weighted = dataclasses.replace(batch, kd_weights=weights)
+            _accumulate_selected(weighted, head, terms, chunk_targets, gradients)
+    cross_entropy = values.cross_entropy.sum()
+    loss = (1 - config.kd_weight) * cross_entropy + config.kd_weight * kd
+    return loss / terms.num_targets, {"cross_entropy": cross_entropy, "kd": kd} | values.sums
+
+
+def _accumulate_selected(
+    batch: _Batch, head: _Head, terms: _Terms, chunk_targets: int | None, gradients: _Gradients
+) -> None:
+    """Fill the gradients, from the rows that have one."""
+    assert batch.kd_weights is not None
+    if terms.config.kd_weight != 1:
+        _accumulate(batch, head, terms, chunk_targets, gradients)
+        return
+    chosen = batch.kd_weights.nonzero().flatten()
+    hidden = None if gradients.hidden is None else gradients.hidden[chosen]
+    part = _Gradients(hidden, gradients.weight, gradients.bias)
+    _accumulate(batch[chosen], head, terms, chunk_targets, part)
+    if gradients.hidden is not None and hidden is not None:
+        gradients.hidden.zero_()
+        gradients.hidden[chosen] = hidden
+
+
+def _accumulate(batch: _Batch, head: _Head, terms: _Terms, chunk_targets: int | None, gradients: _Gradients) -> _Values:
+    """Return the values of all rows, and fill the gradients, a chunk of rows at a time."""
+    hidden = batch.hidden
     vocab, dtype = len(head.weight), _wide(hidden.dtype)
     step = chunk_targets or _chunk_targets(len(hidden), hidden.device, vocab, dtype, terms)
     buffer = hidden.new_empty(min(step, len(hidden)), vocab)
-    loss = hidden.new_zeros((), dtype=dtype)
-    sums: dict[str, Tensor] = {}
+    parts: list[_Values] = []
     for start in range(0, max(len(hidden), 1), step):  # once where there are no rows, which checks the settings
         rows = slice(start, start + step)
-        some = hidden[rows]
-        logits = _project(some, head, out=buffer[: len(some)]).to(dtype)
-        total, part = _overwrite_with_gradient(logits, labels[rows], targets[rows], terms, gradients.needed())
-        loss = loss + total
-        sums = {name: value + sums.get(name, 0) for name, value in part.items()}
+        some = batch[rows]
+        logits = _project(some.hidden, head, out=buffer[: len(some.hidden)]).to(dtype)
+        parts.append(_overwrite_with_gradient(logits, some, terms, gradients.needed()))
         if gradients.needed():
-            _add_gradients(gradients, some, head, logits.to(head.weight.dtype), rows)
+            _add_gradients(gradients, some.hidden, head, logits.to(head.weight.dtype), rows)
     _zero_beyond(vocab, gradients)
-    return loss / terms.num_targets, sums
+    return _joined(parts)
+
+
+def _joined(parts: list[_Values]) -> _Values:
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    sums = {name: sum(part.sums[name] for part in parts) for name in parts[0].sums}
+    return _Values(joined("cross_entropy"), joined("kd"), joined("entropy"), joined("reverse_kl"), sums)  # type: ignore[arg-type]
 
 
 def _chunk_targets(num_targets: int, device: torch.device, vocab: int, dtype: torch.dtype, terms: _Terms) -> int:
@@ -227,23 +301,23 @@ def _zero_beyond(vocab: int, gradients: _Gradients) -> None:
 
 
 def _overwrite_with_gradient(
-    logits: Float[Tensor, "target vocab"],
-    labels: Int[Tensor, " target"],
-    targets: SparseTargets,
-    terms: _Terms,
-    backward: bool,
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Return the loss, summed over rows, and the sums to log; the logits become the gradient of the mean.
+    logits: Float[Tensor, "target vocab"], batch: _Batch, terms: _Terms, backward: bool
+) -> _Values:
+    """Return the values of the rows; the logits become the gradient of the loss.
 
     It is the gradient by the logits before scale and soft cap. Without `backward` the logits are just used up.
     """
-    config = terms.config
+    config, labels, targets = terms.config, batch.labels, batch.targets
     slope = _scale_and_cap(logits, terms, backward)
     label_logits = logits.gather(-1, labels[:, None]).squeeze(-1)
+    entropy = reverse_kl = None
+    if config.positions != "all":
+        entropy = torch.cat([student_entropy(logits[rows]) for rows in pieces(logits)])
     split = _split(logits, targets, config.temperature)
-    cross_entropy = (split.log_partition - label_logits).sum()
     teacher = teacher_entries(targets, config.temperature)
-    kd, by_entry = _divergence(teacher, split.student, config, backward)
+    if config.positions != "all":
+        reverse_kl = reverse_kl_with_bucket(teacher, split.student)
+    kd, by_entry = _divergence(teacher, split.student, config, backward, batch.kd_weights)
     if backward:
         unit = logits.new_full((), terms.scale) / terms.num_targets  # no copy from the host, for which a GPU waits
         ce_unit = (1 - config.kd_weight) * unit
@@ -251,8 +325,8 @@ def _overwrite_with_gradient(
         logits.scatter_add_(-1, labels[:, None], -ce_unit.expand(len(labels), 1))
         if slope is not None:
             logits.mul_(slope)
-    total = (1 - config.kd_weight) * cross_entropy + config.kd_weight * kd
-    return total, {"cross_entropy": cross_entropy, "kd": kd} | sums_to_log(teacher, split.student, config.k)
+    sums = sums_to_log(teacher, split.student, config.k)
+    return _Values(split.log_partition - label_logits, kd, entropy, reverse_kl, sums)
 
 
 def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | None:
@@ -297,11 +371,12 @@ def _split(logits: Float[Tensor, "target vocab"], targets: SparseTargets, temper
     """
     kept = logits.gather(-1, targets.ids)
     sampled = None if targets.tail_ids is None else logits.gather(-1, targets.tail_ids)
-    least = kept.amax(-1) + temperature * FLOOR
+    largest_kept = kept.amax(-1) if kept.shape[1] else kept.new_full((len(kept),), -math.inf)
+    least = largest_kept + temperature * FLOOR
     largest, rest, rest_at_1 = exponentiate_rows(logits.scatter_(-1, targets.ids, -math.inf), least, temperature)
     log_partition = torch.logaddexp(kept.logsumexp(-1), largest + rest_at_1.log())
     kept_probs, rest_prob = (kept - log_partition[:, None]).exp(), (largest - log_partition).exp()
-    floor = torch.maximum(kept.amax(-1), largest) + temperature * FLOOR
+    floor = torch.maximum(largest_kept, largest) + temperature * FLOOR
     # The kept ids count as the floor in the tail, so that it has a logarithm: see `student_entries`.
     mass = rest + kept.shape[1] * ((floor - largest) / temperature).exp()
     tail = largest / temperature + mass.log()
@@ -317,17 +392,22 @@ def _split(logits: Float[Tensor, "target vocab"], targets: SparseTargets, temper
 
 
 def _divergence(
-    teacher: Entries, student: Entries, config: DistillationConfig, backward: bool
-) -> tuple[Float[Tensor, ""], tuple[Tensor, ...] | None]:
-    """Return the sum over rows, and its derivatives by the student's log-probs; None where it has no weight."""
+    teacher: Entries, student: Entries, config: DistillationConfig, backward: bool, weights: Tensor | None
+) -> tuple[Float[Tensor, " target"], tuple[Tensor, ...] | None]:
+    """Return the value of each row, and the derivatives of their weighted sum by the student's log-probs.
+
+    There are no derivatives where KD has no weight.
+    """
     backward = backward and config.kd_weight != 0
     leaves = [student.kept, student.tail] + ([] if student.sampled is None else [student.sampled])
     leaves = [leaf.requires_grad_(backward) for leaf in leaves]
     with torch.set_grad_enabled(backward):
-        kd = entry_divergence(teacher, Entries(*leaves), config).sum()
+        kd = entry_divergence(teacher, Entries(*leaves), config)
     if not backward:
         return kd, None
-    derivatives = torch.autograd.grad(kd, leaves, allow_unused=True, materialize_grads=True)
+    with torch.enable_grad():
+        total = kd.sum() if weights is None else (kd * weights).sum()
+    derivatives = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     return kd.detach(), derivatives
 
 

@@ -35,7 +35,7 @@ def exponentiate_rows(
     """
     exponentiate = compiled_for_cuda(exponentiate_piece, logits.device.type)
     settings = max(temperature, 1.0), _power(temperature)
-    parts = [exponentiate(logits[rows], least[rows], *settings) for rows in _pieces(logits)]
+    parts = [exponentiate(logits[rows], least[rows], *settings) for rows in pieces(logits)]
     largest, sums, power_sums = (torch.cat(part) for part in zip(*parts, strict=True))
     return (largest, sums, power_sums) if temperature >= 1 else (largest, power_sums, sums)
 
@@ -49,7 +49,7 @@ def combine_rows(
     """Turn what `exponentiate_rows` left into the weighted sum of the exponentials at T and at 1."""
     factor, power_factor = (factor, factor_at_1) if temperature >= 1 else (factor_at_1, factor)
     combine = compiled_for_cuda(combine_piece, exponentials.device.type)
-    for rows in _pieces(exponentials):
+    for rows in pieces(exponentials):
         combine(exponentials[rows], factor[rows], power_factor[rows], _power(temperature))
 
 
@@ -98,7 +98,7 @@ def _power(temperature: float) -> float:
     return max(temperature, 1 / temperature)
 
 
-def _pieces(logits: Float[Tensor, "target vocab"]) -> list[slice]:
+def pieces(logits: Float[Tensor, "target vocab"]) -> list[slice]:
     """Return the rows to pass over at a time: on a CPU few, which its cache holds until they are done with."""
     step = max(len(logits), 1)
     if logits.device.type == "cpu":
