@@ -61,6 +61,11 @@ class Jobs:
         self._program.close()
 
 
+def example_of(jobs: Jobs, shard: int) -> str:
+    """The third example of a shard."""
+    return str(open_cache(jobs.whole_root).sequences.to_pandas().query(f"shard == {shard}")["id"].iloc[2])
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory, conversations: list[Row]) -> Iterator[Jobs]:
     program = Jobs(tmp_path_factory.mktemp("jobs"), conversations[:120])
@@ -108,8 +113,7 @@ def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
     jobs: Jobs, tmp_path: Path, victim: int
 ) -> None:
     """Rank r has the shards r, r + 2, ...; its teacher ends it at an example of the second of them."""
-    table = open_cache(jobs.whole_root).sequences.to_pandas().query(f"shard == {2 + victim}")
-    found = jobs.run(tmp_path / "cache", poison={"id": str(table["id"].iloc[2]), "how": "kill"})
+    found = jobs.run(tmp_path / "cache", poison={"id": example_of(jobs, 2 + victim), "how": "kill"})
     assert found["codes"][victim] == -signal.SIGKILL
     assert found["codes"][1 - victim] == 1
     assert not found["were_ended"], found
@@ -122,10 +126,11 @@ def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
 
 
 def test_a_job_that_is_asked_to_end_ends_and_goes_on(jobs: Jobs, tmp_path: Path) -> None:
-    """SIGTERM reaches ranks that wait for each other, where a handler of Python's would not run."""
+    """SIGTERM reaches a rank that waits for the other one, where a handler of Python's would not run."""
     root = tmp_path / "cache"
-    found = jobs.run(root, signals=[[rank, 0.6 * jobs.seconds, "SIGTERM"] for rank in (0, 1)])
-    assert all(found["codes"]), found
+    poison = {"id": example_of(jobs, 3), "how": "stall"}
+    found = jobs.run(root, poison=poison, signals=[[rank, 2 * jobs.seconds, "SIGTERM"] for rank in (0, 1)])
+    assert found["codes"] == [-signal.SIGTERM, -signal.SIGTERM], found
     assert jobs.run(root)["codes"] == [0, 0]
     assert sums_of(root) == jobs.whole
 
@@ -165,8 +170,7 @@ def test_an_example_at_which_the_teacher_fails_is_named_and_what_is_committed_st
     jobs: Jobs, tmp_path: Path, size: int
 ) -> None:
     root = tmp_path / "cache"
-    table = open_cache(jobs.whole_root).sequences.to_pandas().query("shard == 3")
-    poison = {"id": str(table["id"].iloc[2]), "how": "raise"}
+    poison = {"id": example_of(jobs, 3), "how": "raise"}
     found = jobs.run(root, size, poison=poison)
     assert found["codes"] == [1] * size
     (line,) = errors_of(found)

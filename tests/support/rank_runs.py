@@ -11,7 +11,7 @@ A run is a line of JSON:
     size      how many ranks
     words     more words of the command line
     signals   [[rank, seconds, name], ...]: sent to a rank so many seconds after the start
-    poison    {"id": example, "how": "raise" or "kill"}: what its teacher does at an example
+    poison    {"id": example, "how": "raise", "kill" or "stall"}: what its teacher does at an example
     odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
     restarts  for each attempt but the last, its `signals`; the attempts share a store, as those of torchrun do
 
@@ -158,6 +158,8 @@ def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
         if any(example.id == poison["id"] for example in examples):
             if poison["how"] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if poison["how"] == "stall":
+                signal.pause()
             raise RuntimeError("no kernel for this")
         return real(teacher, examples, settings)
 
