@@ -90,5 +90,5 @@ def tokenised(rows: list[Row], max_length: int = 128) -> Examples:
 
 def captured(teacher: Teacher, examples: Examples, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     folder = tmp_path_factory.mktemp("cache")
-    capture(teacher, examples, folder, k=16, tail_samples=4, shard_tokens=4096, codec="fast")
+    capture(teacher, examples, folder, k=16, tail_samples=4, encoding="f16", shard_tokens=4096, codec="fast")
     return open_cache(folder)

@@ -33,7 +33,14 @@ from todi_offline.teacher import Teacher, TeacherConfig, as_teacher
 COMPUTE = 2e-5
 """Rounding of matrix products: a padded batch against one sequence."""
 
-SMALL: dict[str, Any] = {"k": 8, "tail_samples": 2, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
+SMALL: dict[str, Any] = {
+    "k": 8,
+    "tail_samples": 2,
+    "shard_tokens": 4096,
+    "codec": "fast",
+    "encoding": "f16",
+    "batch_tokens": 1024,
+}
 
 
 def plain_logprobs(model: Any, token_ids: np.ndarray[Any, Any]) -> Tensor:
@@ -189,8 +196,8 @@ def test_a_teacher_of_another_kind_is_captured_alike(examples: Examples, tmp_pat
 
 def test_a_smaller_k_of_a_cache_is_a_cache_of_that_k(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
     large, small = tmp_path / "16", tmp_path / "5"
-    capture(teacher, examples, large, k=16, tail_samples=0)
-    capture(teacher, examples, small, k=5, tail_samples=0)
+    capture(teacher, examples, large, k=16, tail_samples=0, encoding="f16")
+    capture(teacher, examples, small, k=5, tail_samples=0, encoding="f16")
     for wide, narrow in zip(open_cache(large), open_cache(small), strict=True):
         found, expected = SparseTargets.from_numpy(wide.targets).narrow(5), SparseTargets.from_numpy(narrow.targets)
         assert torch.equal(found.ids, expected.ids)

@@ -23,7 +23,14 @@ from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 from todi_offline.teacher import Teacher, as_teacher
 
-SMALL: dict[str, Any] = {"k": 8, "tail_samples": 4, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
+SMALL: dict[str, Any] = {
+    "k": 8,
+    "tail_samples": 4,
+    "shard_tokens": 4096,
+    "codec": "fast",
+    "encoding": "f16",
+    "batch_tokens": 1024,
+}
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ Stage 1 runs the teacher once; stage 2 trains any number of students from what i
 
     from todi_offline import capture, open_cache, train
 
-    capture("teacher/", "instructions.jsonl", "cache/", k=32)
+    capture("teacher/", "instructions.jsonl", "cache/")
     train("student/", "cache/", "run/", max_steps=500)
 
 The modules stand in the order in which data flows:

@@ -59,7 +59,7 @@ class DemoSummary:
     seconds: dict[str, float]
     """By stage: download, load, capture, prune, answer, train (its two evaluations included), page."""
     before: dict[str, float]
-    """`forward_kl` and `reverse_kl` to the teacher, with all ids beyond its top 32 as one; `cross_entropy`; in nats."""
+    """`forward_kl` and `reverse_kl` to the teacher, with all ids beyond its top 16 as one; `cross_entropy`; in nats."""
     after: dict[str, float]
     answers: list[dict[str, str]]
     """To held-out questions: `question`, `reference`, and what `teacher`, `student before` and `student after` say."""

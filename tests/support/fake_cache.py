@@ -27,7 +27,7 @@ VOCAB = 300
 
 
 def settings(**changes: Any) -> CacheSettings:
-    return CacheSettings(**({"k": 6, "tail_samples": 3, "shard_tokens": 4096} | changes))
+    return CacheSettings(**({"k": 6, "tail_samples": 3, "encoding": "f16", "shard_tokens": 4096} | changes))
 
 
 def manifest(chosen: CacheSettings, num_shards: int = 1, num_sequences: int = 1, vocab_size: int = VOCAB) -> Manifest:

@@ -41,7 +41,7 @@ ENCODINGS = ("f16", "q8", "bf16_logit", "root8")
 class CacheSettings:
     """What is kept of every teacher distribution, and how it is stored."""
 
-    k: int = 32
+    k: int = 16
     """Entries kept a position, the most probable first; 0 for tail samples alone, which then stand for all ids."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
     """Temperatures at which the mass of everything else is kept; training may use these and no others."""
@@ -51,9 +51,9 @@ class CacheSettings:
     """The temperature at which they are drawn, best that of the loss; one of `temperatures`."""
     tail_seed: int = 0
     """Seed of these draws."""
-    encoding: Literal["f16", "q8", "bf16_logit", "root8"] = "f16"
-    """How log-probs are stored: half precision, steps of 1/16 nat, the logits of a bfloat16 head (lossless), or the
-    fourth roots of probabilities in a byte (fewest bytes)."""
+    encoding: Literal["f16", "q8", "bf16_logit", "root8"] = "root8"
+    """How log-probs are stored: the fourth roots of probabilities in a byte (`root8`, fewest bytes), half precision
+    (`f16`), steps of 1/16 nat (`q8`), or the logits of a bfloat16 head (`bf16_logit`, lossless)."""
     codec: Literal["compact", "balanced", "fast"] = "compact"
     """pcodec (fewest bytes), blosc-zstd, or blosc-lz4."""
     shard_tokens: int = 0
