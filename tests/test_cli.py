@@ -15,8 +15,6 @@ from todi_offline.cli import cli, main
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.options import ConfigCommand
 
-README = Path(__file__).parent.parent / "README.md"
-
 
 def run(*args: str | Path, code: int = 0) -> Result:
     result = CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
@@ -147,14 +145,6 @@ def test_arguments_of_the_chat_template_are_json(tmp_path: Path) -> None:
     assert (tmp_path / "given").read_text() == (tmp_path / "titled").read_text()
     for arguments, message in (("{", "is not valid JSON"), ("[1]", "is not an object")):
         assert message in run(*common, tmp_path / "no", "--chat-template-kwargs", arguments, code=2).output
-
-
-def test_the_readme_names_every_command_and_its_python_runs() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name in cli.commands:
-        assert f"`todi {name}" in text
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(compile(blocks[-1], "README.md", "exec"), {})  # the others need a teacher
 
 
 def test_keys_are_the_content_keys_that_a_cache_of_the_data_has(tmp_path: Path) -> None:
