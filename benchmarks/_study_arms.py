@@ -1,10 +1,13 @@
 """The name of a grid in, the arms of the study out: what a student is trained on, from which start, with which seed."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from todi_offline.losses.divergences import resolve
 
 LOSSES = ("todi", "forward_kl", "reverse_kl", "js", "skew_forward_kl", "adaptive_kl")
 WEIGHTS = (0.3, 0.5, 0.7)
@@ -12,12 +15,10 @@ NUM_DRAWS = 12
 """Of random-sampling KD."""
 
 
-def matched(kd_weight: float) -> float:
-    """Return the weight at which forward KL pulls as ToDi does at `kd_weight`, near q = p and beside cross-entropy.
-
-    Its odds are 1 + beta / 2 times ToDi's, beta = 1.
-    """
-    odds = 1.5 * kd_weight / (1 - kd_weight)
+def matched(kd_weight: float, loss: str = "forward_kl") -> float:
+    """Return the weight at which a loss pulls as ToDi does at `kd_weight`, near q = p and beside cross-entropy."""
+    strength = resolve("todi", 1.0).strength / resolve(loss, 1.0).strength
+    odds = strength * kd_weight / (1 - kd_weight)
     return round(odds / (1 + odds), 3)
 
 
@@ -42,6 +43,8 @@ class Arm:
     """Of what is cached."""
     drawn_at: float = 1.0
     """The temperature of the samples."""
+    settings: str = ""
+    """Other settings of the objective, as `name=value`, separated by spaces."""
 
     @property
     def label(self) -> str:
@@ -56,6 +59,7 @@ class Arm:
         parts += [f"tail weight {self.tail_weight:g}"] if self.tail_weight else []
         parts += [self.encoding] if self.encoding != "f16" else []
         parts += [f"drawn at T={self.drawn_at:g}"] if self.drawn_at != 1 else []
+        parts += [self.settings] if self.settings else []
         return " ".join(parts)
 
 
@@ -84,6 +88,7 @@ def arms_of(grid: str, seeds: int) -> list[Arm]:
         "quick": [*_each(_quick(), "warm"), *_each([SFT, DENSE, cached(16, 8), cached(8)], "cold")],
         "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *DENSE_FORWARD_KL], "warm"),
         "choice": [*_each(_choice(), "warm"), *_each(_choice_when_cold(), "cold")],
+        "knobs": _each(_knobs(), "warm"),
         "full": [*_each(_full(), "warm"), *_each(_full(), "cold")],
     }
     return [dataclasses.replace(arm, seed=seed) for seed in range(seeds) for arm in starts[grid]]
@@ -134,3 +139,17 @@ def _full() -> Iterator[Arm]:
     for loss, weight in itertools.product(LOSSES, (*WEIGHTS, *map(matched, WEIGHTS))):
         yield cached(16, 8, loss, kd_weight=weight)
     yield from REFERENCES
+
+
+def _knobs() -> Iterator[Arm]:
+    """What each setting of the objective adds to ToDi from a cache of K = 16 with 8 samples, one of them at a time."""
+    base = functools.partial(cached, 16, 8, encoding="root8")
+    yield from (SFT, base(), DENSE, base(loss="forward_kl", kd_weight=matched(0.5)))
+    yield from (base(settings=f"positions={positions}") for positions in ("student-entropy:0.2", "tip:0.5"))
+    yield from (
+        base(loss=loss, kd_weight=matched(0.5, loss)) for loss in ("entropy_gate", "concrete_score", "alpha_mixture")
+    )
+    yield from (base(settings=f"kd_schedule={schedule}") for schedule in ("linear-up", "linear-down", "wsd"))
+    yield from (base(tail_weight=weight) for weight in (1.0, 3.0))
+    yield from (base(settings=f"{part}_weight={weight}") for part in ("head", "mass") for weight in (0.5, 2))
+    yield from (base(kd_weight=1.0, settings=each) for each in ("", "positions=student-entropy:0.2"))

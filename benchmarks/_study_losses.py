@@ -16,6 +16,7 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
 from todi_offline.head import head_of
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss
+from todi_offline.losses.schedule import scheduled
 from todi_offline.stream import Collator, batch_targets
 from todi_offline.targets import SparseTargets
 
@@ -57,20 +58,35 @@ def dense_loss(arm: Arm, teacher: TeacherLogits, logits: Tensor, batch: Batch) -
     return (1 - arm.kd_weight) * ce + arm.kd_weight * kd
 
 
-def cached_loss(arm: Arm, cache: Cache, logits: Tensor, batch: Batch) -> Tensor:
-    """Return the loss of an arm that learns from a cache."""
+def cached_loss(
+    arm: Arm, cache: Cache, logits: Tensor, batch: Batch, *, progress: Iterator[float] | None = None
+) -> Tensor:
+    """Return the loss of an arm that learns from a cache.
+
+    `progress` yields how far the run is, from 0 to 1; an arm with a schedule needs it.
+    """
     targets = batch_targets(batch, cache)
-    tail: Any = arm.tail
     if arm.targets == "renormalised":
-        targets, tail = renormalised(targets), "bucket"
-    config = DistillationConfig(
+        targets = renormalised(targets)
+    config = objective_of(arm)
+    if progress is not None:
+        config = scheduled(config, next(progress))
+    return distillation_loss(logits, batch["labels"], targets, config)[0]
+
+
+def objective_of(arm: Arm) -> DistillationConfig:
+    """Return the settings of the loss of an arm that learns from a cache."""
+    tail: Any = "bucket" if arm.targets == "renormalised" else arm.tail
+    texts = dict(setting.split("=") for setting in arm.settings.split())
+    others: dict[str, Any] = {name: float(text) if name.endswith("weight") else text for name, text in texts.items()}
+    return DistillationConfig(
         divergence=arm.loss,
         temperature=arm.temperature,
         tail=tail,
         tail_weight=arm.tail_weight or None,
         kd_weight=arm.kd_weight,
+        **others,
     )
-    return distillation_loss(logits, batch["labels"], targets, config)[0]
 
 
 def bytes_per_target(arm: Arm, cache: Cache) -> float:

@@ -12,7 +12,7 @@ from benchmarks._study_arms import BARS, BARS_OF_SMALL_VOCABULARY, DENSE, DENSE_
 
 Row = dict[str, Any]
 
-MEASURED = ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error")
+MEASURED = ("bytes_per_target", "forward_kl", "reverse_kl", "cross_entropy", "calibration_error")
 
 
 def write_report(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> str:
@@ -35,7 +35,7 @@ def write_report(rows: Sequence[Row], path: Path, settings: dict[str, Any]) -> s
 def arm_of(row: Row) -> Arm:
     """Return the arm that a row was measured with."""
     fields = Arm.__dataclass_fields__
-    texts: Row = {name: row[name] for name in fields}
+    texts: Row = {name: row[name] for name in fields if name in row}  # rows of old have no later settings
     numbers = {name: int(texts[name]) for name in ("seed", "k", "samples")}
     settings = {name: float(texts[name]) for name in ("temperature", "kd_weight", "tail_weight", "drawn_at")}
     return Arm(**texts | numbers | settings)
@@ -77,14 +77,15 @@ def _share(row: Row, measured: dict[tuple[str, str, str], float]) -> float | Non
 
 
 def _table(means: Sequence[Row]) -> str:
-    header = "| start | trained on | bytes a target | forward KL | share recovered | cross-entropy | ECE | seeds |"
-    lines = [header, "|---|---|---|---|---|---|---|---|"]
+    columns = ("start", "trained on", "bytes a target", "forward KL", "share recovered", "reverse KL", "cross-entropy")
+    header = "| " + " | ".join((*columns, "ECE", "seeds")) + " |"
+    lines = [header, "|---" * 9 + "|"]
     for mean in sorted(means, key=lambda mean: (mean["start"] != "warm", mean["forward_kl"])):
         share = "" if mean["share"] is None else f"{mean['share']:.1%} ± {mean['share_deviation']:.1%}"
         size = f"{mean['bytes_per_target']:.1f}" if mean["bytes_per_target"] else "–"
         lines.append(
             f"| {mean['start']} | {mean['label']} | {size} | {mean['forward_kl']:.4f} ± "
-            f"{mean['forward_kl_deviation']:.4f} | {share} | {mean['cross_entropy']:.4f} | "
+            f"{mean['forward_kl_deviation']:.4f} | {share} | {mean['reverse_kl']:.4f} | {mean['cross_entropy']:.4f} | "
             f"{mean['calibration_error']:.4f} | {mean['seeds']} |"
         )
     return "\n".join(lines)

@@ -12,13 +12,14 @@ for as many steps, and is trained on (1 - w) CE + w KD. Compared are
     w = 0.6               forward KL as strong, near q = p, as ToDi at 0.5: what ToDi gains beyond strength;
                           so is 0.391 beside 0.3, and 0.778 beside 0.7
 
-Measured on held-out text, at T = 1 over the whole vocabulary: forward KL from the teacher, cross-entropy, and the
-expected calibration error of the most likely token (15 bins). `share recovered` is (SFT - arm) / (SFT - dense ToDi) in
+Measured on held-out text, at T = 1 over the whole vocabulary: forward and reverse KL, cross-entropy, and the expected
+calibration error of the most likely token (15 bins). `share recovered` is (SFT - arm) / (SFT - dense ToDi) in
 forward KL, by seed, then averaged. Bytes a target are those of the arrays that the arm reads of the teacher's
 predictions; for random draws, of their different ids and how often each was drawn, in pcodec.
 
     --quick               a teacher trained on the spot, one seed, some of the arms: 8 min 49 s on two cores
     --set grid=bars       the same teacher, three seeds, those arms with bars of the project: 21 runs
+    --set grid=knobs      the same teacher, one setting of the objective at a time: 20 runs a seed
     --set grid=choice     the same teacher, what tells which settings to choose: 61 runs a seed (--set seeds=1)
     (neither)             1,812 runs: for a GPU. Name a teacher with --set teacher=FOLDER, else SmolLM2-135M-Instruct
                           is fetched, and text with --set data=FILE and heldout=FILE, else Python's documentation
@@ -35,12 +36,14 @@ measure, is nearer to what forward KL trains on than to ToDi.
 import csv
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +61,7 @@ from benchmarks._study_losses import (
     random_draws,
     random_draws_loss,
 )
-from benchmarks._study_report import write_report
+from benchmarks._study_report import arm_of, write_report
 from benchmarks._study_world import ON_THE_SPOT, Settings, World, batches, make_world, optimise
 from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
@@ -69,7 +72,7 @@ from todi_offline.models import evaluation_mode
 from todi_offline.stream import Collator
 
 RESULTS = Path(__file__).parent / "results"
-MEASURES = ("bytes_per_target", "forward_kl", "cross_entropy", "calibration_error", "seconds")
+MEASURES = ("bytes_per_target", "forward_kl", "reverse_kl", "cross_entropy", "calibration_error", "seconds")
 
 
 def run(quick: bool, *, grid: str = "", seeds: str = "", work: str = "", **options: str) -> dict[str, object]:
@@ -99,22 +102,22 @@ def _settings(grid: str, options: dict[str, str]) -> Settings:
 def _measured(arms: Sequence[Arm], world: World, folder: Path) -> list[dict[str, Any]]:
     """Return a row for each arm, of this run or of an earlier one."""
     file = folder / "rows.csv"
-    names = [field.name for field in dataclasses.fields(Arm)]
-    done: dict[tuple[str, ...], dict[str, Any]] = {}
+    columns = [*(field.name for field in dataclasses.fields(Arm)), *MEASURES]
+    done: dict[Arm, dict[str, Any]] = {}
     if file.exists():
         with file.open(newline="") as opened:
-            done = {tuple(row[name] for name in names): dict(row) for row in csv.DictReader(opened)}
+            done = {arm_of(row): dict(row) for row in csv.DictReader(opened)}
     else:
-        file.write_text(",".join((*names, *MEASURES)) + "\n")
+        file.write_text(",".join(columns) + "\n")
     for number, arm in enumerate(arms):
-        key = tuple(str(value) for value in dataclasses.asdict(arm).values())
-        if key not in done:
-            done[key] = dict(zip(names, key, strict=True)) | measure(arm, world, folder)
+        if arm not in done:
+            texts = {name: str(value) for name, value in dataclasses.asdict(arm).items()}
+            done[arm] = texts | measure(arm, world, folder)
             with file.open("a", newline="") as opened:
-                csv.writer(opened).writerow(done[key].values())
-            found = f"forward KL {done[key]['forward_kl']:.4f}, {done[key]['seconds']:.0f} s"
+                csv.writer(opened).writerow(done[arm].values())
+            found = f"forward KL {done[arm]['forward_kl']:.4f}, {done[arm]['seconds']:.0f} s"
             print(f"{number + 1}/{len(arms)} {arm.start} {arm.label}, seed {arm.seed}: {found}", flush=True)
-    return [done[tuple(str(value) for value in dataclasses.asdict(arm).values())] for arm in arms]
+    return [done[arm] for arm in arms]
 
 
 def measure(arm: Arm, world: World, folder: Path) -> dict[str, float]:
@@ -139,7 +142,8 @@ def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequ
     cache = _captured(world, folder, "train", arm.k or 8, arm.samples, arm.encoding, arm.drawn_at)
     if arm.targets in ("none", "dense"):
         return cache, 0.0, functools.partial(dense_loss, arm, teacher)
-    return cache, bytes_per_target(arm, cache), functools.partial(cached_loss, arm, cache)
+    progress = ((step + 0.5) / world.settings.steps for step in itertools.count())
+    return cache, bytes_per_target(arm, cache), functools.partial(cached_loss, arm, cache, progress=progress)
 
 
 def _teacher_logits(world: World, batch: Batch) -> Tensor:
@@ -171,19 +175,29 @@ def _captured(
 def _distance(student: Any, world: World, folder: Path) -> dict[str, float]:
     """Compare a student with the teacher, over the whole vocabulary and on held-out text."""
     cache, collate = _captured(world, folder, "heldout"), Collator()
-    distance, ce, confidence, right = [], [], [], []
+    forward, reverse, ce, confidence, right = [], [], [], [], []
     for start in range(0, len(cache), 8):
         batch = on_device(collate([cache[index] for index in range(start, min(start + 8, len(cache)))]), student)
         with evaluation_mode(student):
             q = logits_of(student, batch, world.teacher.vocab_size).float().log_softmax(-1)
-        p = _teacher_logits(world, batch).float().log_softmax(-1)
-        distance.append((p.exp() * (p - q)).sum(-1))
+        p = _kept_teacher_logprobs(world, folder, start, batch)
+        forward.append((p.exp() * (p - q)).sum(-1))
+        reverse.append((q.exp() * (q - p)).sum(-1))
         ce.append(-q.gather(-1, batch["labels"][:, None]).squeeze(-1))
         best = q.max(-1)
         confidence.append(best.values.exp())
         right.append((best.indices == batch["labels"]).float())
     return {
-        "forward_kl": round(torch.cat(distance).mean().item(), 5),
+        "forward_kl": round(torch.cat(forward).mean().item(), 5),
+        "reverse_kl": round(torch.cat(reverse).mean().item(), 5),
         "cross_entropy": round(torch.cat(ce).mean().item(), 5),
         "calibration_error": round(calibration_error(torch.cat(confidence), torch.cat(right)), 5),
     }
+
+
+def _kept_teacher_logprobs(world: World, folder: Path, start: int, batch: Batch) -> Tensor:
+    """Return the teacher's log-probs at a batch of held-out text, computed once and kept in a file."""
+    file = folder / f"heldout-teacher-{start}.npy"
+    if not file.exists():
+        np.save(file, _teacher_logits(world, batch).float().log_softmax(-1).cpu().numpy())
+    return torch.from_numpy(np.load(file)).to(batch["labels"].device)

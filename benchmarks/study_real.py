@@ -48,6 +48,7 @@ from benchmarks._study_losses import (
 )
 from benchmarks._study_real_report import write_report
 from benchmarks._study_real_world import Settings, claimed, narrowed, prepare, train
+from benchmarks._study_report import arm_of
 from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
@@ -200,14 +201,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _done(arm: Arm, file: Path) -> bool:
-    fields = {name: str(value) for name, value in dataclasses.asdict(arm).items()}
-    return any(fields.items() <= row.items() for row in read_rows(file))
+    return any(arm_of(row) == arm for row in read_rows(file))
 
 
 def _append(file: Path, arm: Arm, row: dict[str, Any]) -> None:
     values = dataclasses.asdict(arm) | row
     with claimed(file.with_suffix(".lock"), waits=True), file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, list(values), lineterminator="\n")
+        names = list(next(iter(read_rows(file)), values))  # of a file that may be older than a column
+        writer = csv.DictWriter(opened, names, extrasaction="ignore", lineterminator="\n")
         if not opened.tell():
             writer.writeheader()
         writer.writerow(values)

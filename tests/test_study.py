@@ -9,8 +9,8 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, llama
 
 from benchmarks import study
-from benchmarks._study_arms import DENSE, SFT, Arm, arms_of, cached
-from benchmarks._study_losses import bytes_of_draws, calibration_error, random_draws, renormalised
+from benchmarks._study_arms import DENSE, SFT, Arm, arms_of, cached, matched
+from benchmarks._study_losses import bytes_of_draws, calibration_error, objective_of, random_draws, renormalised
 from benchmarks._study_report import arm_of, summarise, write_report
 from benchmarks._study_world import Settings, World, batches
 from todi_offline.data import Examples
@@ -27,6 +27,7 @@ ARMS = [
     cached(8, tail="none", temperature=2.0),
     Arm(targets="renormalised", k=8),
     Arm(targets="random", samples=3),
+    cached(8, 2, settings="positions=tip:0.5 kd_schedule=wsd head_weight=2"),
 ]
 
 
@@ -43,14 +44,14 @@ def row(start="warm", seed=0, arm=SFT, forward_kl=1.0):
     return fields | {"start": start, "seed": str(seed)} | measures
 
 
-@pytest.mark.parametrize("grid", ["quick", "bars", "choice", "full"])
+@pytest.mark.parametrize("grid", ["quick", "bars", "knobs", "choice", "full"])
 def test_no_two_arms_of_a_grid_are_the_same_row_of_a_table(grid):
     arms = arms_of(grid, 2)
     assert len({(arm.start, arm.seed, arm.label) for arm in arms}) == len(arms)
 
 
 def test_every_grid_has_what_shares_are_counted_from():
-    for grid in ("quick", "bars", "choice", "full"):
+    for grid in ("quick", "bars", "knobs", "choice", "full"):
         arms = arms_of(grid, 1)
         for start in {arm.start for arm in arms}:
             labels = {arm.label for arm in arms if arm.start == start}
@@ -58,7 +59,7 @@ def test_every_grid_has_what_shares_are_counted_from():
 
 
 def test_an_arm_survives_the_csv():
-    for arm in arms_of("full", 1):
+    for arm in (*arms_of("full", 1), *arms_of("knobs", 1)):
         assert arm_of(row(arm.start, arm.seed, arm)) == arm
 
 
@@ -81,6 +82,20 @@ def test_shares_are_counted_within_a_seed_and_a_start():
     assert found["warm", SFT.label]["share"] == 0
     assert found["warm", DENSE.label]["share"] == 1
     assert found["cold", arm.label]["share"] is None
+
+
+def test_the_settings_of_an_arm_reach_the_objective():
+    found = objective_of(cached(8, 2, settings="positions=tip:0.5 kd_schedule=wsd head_weight=2"))
+    assert (found.positions, found.kd_schedule, found.head_weight) == ("tip:0.5", "wsd", 2.0)
+    for arm in arms_of("knobs", 1):
+        if arm.targets == "cached":
+            assert objective_of(arm).kd_weight == arm.kd_weight
+
+
+def test_matched_losses_pull_alike():
+    assert matched(0.5) == 0.6
+    assert matched(0.5, "todi") == 0.5
+    assert matched(0.3, "skew_forward_kl") == pytest.approx(0.442, abs=1e-3)  # odds of 0.3 / 0.7 times 1.5 / 0.81
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy_by_bin():
