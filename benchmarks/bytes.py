@@ -4,15 +4,18 @@ Real targets are stored in every encoding with every codec, and in the layouts o
 say of themselves, with the same targets to a block:
 
     npz, f16        numpy.savez_compressed (deflate) of u16 ids and f16 log-probs
-    zstd, f16       u16 ids, f16 log-probs and a bool for each entry, zstd at its default level
+    Megatron        u16 ids, a bool for the 17th bit of each, f16 log-probs, zstd at its default level: the layout of
+                    megatron/training/distillation of github.com/NVIDIA/Megatron-LM
     parquet         lists of int32 ids and float32 log-probs, zstd
+    DistillKit      some log-probs in bfloat16, a polynomial for the others, ids in as many bits as they need, no codec:
+                    the recommended and the budget settings of its README (`_distillkit.py`), at the k of this table
 
 These have neither sums of the tail nor the label's log-prob nor samples. Counted is all that belongs to a target; in
 ours with checksums and index, of shards that are full. Tokens, masks and sequence tables are counted apart.
 
-Nats lost at T: the mean over targets of the KL from what the teacher said to what is read back, over the k kept entries
-and one for all others, each at T and divided by its own sum. Who stores no tail is given 1 - sum at T = 1, and nothing
-at T = 2. What the tail samples lose is not in it. `bf16_logit` is given the nearest logits that bfloat16 has.
+Nats lost at T: the mean over targets of the KL of the targets that are read back from those that were stored, over the k
+kept entries and one for all others, each at T and divided by its own sum. A layout without a tail is given 1 - sum at
+T = 1, and no value at T = 2. The loss of the tail samples is not in it. `bf16_logit` is given the nearest logits that bfloat16 has.
 
 The teacher is SmolLM2-135M-Instruct in float32 and reads Python's own documentation; `--set teacher=FOLDER` and
 `--set data=FILE` take others, `--set cache=FOLDER` the targets of a cache, whose own rounding then is no loss.
@@ -35,6 +38,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks._distillkit import BUDGET, RECOMMENDED
 from todi_offline.cache.format.encoding import decode_rows, encode_rows
 from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import CHUNK_TARGETS, CODECS, ENCODINGS, CacheSettings, array_specs
@@ -50,7 +54,7 @@ from todi_offline.demo import fetch_teacher
 from todi_offline.teacher import TeacherConfig, load_teacher, teacher_fingerprint
 
 KEPT = CacheSettings(k=64, tail_samples=8)
-SHAPES = [(64, 0), (32, 8), (16, 8), (8, 4)]
+SHAPES = [(64, 0), (32, 8), (16, 8), (16, 0), (8, 4)]
 """k and tail samples of what is stored."""
 BARS = {(64, 0): (115.0, 2e-4), (16, 8): (54.0, 2e-4), (8, 4): (29.0, 2e-4)}
 """Of the encoding with the fewest bytes: bytes a target, and nats lost at T = 1, at most."""
@@ -154,12 +158,16 @@ def _each(targets: TargetRows, settings: CacheSettings, vocab_size: int) -> Iter
             yield f"{encoding}, {codec}", _ours(given, chosen, vocab_size)
     others: dict[str, Callable[[TargetRows], tuple[dict[str, int], npt.NDArray[Any]]]] = {
         "npz, f16": _npz,
-        "zstd, f16": _zstd,
+        "Megatron": _megatron,
         "parquet": _parquet,
     }
     for name, store in others.items():
         num_bytes, logprobs = store(targets)
         yield name, Stored(num_bytes, targets, _without_tail(targets, logprobs))
+    for name, layout in (("DistillKit, recommended", RECOMMENDED), ("DistillKit, budget", BUDGET)):
+        if layout.fits(settings.k):
+            num_bytes = {part: value * len(targets) for part, value in layout.num_bytes(settings.k, vocab_size).items()}
+            yield name, Stored(num_bytes, targets, _without_tail(targets, layout.read_back(targets.logprobs)))
 
 
 def _ours(targets: TargetRows, settings: CacheSettings, vocab_size: int) -> Stored:
@@ -203,13 +211,13 @@ def _npz(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
     return num_bytes, targets.logprobs.astype("f2")
 
 
-def _zstd(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
+def _megatron(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
     codec = numcodecs.Zstd()
     num_bytes = dict.fromkeys(("topk_ids", "topk_logprobs"), 0)
     for chunk in _chunks(targets):
-        num_bytes["topk_ids"] += len(codec.encode(chunk.ids.astype("u2")))
-        values = (chunk.logprobs.astype("f2"), np.ones(chunk.ids.shape, np.bool_))
-        num_bytes["topk_logprobs"] += sum(len(codec.encode(each)) for each in values)
+        ids = (chunk.ids & 0xFFFF).astype("u2"), (chunk.ids >> 16).astype(np.bool_)
+        num_bytes["topk_ids"] += sum(len(codec.encode(each)) for each in ids)
+        num_bytes["topk_logprobs"] += len(codec.encode(chunk.logprobs.astype("f2")))
     return num_bytes, targets.logprobs.astype("f2")
 
 
