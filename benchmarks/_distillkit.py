@@ -1,9 +1,10 @@
 """The largest log-probs of targets in, what DistillKit stores of them and reads back out.
 
 Reimplemented from the README of github.com/arcee-ai/distillkit and its `compress_monotonic_logprobs`: PyPI has no such
-package. The first log-probs are stored in bfloat16. The others are stored as a polynomial of their rank, fitted by least
-squares, with coefficients in float32. Ids take as many bits as the vocabulary needs. Residual bins, delta encoding and
-error diffusion, which its README does not recommend, are left out. The fit is made in float64 here, in float32 there.
+package. The first log-probs are stored in bfloat16. The others are stored as a polynomial of their rank: the
+coefficients of a least-squares fit, in float32. Ids take as many bits as the vocabulary needs. Residual bins, delta
+encoding and error diffusion, which its README does not recommend, are left out. The fit is made in float64 here, in
+float32 there.
 """
 
 import math

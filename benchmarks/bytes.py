@@ -13,9 +13,10 @@ say of themselves, with the same targets to a block:
 These have neither sums of the tail nor the label's log-prob nor samples. Counted is all that belongs to a target; in
 ours with checksums and index, of shards that are full. Tokens, masks and sequence tables are counted apart.
 
-Nats lost at T: the mean over targets of the KL of the targets that are read back from those that were stored, over the k
-kept entries and one for all others, each at T and divided by its own sum. A layout without a tail is given 1 - sum at
-T = 1, and no value at T = 2. The loss of the tail samples is not in it. `bf16_logit` is given the nearest logits that bfloat16 has.
+Nats lost at T: the mean over targets of the KL of the targets that are read back from those that were stored, over the
+k kept entries and one for all others, each at T and divided by its own sum. A layout without a tail is given 1 - sum at
+T = 1, and no value at T = 2. The loss of the tail samples is not in it. `bf16_logit` is given the nearest logits that
+bfloat16 has.
 
 The teacher is SmolLM2-135M-Instruct in float32 and reads Python's own documentation; `--set teacher=FOLDER` and
 `--set data=FILE` take others, `--set cache=FOLDER` the targets of a cache, whose own rounding then is no loss.
