@@ -15,7 +15,7 @@ from todi_offline.vllm_teacher.runners import install, minor_version, require_te
 from todi_offline.vllm_teacher.steps import StepTargets
 
 SETTINGS = CacheSettings(k=8, tail_samples=4)
-EXAMPLES = some_examples(40, 9, 70)
+EXAMPLES = dict(enumerate(some_examples(40, 9, 70)))
 
 each_runner = pytest.mark.parametrize("kind", [FakeV1, FakeV2], ids=["V1", "V2"])
 
@@ -29,7 +29,7 @@ def assert_all_targets(teacher: Teacher, steps: StepTargets) -> None:
     assert taken["errors"] == []
     found = {number: parse_rows(message, SETTINGS) for number, message in taken["rows"]}
     assert sorted(found) == [0, 1, 2]
-    for number, example in enumerate(EXAMPLES):
+    for number, example in EXAMPLES.items():
         assert_same_targets(found[number], targets_of(teacher, [example], SETTINGS)[0])
 
 

@@ -42,6 +42,20 @@ def test_a_call_without_a_sign_of_life_ends_and_no_other_is_made() -> None:
     watchdog.close()
 
 
+def test_a_wait_that_is_interrupted_leaves_the_watchdog_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    released = threading.Event()
+    watchdog = Watchdog("the engine", 10.0)
+    monkeypatch.setattr("concurrent.futures.Future.result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        watchdog.call("work", released.wait)
+    assert watchdog.is_stuck
+    released.set()
+    watchdog.close()
+
+
 def test_signs_of_life_keep_a_call_going_beyond_the_patience() -> None:
     watchdog = Watchdog("the engine", 0.2)
     started = time.monotonic()

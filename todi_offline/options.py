@@ -65,6 +65,16 @@ class _JsonObject(click.ParamType[dict[str, Any]]):
         return parsed
 
 
+class _NamedValue(click.ParamType[tuple[str, Any]]):
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        try:
+            return argument(value)
+        except ConfigError:
+            self.fail(f"{value!r} has no `=`; expected NAME=VALUE", param, ctx)
+
+
 def _option(field: str, holder: type) -> click.Option | None:
     """Return the option of a config's field, or None for a table that has no single value."""
     item = next(item for item in dataclasses.fields(holder) if item.name == field)
@@ -73,12 +83,20 @@ def _option(field: str, holder: type) -> click.Option | None:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(arg for arg in args if arg is not type(None))
         args = typing.get_args(kind)
-    if typing.get_origin(kind) is dict and "json" not in item.metadata:
+    if typing.get_origin(kind) is dict and not item.metadata:
         return None
     name = _OPTION_NAMES.get(field, field).replace("_", "-")
     described = _help(field, holder, item)
     if kind is bool:
         return click.Option([f"--{name}/--no-{name}", field], default=None, help=described)
+    if "named_values" in item.metadata:
+        return click.Option(
+            [f"--{name}", field],
+            type=_NamedValue(),
+            multiple=True,
+            help=described,
+            callback=lambda _context, _option, pairs: dict(pairs) or None,
+        )
     if typing.get_origin(kind) is dict:
         return click.Option([f"--{name}", field], type=_JsonObject(), default=None, help=described)
     multiple = typing.get_origin(kind) is tuple

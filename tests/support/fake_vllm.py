@@ -1,16 +1,19 @@
-"""Model runners of vLLM as far as our hooks see them, on the hidden states of a model of transformers; no vLLM."""
+"""vLLM as far as we see it, on the hidden states of a model of transformers: model runners, and an engine of them."""
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from todi_offline.data import Example
-from todi_offline.teacher import Teacher
-from todi_offline.vllm_teacher.messages import KEY, example_message
+from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
+from todi_offline.vllm_teacher.messages import KEY, example_message, parse_example
 
 Step = Sequence[tuple[int, int, int]]
 """Of each sequence that a step reads: its number, the position of its first token, how many tokens."""
@@ -30,20 +33,20 @@ def hidden_states(teacher: Teacher, example: Example) -> Tensor:
 class FakeRunner:
     """What both runners share: a model, requests, and the hidden states of a step."""
 
-    def __init__(self, teacher: Teacher, examples: Sequence[Example]) -> None:
+    def __init__(self, teacher: Teacher, examples: Mapping[int, Example]) -> None:
         self.model = SimpleNamespace(compute_logits=teacher.model.lm_head)
-        self._hidden = [hidden_states(teacher, example) for example in examples]
+        self._hidden = {number: hidden_states(teacher, example) for number, example in examples.items()}
         self._params: dict[str, Any] = {
-            str(number): sampling_params(number, example) for number, example in enumerate(examples)
+            str(number): sampling_params(number, example) for number, example in examples.items()
         }
         self._params["other"] = SimpleNamespace(extra_args=None)
-        self._hidden_of_other = self._hidden[0][:3]
+        self._hidden_of_other = torch.zeros(3, teacher.model.config.hidden_size)
 
     def _read(self, step: Step) -> tuple[list[str], list[int], Tensor]:
         """Return the ids of the step's requests, where each begins, and the hidden states with rows of padding."""
         ids = [*(str(number) for number, _, _ in step), "other"]
         parts = [self._hidden[number][start : start + count] for number, start, count in step]
-        parts += [self._hidden_of_other, torch.full((2, self._hidden[0].shape[1]), torch.nan)]
+        parts += [self._hidden_of_other, torch.full_like(self._hidden_of_other[:2], torch.nan)]
         starts = np.cumsum([0, *map(len, parts)]).tolist()
         return ids, starts, torch.cat(parts)
 
@@ -51,7 +54,7 @@ class FakeRunner:
 class FakeV1(FakeRunner):
     """As `vllm.v1.worker.gpu_model_runner`: a batch keeps its requests in an order of its own."""
 
-    def __init__(self, teacher: Teacher, examples: Sequence[Example]) -> None:
+    def __init__(self, teacher: Teacher, examples: Mapping[int, Example]) -> None:
         super().__init__(teacher, examples)
         self.requests: dict[str, Any] = {}
         self._get_prompt_logprobs_dict: Callable[[Tensor, Mapping[str, int]], dict[str, Any]] = lambda *_: {}
@@ -78,7 +81,7 @@ class FakeV1(FakeRunner):
 class FakeV2(FakeRunner):
     """As `vllm.v1.worker.gpu.model_runner`: it tells of requests that begin and end."""
 
-    def __init__(self, teacher: Teacher, examples: Sequence[Example]) -> None:
+    def __init__(self, teacher: Teacher, examples: Mapping[int, Example]) -> None:
         super().__init__(teacher, examples)
         self.prompt_logprobs_worker: Any = object()
         self._added: set[str] = set()
@@ -106,3 +109,87 @@ class FakeV2(FakeRunner):
     def finish(self, number: int) -> None:
         self.prompt_logprobs_worker.remove_request(str(number))
         self._added.discard(str(number))
+
+
+CHUNK_TOKENS = 50
+"""Tokens of a sequence that the fake engine reads in a step."""
+
+
+class FakeLLM:
+    """As `vllm.LLM`, with one worker that answers and one that does not; a step reads a chunk of two sequences."""
+
+    log: list[str]
+    """Arguments that vLLM was called with, and what became of it."""
+    teacher: Teacher | None = None
+    on_step: Callable[[], None] | None = None
+
+    def __init__(self, model: str, worker_extension_cls: str, **options: Any) -> None:
+        if model == "broken":
+            raise RuntimeError("Engine core initialization failed.\nMore.")
+        self.log.append(f"{sorted(options.items())}")
+        self._teacher = self.teacher or load_teacher(TeacherConfig(teacher=model, device="cpu"))
+        module, _, name = worker_extension_cls.rpartition(".")
+        self._worker = getattr(importlib.import_module(module), name)()
+        self._worker.model_runner = FakeV1(self._teacher, {})
+        self._worker.model_config = SimpleNamespace(dtype=torch.float32)
+        self.llm_engine, self.engine_core = self, self
+        self._waiting: list[tuple[int, int, int]] = []
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        answer = getattr(self._worker, method)(*args)
+        return [answer, None if method == "todi_take" else answer]
+
+    def enqueue(self, prompts: Sequence[Any], params: Sequence[Any], *, use_tqdm: bool) -> None:
+        assert not use_tqdm
+        examples = dict(parse_example(one.extra_args[KEY]) for one in params)
+        sent = [one.token_ids[:-1].tolist() for one in examples.values()]
+        assert [one["prompt_token_ids"] for one in prompts] == sent
+        old = self._worker.model_runner
+        self._worker.model_runner = runner = FakeV1(self._teacher, examples)
+        runner._get_prompt_logprobs_dict = old._get_prompt_logprobs_dict
+        runner._get_prompt_logprobs_dict._runner = runner
+        self._waiting = [(number, 0, len(one.token_ids) - 1) for number, one in examples.items()]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._waiting)
+
+    def step(self) -> list[SimpleNamespace]:
+        if self.on_step is not None:
+            type(self).on_step()
+        read, outputs = [], []
+        for number, start, length in self._waiting[:2]:
+            count = min(CHUNK_TOKENS, length - start)
+            read.append((number, start, count))
+            is_finished = start + count == length
+            outputs.append(SimpleNamespace(finished=is_finished, prompt_token_ids=[0] * length))
+        self._worker.model_runner.step(read)
+        left = [(number, start + count) for number, start, count in read]
+        ahead = [(*one, self._waiting[index][2]) for index, one in enumerate(left)]
+        self._waiting = [one for one in ahead if one[1] < one[2]] + self._waiting[2:]
+        return outputs
+
+    def shutdown(self, timeout: float) -> None:
+        self.log.append("shut down")
+        assert timeout > 0
+
+
+class EngineDeadError(Exception):
+    """Named as that of vLLM."""
+
+
+def install_fake_vllm(monkeypatch: pytest.MonkeyPatch, version: str = "0.32.0", **attributes: Any) -> list[str]:
+    """Put a fake in place of vLLM, with these attributes of `FakeLLM`; return its log."""
+    log: list[str] = []
+    vllm, distributed = ModuleType("vllm"), ModuleType("vllm.distributed")
+    vllm.__dict__.update(
+        __version__=version,
+        LLM=type("LLM", (FakeLLM,), {"log": log, **attributes}),
+        SamplingParams=lambda **values: SimpleNamespace(**values),
+    )
+    first = SimpleNamespace(is_last_rank=True, rank_in_group=0)
+    distributed.__dict__.update(get_pp_group=lambda: first, get_tp_group=lambda: first)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_STREAM", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "set by the test")  # and what the client sets is forgotten after it
+    return log

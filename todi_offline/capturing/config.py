@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.capturing.work import Work
@@ -38,6 +38,44 @@ class RayConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What runs the teacher."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """The library that runs the teacher; vLLM needs `pip install 'todi-offline[vllm]'`."""
+    engine_set: dict[str, Any] = field(default_factory=dict, metadata={"named_values": True})
+    """An argument of `vllm.LLM`, such as tensor_parallel_size=8; may be given again for another argument."""
+    engine_timeout: float = 600.0
+    """Seconds that vLLM may show no sign of life, as it loads the teacher or reads, before the capture gives up."""
+    engine_untested: bool = False
+    """Try a version of vLLM that this release was not tested with."""
+
+    def __post_init__(self) -> None:
+        """Refuse arguments of an engine that is not used, and those that other settings decide.
+
+        Raises:
+            ConfigError: a value is out of range, or contradicts another.
+        """
+        if self.engine_timeout <= 0:
+            raise ConfigError(f"engine_timeout is {self.engine_timeout:g}; expected a number of seconds above 0")
+        if self.engine == "transformers" and self.engine_set:
+            raise ConfigError(f"--engine-set {min(self.engine_set)} is for --engine vllm; leave it out")
+        if decided := sorted(_DECIDED_ELSEWHERE.keys() & self.engine_set.keys()):
+            raise ConfigError(f"--engine-set {decided[0]} cannot be set: {_DECIDED_ELSEWHERE[decided[0]]}")
+
+
+_DECIDED_ELSEWHERE = {
+    "model": "--teacher names the model",
+    "tokenizer": "vLLM is sent token ids; the tokenizer is the teacher's",
+    "dtype": "--dtype decides it",
+    "trust_remote_code": "--trust-remote-code decides it",
+    "worker_extension_cls": "the targets are computed there",
+    "runner": "targets are made of a model that generates",
+    "data_parallel_size": "use --ray-actors for several copies of the teacher",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CaptureConfig:
     """All that decides a capture."""
 
@@ -48,6 +86,7 @@ class CaptureConfig:
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
 

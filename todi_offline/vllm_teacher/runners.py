@@ -1,11 +1,11 @@
-"""The batches of vLLM's model runners in, the spans that a step reads out: all private names of vLLM stand here.
+"""The batches of vLLM's model runners in, the spans that a step reads out: the private names of vLLM stand here.
 
 vLLM has two model runners. V1 (`vllm.v1.worker.gpu_model_runner`) calls its method `_get_prompt_logprobs_dict` after
 each step; V2 (`vllm.v1.worker.gpu.model_runner`) has an object `prompt_logprobs_worker`, which it tells of requests
 that begin and end. Both hand over the hidden states of a step before anything is sampled from them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from todi_offline.vllm_teacher.steps import Span, StepTargets
 
 TESTED_VERSIONS = ("0.32",)
 """Minor versions of vLLM whose private names were checked, on both model runners."""
+
+_SHUTDOWN_SECONDS = 30.0
 
 
 def require_tested(version: str, *, is_tried: bool) -> None:
@@ -59,6 +61,26 @@ def is_answering() -> bool:
     from vllm.distributed import get_pp_group, get_tp_group
 
     return bool(get_pp_group().is_last_rank and get_tp_group().rank_in_group == 0)
+
+
+def run(llm: Any, prompts: Sequence[Any], params: Sequence[Any], is_read: Callable[[int], None]) -> None:
+    """Have an engine read prompts; call `is_read` with the tokens of each that is read, and with 0 after every step."""
+    llm.enqueue(prompts, params, use_tqdm=False)
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                is_read(len(output.prompt_token_ids))
+        is_read(0)
+
+
+def is_death(error: Exception) -> bool:
+    """Whether an error of vLLM says that the engine has died."""
+    return type(error).__name__ == "EngineDeadError"
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine and its processes."""
+    llm.llm_engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
 class V1Hook:

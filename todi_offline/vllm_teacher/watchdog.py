@@ -25,7 +25,7 @@ class Watchdog:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._alive_at = time.monotonic()
         self.is_stuck = False
-        """Whether a call did not return in time: the thread still waits for that call, and makes no other."""
+        """Whether a call is still under way for which nobody waits any more; the thread makes no other."""
         threading.Thread(target=self._make_calls, name=f"{name} calls", daemon=True).start()
 
     def call(self, task: str, function: Callable[[], T]) -> T:
@@ -39,20 +39,10 @@ class Watchdog:
         future: Future[T] = Future()
         self._alive_at = time.monotonic()
         self._calls.put((future, function))
-        while True:
-            left = self._alive_at + self._patience_seconds - time.monotonic()
-            try:
-                return future.result(max(left, 0))
-            except TimeoutError:
-                if future.done():  # the function's own error, or its result of this very moment
-                    return future.result()
-                if time.monotonic() >= self._alive_at + self._patience_seconds:
-                    self.is_stuck = True
-                    raise EngineError(
-                        f"{self._name} was asked to {task} and showed no sign of life for "
-                        f"{self._patience_seconds:g} s; what is committed is safe. Run the same command again, with a "
-                        "longer --engine-timeout where the engine is only slow"
-                    ) from None
+        try:
+            return self._wait(future, task)
+        finally:  # an interrupted wait leaves the call under way, too
+            self.is_stuck = not future.done()
 
     def is_alive(self) -> None:
         """Note a sign of life of the call that is under way; the function itself calls this."""
@@ -61,6 +51,21 @@ class Watchdog:
     def close(self) -> None:
         """Let the thread end after the calls that it was given."""
         self._calls.put(None)
+
+    def _wait(self, future: "Future[T]", task: str) -> T:
+        while True:
+            left = self._alive_at + self._patience_seconds - time.monotonic()
+            try:
+                return future.result(max(left, 0))
+            except TimeoutError:
+                if future.done():  # the function's own error, or its result of this very moment
+                    return future.result()
+                if time.monotonic() >= self._alive_at + self._patience_seconds:
+                    raise EngineError(
+                        f"{self._name} was asked to {task} and showed no sign of life for "
+                        f"{self._patience_seconds:g} s; what is committed is safe. Run the same command again, with a "
+                        "longer --engine-timeout where the engine is only slow"
+                    ) from None
 
     def _make_calls(self) -> None:
         while (item := self._calls.get()) is not None:

@@ -1,0 +1,122 @@
+"""A shard's examples in, the teacher's targets out: a teacher that vLLM serves."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
+from todi_offline.cache.format.layout import CacheSettings
+from todi_offline.cache.format.rows import TargetRows
+from todi_offline.capturing.config import EngineConfig
+from todi_offline.capturing.engines import TeacherDescription, recorded_versions
+from todi_offline.checkpoint import checkpoint_fingerprint
+from todi_offline.data import Example
+from todi_offline.errors import ConfigError, ModelError, first_line
+from todi_offline.models import Tokenizer, load_tokenizer
+from todi_offline.teacher import TeacherConfig, tokenizer_json
+from todi_offline.vllm_teacher.client import Client
+from todi_offline.vllm_teacher.runners import minor_version
+
+
+@dataclass(frozen=True, slots=True)
+class VllmEngine:
+    """A teacher that vLLM serves; it batches the sequences as it likes."""
+
+    client: Client
+    tokenizer: Tokenizer
+    vocab_size: int
+    fingerprint: dict[str, Any]
+
+    @classmethod
+    def start(cls, teacher: TeacherConfig, engine: EngineConfig) -> "VllmEngine":
+        """Load the tokenizer, identify the teacher, and start vLLM.
+
+        Raises:
+            ConfigError: vLLM is missing, or has no use for a setting of the teacher.
+            ModelError: the teacher cannot be loaded.
+            EngineError: vLLM does not answer.
+        """
+        _require_usable(teacher)
+        tokenizer = load_tokenizer(teacher.teacher, trust_remote_code=teacher.trust_remote_code)
+        vocab_size = int(max(tokenizer.get_vocab().values())) + 1
+        options = {"dtype": _dtype(teacher), "trust_remote_code": teacher.trust_remote_code} | engine.engine_set
+        fingerprint = checkpoint_fingerprint(teacher.teacher)
+        client = Client(
+            teacher.teacher,
+            options,
+            vocab_size=vocab_size,
+            patience_seconds=engine.engine_timeout,
+            is_tried=engine.engine_untested,
+        )
+        return cls(client, tokenizer, vocab_size, fingerprint)
+
+    def describe(self) -> TeacherDescription:
+        """Return what a cache records of the teacher; see `Engine`.
+
+        A capture goes on with the minor version of vLLM that began it; `versions` has the exact one.
+        """
+        dtype, version = self.client.description["dtype"], self.client.version
+        return TeacherDescription(
+            vocab_size=self.vocab_size,
+            teacher=self.fingerprint | {"dtype": dtype},
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            tokenizer_json=tokenizer_json(self.tokenizer),
+            versions=recorded_versions("torch", "transformers") | {"vllm": version},
+            engine={"name": "vllm", "version": minor_version(version), "dtype": dtype},
+        )
+
+    def targets(
+        self, examples: Sequence[Example], settings: CacheSettings, report: Callable[[int], None]
+    ) -> list[TargetRows]:
+        """Return the targets of each example, in order; see `Engine`."""
+        return self.client.targets(examples, settings, report)
+
+    def close(self) -> None:
+        """End vLLM and its processes."""
+        self.client.close()
+
+
+def _require_usable(teacher: TeacherConfig) -> None:
+    """Refuse what vLLM would ignore or do in another way.
+
+    Raises:
+        ConfigError: with what to do in its place.
+    """
+    remedies = {
+        "device_map": "use --engine-set tensor_parallel_size=N, or pipeline_parallel_size=N",
+        "attention": "use --engine-set attention_backend=NAME",
+        "adapter": "merge the adapter into the teacher, and name the result",
+    }
+    for name, remedy in remedies.items():
+        if getattr(teacher, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is not for --engine vllm; {remedy}")
+    if teacher.device != "auto":
+        raise ConfigError("--device is not for --engine vllm, which runs where its build does; leave it out")
+    if teacher.teacher.endswith(".gguf"):
+        raise ConfigError("--engine vllm takes no GGUF file; name a folder or hub id, or use --engine transformers")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "--engine vllm starts its own workers and runs in no rank of torchrun or accelerate; use --engine-set "
+            "tensor_parallel_size=N for a teacher on several devices, or --ray-actors for several teachers"
+        )
+
+
+def _dtype(teacher: TeacherConfig) -> str:
+    """Return the dtype to ask of vLLM; `auto` is the checkpoint's, where vLLM itself would halve float32.
+
+    Raises:
+        ModelError: the teacher has no config, or none that names a dtype.
+    """
+    if teacher.dtype != "auto":
+        return teacher.dtype
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(teacher.teacher, trust_remote_code=teacher.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{teacher.teacher} has no config that can be read: {first_line(error)}") from error
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if dtype is None:
+        raise ModelError(f"the config of {teacher.teacher} names no dtype; choose one, such as --dtype bfloat16")
+    return str(dtype).removeprefix("torch.")
