@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 # Only the modules whose signatures carry shapes, and before anything of ours is imported.
 CHECKED = ("models", "head", "teacher", "top_k", "targets", "target_rows", "vllm_teacher", "losses", "trainer")
-CHECKED += ("evaluation",)
+CHECKED += ("evaluation", "probes")
 install_import_hook([f"todi_offline.{name}" for name in CHECKED], "beartype.beartype")
 
 from support.tiny import tiny_tokenizer

@@ -187,7 +187,7 @@ def pairs_of(sequence: CachedSequence) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True, bounds=True), Collator(pack=False)])
 def test_packed_sequences_have_the_logits_and_the_loss_of_each_alone(
     build: Callable[..., Any], collator: Collator, cache: Cache
 ) -> None:
@@ -238,7 +238,7 @@ def test_a_batch_is_the_targets_of_the_cache(cache: Cache) -> None:
     assert found.tail_temperature == cache.manifest.settings.tail_temperature
 
 
-@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True, bounds=True), Collator(pack=False)])
 def test_empty_sequences_add_nothing_to_a_batch(collator: Collator, cache: Cache) -> None:
     dataset = CacheDataset(cache)
     without, filled = (collator([dataset[number] for number in order]) for order in ([2, 5], [EMPTY, 2, EMPTY, 5]))
@@ -249,11 +249,13 @@ def test_empty_sequences_add_nothing_to_a_batch(collator: Collator, cache: Cache
     torch.testing.assert_close(*losses)
 
 
-@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
+@pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True, bounds=True), Collator(pack=False)])
 def test_a_batch_of_empty_sequences_can_be_run(collator: Collator, cache: Cache) -> None:
     batch = collator([CacheDataset(cache)[EMPTY]] * 2)
     assert batch["input_ids"].shape[1] == 1
     assert batch["num_tokens"].tolist() == [0]
+    if collator.bounds:
+        assert (batch["bounds"].tolist(), batch["longest"]) == ([0, 1], 1)
     assert loss_of(target_logits(llama(seed=5), batch), batch, cache, 1).item() == 0
 
 

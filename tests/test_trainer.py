@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from transformers import (
     TrainingArguments,
 )
 
-import todi_offline.trainer
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
@@ -146,7 +145,7 @@ def test_a_packed_row_is_read_without_a_cache_and_without_a_mask(cache: Cache, h
 def test_a_model_that_lets_packed_sequences_meet_gets_a_row_for_each(
     cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="todi_offline.trainer"):
+    with caplog.at_level("INFO", logger="todi_offline"):
         trainer = trainer_of(tmp_path, cache, mamba(), max_steps=1)
     assert trainer.data_collator == Collator(pack=False)
     assert "MambaForCausalLM does not keep packed sequences apart" in caplog.text
@@ -167,7 +166,7 @@ def test_a_model_that_takes_no_position_ids_gets_a_row_for_each_and_learns_the_s
 ) -> None:
     counting = CountingLlama(llama().config)
     counting.load_state_dict(llama(seed=1).state_dict())
-    with caplog.at_level("INFO", logger="todi_offline.trainer"):
+    with caplog.at_level("INFO", logger="todi_offline"):
         trainer = trainer_of(tmp_path / "counting", cache, counting, max_steps=3)
     assert trainer.data_collator == Collator(pack=False, positions=False)
     assert "CountingLlama takes no position_ids" in caplog.text
@@ -176,11 +175,6 @@ def test_a_model_that_takes_no_position_ids_gets_a_row_for_each_and_learns_the_s
         each.train()
     for mine, theirs in zip(trainer.state.log_history[:3], packed.state.log_history[:3], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-
-
-def test_kernels_for_variable_lengths_get_a_single_row(cache: Cache) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
-    assert todi_offline.trainer._collator(model) == Collator(pack=True, one_row=True)
 
 
 @pytest.mark.parametrize("vocab", [151_936, 262_144])

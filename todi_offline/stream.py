@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from todi_offline.cache.format.rows import TargetRows
@@ -24,6 +23,9 @@ from todi_offline.targets import SparseTargets
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Batch = dict[str, Any]
+"""Tensors by name, and `longest`, a number that stays on the host."""
 
 WINDOW_SHARDS = 8
 
@@ -180,20 +182,23 @@ class Collator:
 
     With `pack`, several sequences share a row, each counted from position 0: that, with no attention mask and no
     key-value cache, is what makes transformers keep them apart. `one_row` puts all into a single row, as attention
-    kernels for variable lengths want it; else rows are as long as the longest sequence, so that the cost of
-    attention stays that of separate sequences. Without `pack` every sequence has its own row, padded on the right, and
-    without `positions` there are no position_ids, for models that count them themselves.
+    kernels for variable lengths want it, and with `bounds` says where each begins, so that no layer has to read that
+    from the device; else rows are as long as the longest sequence, so that the cost of attention stays that of separate
+    sequences. Without `pack` every sequence has its own row, padded on the right, and without `positions` there are no
+    position_ids, for models that count them themselves.
     """
 
     pack: bool = True
     one_row: bool = False
     positions: bool = True
+    bounds: bool = False
 
-    def __call__(self, sequences: Sequence[CachedSequence]) -> dict[str, Tensor]:
+    def __call__(self, sequences: Sequence[CachedSequence]) -> Batch:
         """Return the batch.
 
         `input_ids`, `position_ids` [row, seq]; `target_positions` [target], counted over the flattened rows;
-        `labels` [target], the tokens that follow them; the targets by the names of `SparseTargets`; `num_tokens` [1].
+        `labels` [target], the tokens that follow them; the targets by the names of `SparseTargets`; `num_tokens` [1];
+        and where the row is one, `bounds` [sequence + 1], where each begins, and `longest`, the tokens of the longest.
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
         longest = max(sum(lengths) if self.one_row else max(lengths), 1)  # models do not read rows of nothing
@@ -221,6 +226,7 @@ class Collator:
         return {
             "input_ids": torch.from_numpy(input_ids),
             **({"position_ids": torch.from_numpy(position_ids)} if self.positions else {}),
+            **(_bounds([lengths[index] for index in order]) if self.bounds else {}),
             "target_positions": torch.from_numpy(np.concatenate(target_positions)),
             "labels": torch.from_numpy(np.concatenate(labels)),
             "num_tokens": torch.tensor([sum(lengths)]),
@@ -228,7 +234,22 @@ class Collator:
         }
 
 
-def batch_targets(batch: dict[str, Tensor], cache: Cache) -> SparseTargets:
+def model_inputs(batch: Batch) -> Batch:
+    """Return what a model reads of a batch, by the names that transformers gives it."""
+    inputs: Batch = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    if "bounds" in batch:
+        inputs |= {f"cu_seq_lens_{side}": batch["bounds"] for side in ("q", "k")}
+        inputs |= {f"max_length_{side}": batch["longest"] for side in ("q", "k")}
+    return inputs
+
+
+def _bounds(lengths: Sequence[int]) -> Batch:
+    """Return where the sequences of a single row begin and end; a row of nothing has a token."""
+    kept = [length for length in lengths if length] or [1]
+    return {"bounds": torch.tensor([0, *itertools.accumulate(kept)], dtype=torch.int32), "longest": max(kept)}
+
+
+def batch_targets(batch: Batch, cache: Cache) -> SparseTargets:
     """Return the targets of a batch, on its device; ids travel there in the few bytes that they are stored in."""
     settings = cache.manifest.settings
     tail_ids, tail_logprobs = batch.get("tail_ids"), batch.get("tail_logprobs")

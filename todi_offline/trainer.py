@@ -18,21 +18,22 @@ from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerp
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
-from todi_offline.head import Head, real_vocab_size, tried_head
+from todi_offline.head import Head, real_vocab_size
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.losses.schedule import scheduled
 from todi_offline.meters import FiniteLosses, Meter
 from todi_offline.models import Model, Tokenizer
+from todi_offline.probes import probe
 from todi_offline.stream import (
+    Batch,
     CacheDataset,
-    Collator,
     FilledOrder,
     ShuffledOrder,
     batch_targets,
+    model_inputs,
     prefetch,
     training_order,
 )
-from todi_offline.student import packs_apart
 from todi_offline.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
@@ -99,13 +100,14 @@ class ToDiTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(Path(self.args.output_dir, "runs"))  # else a log before training goes to .
-        if "data_collator" not in kwargs:
-            self.data_collator = _collator(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch here
-        self.head = tried_head(self.model, linear=True)
+        found = probe(self.model, self.accelerator)
+        self.head = found.head
+        if "data_collator" not in kwargs:
+            self.data_collator = found.collator
         self._order: ShuffledOrder | None = None
         self._source: Iterator[Any] | None = None
-        self._batches: Iterator[dict[str, Tensor]] = iter(())
+        self._batches: Iterator[Batch] = iter(())
         self._meters = {True: Meter(), False: Meter()}
         self._losses = FiniteLosses()
         self._num_tokens: Tensor | int = 0
@@ -118,7 +120,7 @@ class ToDiTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -142,7 +144,7 @@ class ToDiTrainer(Trainer):
         return dataclasses.replace(self.head, model=self.accelerator.unwrap_model(model))
 
     def _objective_in_forward(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_targets: Tensor | int | None
+        self, model: nn.Module, inputs: Batch, num_targets: Tensor | int | None
     ) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """Return what `_objective_from_logits` does, from hidden states and the head."""
         assert self._cache is not None
@@ -167,16 +169,16 @@ class ToDiTrainer(Trainer):
             return loss
 
         with head.loss_at(inputs["target_positions"], loss_of):
-            outputs = model(**_read_by_models(inputs), use_cache=False)
+            outputs = model(**model_inputs(inputs), use_cache=False)
         return outputs, outputs["loss"], sums
 
     def _objective_from_logits(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_targets: Tensor | int | None
+        self, model: nn.Module, inputs: Batch, num_targets: Tensor | int | None
     ) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """Return the model's outputs, the loss and the sums to log."""
         assert self._cache is not None
         with self._head_within(model).at(inputs["target_positions"]):
-            outputs = model(**_read_by_models(inputs), use_cache=False)
+            outputs = model(**model_inputs(inputs), use_cache=False)
         logits = outputs.logits[0, :, : self._cache.manifest.vocab_size]
         targets = batch_targets(inputs, self._cache)
         objective = self._objective(model)
@@ -214,9 +216,7 @@ class ToDiTrainer(Trainer):
         self._num_tokens += num_tokens
         return batches, num_targets
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
-    ) -> tuple[None, None, None]:
+    def prediction_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> tuple[None, None, None]:
         """Keep what is measured of a batch for `evaluation_loop`; a mean of means of batches is nothing to return."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -341,21 +341,3 @@ def _require_alike(cache: Cache, first: Cache) -> None:
         raise CacheMismatchError(
             f"{cache.root} cannot be used beside {first.root} ({'; '.join(lines)}); capture both with the same settings"
         )
-
-
-def _collator(model: Model) -> Collator:
-    """Pack where the model keeps packed sequences apart."""
-    if str(getattr(model.config, "_attn_implementation", "")).startswith("flash"):
-        return Collator(pack=True, one_row=True)
-    try:
-        pack = packs_apart(model)
-    except TypeError:  # from forward, which has no such argument
-        logger.info("%s takes no position_ids: every sequence has its own row", type(model).__name__)
-        return Collator(pack=False, positions=False)
-    if not pack:
-        logger.info("%s does not keep packed sequences apart: every sequence has its own row", type(model).__name__)
-    return Collator(pack=pack)
-
-
-def _read_by_models(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from todi_offline.arguments import refuse_ignored, require_kinds
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
@@ -24,6 +22,7 @@ from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.config import Setting, as_tables, flat_fields, load_config, to_dict
 from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
+from todi_offline.first_rank import of_first_rank
 from todi_offline.losses import DistillationConfig
 from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.recipes import recipe_settings
@@ -252,7 +251,7 @@ def _run(
     parts = _parts(config, arguments, cache, eval_cache)
     find_start(config.out, parts, config.resume)
     model = student[0] if student else _load_model(config.student)
-    parts["student_weights"] = _of_first_rank(lambda: weights_fingerprint(model))
+    parts["student_weights"] = of_first_rank(lambda: weights_fingerprint(model))
     start = find_start(config.out, parts, config.resume)
     if start.finished is not None:
         logger.warning("%s is finished, after %s steps", config.out, f"{start.finished['num_steps']:,}")
@@ -355,12 +354,6 @@ def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache 
     settings["eval_cache_content"] = None if eval_cache is None else eval_cache.content_keys.digest()
     parts: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return parts
-
-
-def _of_first_rank(value: Callable[[], str]) -> str:
-    """Return what the first of all processes computes: another may hold no weights yet."""
-    values = [value() if PartialState().is_main_process else ""]
-    return str(broadcast_object_list(values)[0])
 
 
 def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -> Cache:
