@@ -13,6 +13,7 @@ from todi_offline.errors import CacheError
 from todi_offline.pages.texts import cache_texts
 
 ROWS = 3
+LEFT_OUT = 10  # examples that are named; --json has all
 
 
 @click.command()
@@ -66,6 +67,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for part in manifest["parts"]:
         recipe = describe_recipe(part["recipe"])
         yield f"data         {part['num_sequences']:,} sequences: {recipe}"
+        for example, reason in list(part["recipe"].get("left_out", {}).items())[:LEFT_OUT]:
+            yield f"left out     {example}: {reason}"
     yield f"vocabulary   {manifest['vocab_size']:,}"
     yield f"kept         k = {settings['k']}, {settings['tail_samples']} tail samples, T = {settings['temperatures']}"
     yield f"stored as    {settings['encoding']}, {settings['codec']}; format {manifest['format_version']}"

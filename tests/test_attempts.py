@@ -67,6 +67,20 @@ def test_a_shard_whose_examples_are_innocent_by_themselves_is_named_as_a_whole()
         attempts.died(attempt, "killed")
 
 
+def test_an_example_that_ends_workers_is_left_out_and_the_rest_is_captured() -> None:
+    shards = [Attempt(0, 4, task=None)]
+    attempts = Attempts(shards, 3, lambda *_: "", skip_failed=True)
+    (attempt,) = shards
+    assert attempts.next(is_idle=True) is attempt
+    attempts.died(attempt, "killed")
+    for culprit in (1, 2):
+        for _ in range(2):
+            assert next(number for number in steps(attempt) if number == culprit) == culprit
+            attempts.died(attempt, "killed")
+    assert list(steps(attempt)) == [3, None]
+    assert list(attempt.left_out) == [1, 2]
+
+
 def test_shards_are_begun_when_they_are_asked_for() -> None:
     begun = []
 

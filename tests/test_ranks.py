@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import Row
 from support.programs import Answering, run
 from support.tiny_models import save_llama
 
+import cache_tools.__main__ as tools
+from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.objects import read_record
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store.locks import FolderLock
 
@@ -183,6 +187,46 @@ def test_an_example_at_which_the_teacher_fails_is_named_and_what_is_committed_st
     assert len(committed) >= 2
     assert jobs.run(root, size)["codes"] == [0] * size
     assert sums_of(root) == jobs.whole
+
+
+@pytest.fixture(scope="module")
+def skipped(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """An example at which the teacher fails, and what one process makes of the data without it."""
+    root, poison = tmp_path_factory.mktemp("skipped") / "cache", {"id": example_of(jobs, 3), "how": "raise"}
+    found = jobs.run(root, 1, poison=poison, words=["--skip-failed"])
+    assert found["codes"] == [0]
+    assert json.loads(found["output"])["left_out"] == {poison["id"]: "RuntimeError: no kernel for this"}
+    return poison, root
+
+
+def test_an_example_that_is_left_out_is_named_in_the_cache(jobs: Jobs, skipped: tuple[dict[str, str], Path]) -> None:
+    poison, root = skipped
+    cache, whole = open_cache(root), open_cache(jobs.whole_root)
+    (part,) = cache.manifest.parts
+    assert part.left_out == {poison["id"]: "RuntimeError: no kernel for this"}
+    assert (part.num_sequences, part.planned) == (len(cache), whole.manifest.parts[0])
+    ids = [example for example in whole.sequences["id"].to_pylist() if example != poison["id"]]
+    assert cache.sequences["id"].to_pylist() == ids
+    assert verify_cache(root) == []
+    shown = CliRunner().invoke(tools.cli, ["inspect", str(root)]).output
+    assert f"left out     {poison['id']}: RuntimeError: no kernel for this" in shown
+    for shard in (0, 1, 2):  # the others are those of the whole cache
+        assert read_record(cache.store, cache.manifest, shard, None) == read_record(
+            whole.store, whole.manifest, shard, None
+        )
+
+
+def test_ranks_leave_the_same_example_out_whatever_stops_them(
+    jobs: Jobs, skipped: tuple[dict[str, str], Path], tmp_path: Path
+) -> None:
+    poison, expected = skipped
+    words, root = ["--skip-failed"], tmp_path / "cache"
+    jobs.run(root, poison=poison, words=words, signals=[[rank, 0.8 * jobs.seconds, "SIGKILL"] for rank in (0, 1)])
+    assert jobs.run(root, poison=poison, words=words)["codes"] == [0, 0]
+    assert sums_of(root) == sums_of(expected)
+    again = jobs.run(root)  # it stays left out
+    assert json.loads(again["output"])["num_captured_tokens"] == 0
+    assert sums_of(root) == sums_of(expected)
 
 
 def test_a_second_job_is_refused_by_the_lock_of_the_first_on_all_of_its_ranks(jobs: Jobs, tmp_path: Path) -> None:

@@ -163,6 +163,46 @@ def test_an_example_that_its_teacher_does_not_survive_is_named_and_what_is_commi
     assert sums_of(tmp_path / "cache") == sums_of(whole_root)
 
 
+@pytest.mark.parametrize("how", ["raises", "kills"])
+def test_actors_leave_an_example_out_that_their_teacher_does_not_survive(
+    fake: Callable[..., FakeRay],
+    many: Examples,
+    small_teacher: Teacher,
+    whole_root: Path,
+    tmp_path: Path,
+    how: str,
+) -> None:
+    table = open_cache(whole_root).sequences.to_pandas().query("shard == 2")
+    poison = str(table["id"].iloc[3])
+    error: BaseException = RuntimeError("no kernel for this") if how == "raises" else DiedError()
+    fake(engine=Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), poison, error))
+    summary = in_actors(many, tmp_path / "cache", skip_failed=True)
+    reason = "RuntimeError: no kernel for this" if how == "raises" else "each worker that read it has ended"
+    assert summary.left_out == {poison: reason}
+    cache = open_cache(tmp_path / "cache")
+    assert poison not in cache.sequences["id"].to_pylist()
+    assert len(cache) == len(many) - 1 == cache.manifest.parts[0].num_sequences
+    broken = Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), poison, RuntimeError("no kernel for this"))
+    fake(engine=broken)
+    if how == "raises":  # as one worker leaves it out
+        in_actors(many, tmp_path / "alone", 1, skip_failed=True)
+        assert sums_of(tmp_path / "alone") == sums_of(tmp_path / "cache")
+
+
+def test_a_teacher_that_fails_at_everything_ends_the_capture(
+    fake: Callable[..., FakeRay], many: Examples, small_teacher: Teacher, tmp_path: Path
+) -> None:
+    class Broken(Poisoned):
+        def targets(self, *_: Any) -> Any:
+            raise RuntimeError("no device")
+
+    fake(engine=Broken(TransformersEngine(small_teacher, BATCH_TOKENS), "", RuntimeError()))
+    with pytest.raises(
+        TodiError, match=r"^the teacher fails at each of the \d+ examples of shard 0, .*: no device; what"
+    ):
+        in_actors(many, tmp_path / "cache", 1, skip_failed=True)
+
+
 def test_actors_that_die_while_they_load_are_not_blamed_on_a_shard(
     fake: Callable[..., FakeRay], many: Examples, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def print_capture(summary: Any) -> None:
             ("targets captured now", f"{summary.num_captured_targets:,}"),
             ("targets reused now", f"{summary.num_reused_targets:,}"),
             ("sequences already there", f"{summary.num_known_sequences:,}"),
+            *([("examples left out", f"{len(summary.left_out):,}")] if summary.left_out else []),
             *cache_rows(summary),
         ],
     )

@@ -143,7 +143,7 @@ def _plan(
 
 
 def _data(part: Part) -> tuple[object, str]:
-    return part.recipe, part.content
+    return part.planned.recipe, part.content
 
 
 def _held(store: Store, root: Root, parts: Iterable[Part]) -> ContentKeys:

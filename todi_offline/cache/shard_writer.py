@@ -5,8 +5,9 @@ and no commit record, that object makes way, but only while the capture's lock i
 process that stood still cannot touch what another one has committed since.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,12 @@ class ShardWriter:
     token: str
     """Of the lock under which the shards are written."""
 
-    def write(self, shard: int, sequences: Sequence[SequenceRows]) -> CommitRecord:
+    def write(
+        self, shard: int, sequences: Sequence[SequenceRows], left_out: Mapping[str, str] = MappingProxyType({})
+    ) -> CommitRecord:
         """Write the objects of a shard, then its commit record; until then the shard does not exist.
+
+        `left_out` has the ids of the examples that were to be in the shard and are not, each with the reason.
 
         Raises:
             DataError: there is no sequence, or one has ids beyond the vocabulary or other settings than the cache.
@@ -56,7 +61,7 @@ class ShardWriter:
                 spec = self.manifest.arrays[name]
                 key, data = spec.object_key(shard), encode_shard(spec, values, settings.codec)
                 objects[key] = self._create(shard, key, data, chunk_sums(spec, data))
-            return self._commit(shard, sequence_table(shard, sequences, encoded, settings), objects)
+            return self._commit(shard, sequence_table(shard, sequences, encoded, settings, left_out), objects)
 
     def link(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
         """Take over a committed shard of a cache with the same settings, without moving its bytes where possible.

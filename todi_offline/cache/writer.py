@@ -11,10 +11,10 @@ shards in it. A reader finds the cache as it was until then.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import pyarrow as pa
 
@@ -27,15 +27,17 @@ from todi_offline.cache.format.names import (
     is_own,
     is_temporary,
     record_key,
+    sequences_key,
 )
 from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.root import Root
-from todi_offline.cache.format.sequences import SequenceRows
+from todi_offline.cache.format.sequences import SequenceRows, left_out_of
 from todi_offline.cache.objects import (
     committed_shards,
     derived_metadata,
     has_cache,
     read_if_there,
+    read_object,
     read_record,
     read_root,
 )
@@ -96,9 +98,11 @@ class CacheWriter:
         pending = range(len(self._root.commits), self.manifest.num_shards)
         return [*self._missing_of_finished(), *(shard for shard in pending if shard not in committed)]
 
-    def write_shard(self, shard: int, sequences: Sequence[SequenceRows]) -> CommitRecord:
+    def write_shard(
+        self, shard: int, sequences: Sequence[SequenceRows], left_out: Mapping[str, str] = MappingProxyType({})
+    ) -> CommitRecord:
         """Write a shard; see `ShardWriter.write`."""
-        return self.shards.write(shard, sequences)
+        return self.shards.write(shard, sequences, left_out)
 
     def link_shard(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
         """Take over a shard of another cache; see `ShardWriter.link`."""
@@ -126,16 +130,37 @@ class CacheWriter:
             commits = dict(enumerate(self._root.commits))
             written = [shard for shard in range(self.manifest.num_shards) if commits.get(shard) is None]
             with ThreadPoolExecutor(_READERS) as pool:
-                commits |= zip(written, pool.map(self._commit, written), strict=True)
-            manifest = dataclasses.replace(self._root.manifest, parts=self.manifest.parts)
+                found = dict(zip(written, pool.map(self._commit, written), strict=True))
+            commits |= {shard: sum_ for shard, (sum_, _) in found.items()}
+            parts = self._sealed_parts({shard: num_sequences for shard, (_, num_sequences) in found.items()})
+            manifest = dataclasses.replace(self._root.manifest, parts=parts)
             ordered = tuple(commits[shard] for shard in range(self.manifest.num_shards))
             self._swap(dataclasses.replace(self._root, manifest=manifest, commits=ordered, pending=()))
         with naming_successor(self.store, self._lock.token):
             write_derived_metadata(self.store, self._root)
         return self._root
 
-    def _commit(self, shard: int) -> ObjectSum:
-        """Return the sum of a shard's record, after a look at the sizes of the objects that it names."""
+    def _sealed_parts(self, num_sequences: Mapping[int, int]) -> tuple[Part, ...]:
+        """Return the parts of the sealed cache, given the sequences of each shard that was written.
+
+        A part that has fewer sequences than were planned names the examples that were left out.
+        """
+        parts, start = list(self._root.manifest.parts), len(self._root.commits)
+        for part in self._root.pending:
+            shards = range(start, start := start + part.num_shards)
+            left_out: dict[str, str] = {}
+            if sum(num_sequences[shard] for shard in shards) < part.num_sequences:
+                for shard in shards:
+                    left_out |= self._left_out_of(shard)
+            parts.append(part.without(left_out))
+        return tuple(parts)
+
+    def _left_out_of(self, shard: int) -> dict[str, str]:
+        record, key = read_record(self.store, self.manifest, shard, None), sequences_key(shard)
+        return left_out_of(read_object(self.store, key, record.objects[key]))
+
+    def _commit(self, shard: int) -> tuple[ObjectSum, int]:
+        """Return the sum of a shard's record and its number of sequences, after a look at the sizes of its objects."""
         record = read_record(self.store, self.manifest, shard, None)
         for key, expected in record.objects.items():
             found = self.store.size(key)
@@ -144,7 +169,7 @@ class CacheWriter:
                     f"{self.store}/{key} has {'no' if found is None else found} bytes, expected {expected.num_bytes}; "
                     "`todi-cache verify` lists what is damaged"
                 )
-        return ObjectSum.of(self.store.read(record_key(shard)))
+        return ObjectSum.of(self.store.read(record_key(shard))), record.num_sequences
 
     def _missing_of_finished(self) -> list[int]:
         """Return the lost shards of finished parts that were not written again yet."""
@@ -254,6 +279,7 @@ def _are_same(found: Sequence[Part], wanted: Sequence[Part]) -> bool:
     """Whether parts are of the same data, laid out alike; other versions of the libraries may have made them."""
 
     def facts(part: Part) -> tuple[object, ...]:
+        part = part.planned
         return part.recipe, part.content, part.num_sequences, part.num_shards
 
     return list(map(facts, found)) == list(map(facts, wanted))

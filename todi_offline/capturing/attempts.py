@@ -29,6 +29,14 @@ class Attempt:
     """Examples that a worker has read by themselves, and survived."""
     ended: list[int | None] = field(default_factory=list)
     """For each worker that ended, the example that it was reading by itself."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Examples that are not to be captured, each with the reason."""
+
+    @property
+    def culprit(self) -> int | None:
+        """The example that the last two workers were reading by itself when they ended, if it was one."""
+        example = self.ended[-1] if self.ended else None
+        return example if self.ended[-2:] == [example, example] else None
 
     def begin_next(self) -> int | None:
         """Return the example that is to be read by itself now; None when all of the shard is to be captured."""
@@ -40,9 +48,19 @@ class Attempt:
 class Attempts:
     """All shards of a capture: each is begun when it is asked for, and some are begun again."""
 
-    def __init__(self, shards: Iterable[Attempt], limit: int, name: Callable[[Attempt, int], str]) -> None:
-        """Take the shards, how many workers one of them may end, and what names an example of a shard."""
-        self._shards, self._limit, self._name = iter(shards), limit, name
+    def __init__(
+        self,
+        shards: Iterable[Attempt],
+        limit: int,
+        name: Callable[[Attempt, int], str],
+        *,
+        skip_failed: bool = False,
+    ) -> None:
+        """Take the shards, how many workers one of them may end, and what names an example of a shard.
+
+        With `skip_failed`, an example that ends workers is left out.
+        """
+        self._shards, self._limit, self._name, self._skip_failed = iter(shards), limit, name, skip_failed
         self._again: deque[Attempt] = deque()
 
     def next(self, *, is_idle: bool) -> Attempt | None:
@@ -64,15 +82,19 @@ class Attempts:
         """
         attempt.ended.append(attempt.reading)
         attempt.is_alone, attempt.reading = True, None
-        if len(attempt.ended) >= self._limit:
+        culprit = attempt.culprit
+        if culprit is not None and self._skip_failed:
+            attempt.left_out[culprit] = "each worker that read it has ended"
+            attempt.num_read = culprit + 1
+            attempt.ended.clear()
+        elif len(attempt.ended) >= self._limit:
             raise TodiError(f"{self._accuse(attempt)}: {reason}; what is committed is safe")
         self._again.append(attempt)
 
     def _accuse(self, attempt: Attempt) -> str:
         """Say what has ended workers: the example that two of them were reading by itself, or else the shard."""
-        example = attempt.ended[-1]
-        if example is not None and attempt.ended[-2:] == [example, example]:
-            named = self._name(attempt, example)
+        if attempt.culprit is not None:
+            named = self._name(attempt, attempt.culprit)
             return f"example {named!r} of shard {attempt.shard} has ended each worker that read it"
         first, last = self._name(attempt, 0), self._name(attempt, attempt.num_examples - 1)
         return f"shard {attempt.shard} (examples {first!r} to {last!r}) has ended {len(attempt.ended)} workers"

@@ -83,6 +83,8 @@ class CaptureConfig:
     """Where the cache is written: a folder or URL. A finished cache of other data is appended to."""
     reuse: tuple[str, ...] = ()
     """Caches of the same teacher whose sequences are copied where their content is met, and not captured again."""
+    skip_failed: bool = False
+    """Leave out an example at which the teacher fails, and say so in the cache; else it ends the capture."""
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -108,6 +110,8 @@ class CaptureSummary:
     teacher_seconds: float
     bytes_per_target: float
     mean_topk_mass: float
+    left_out: Mapping[str, str]
+    """The ids of the examples at which the teacher failed, each with the reason: the cache lacks them."""
     data_report: Any
     """What `load_examples` cut and dropped."""
     workers: Mapping[str, Work]

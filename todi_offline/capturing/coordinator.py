@@ -1,6 +1,7 @@
 """A capture's settings in, a cache out: plans, begins the cache, has its shards captured, and seals it."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from todi_offline.cache.planning import CapturePlan, ShardPlan
-from todi_offline.cache.reader import open_cache
+from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.capturing.config import CaptureConfig, CaptureSummary
@@ -22,6 +23,10 @@ from todi_offline.data import Examples, load_examples
 from todi_offline.errors import memory_errors
 from todi_offline.models import Tokenizer, load_tokenizer
 from todi_offline.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+_NUM_WARNINGS = 10
 
 
 def capture(
@@ -104,6 +109,19 @@ def _work_by_worker(results: Iterable[ShardResult]) -> dict[str, Work]:
     return work
 
 
+def _left_out(cache: Cache) -> dict[str, str]:
+    return {example: reason for part in cache.manifest.parts for example, reason in part.left_out.items()}
+
+
+def _warned(left_out: dict[str, str]) -> dict[str, str]:
+    """Say which examples a cache lacks."""
+    for example, reason in list(left_out.items())[:_NUM_WARNINGS]:
+        logger.warning("example %r is left out: %s", example, reason)
+    if len(left_out) > _NUM_WARNINGS:
+        logger.warning("... and %d more; `todi-cache inspect --json` has all of them", len(left_out) - _NUM_WARNINGS)
+    return left_out
+
+
 def _finish(
     config: CaptureConfig, job: Job, plan: CapturePlan, writer: CacheWriter, work: Mapping[str, Work]
 ) -> CaptureSummary:
@@ -123,6 +141,7 @@ def _finish(
         teacher_seconds=done.teacher_seconds,
         bytes_per_target=sum(cache.bytes_by_array.values()) / num_targets,
         mean_topk_mass=float(np.average(cache.columns["topk_mass"], weights=cache.num_targets)),
+        left_out=_warned(_left_out(cache)),
         data_report=job.examples.report,
         workers=dict(work),
     )

@@ -22,7 +22,7 @@ class InProcess:
         Raises:
             ModelError: the teacher cannot be loaded.
         """
-        self._name, self._reuse = name, config.reuse
+        self._name, self._config = name, config
         self._engine = load_engine(config, teacher)
 
     def describe(self) -> TeacherDescription:
@@ -31,7 +31,9 @@ class InProcess:
 
     def capture(self, writer: ShardWriter, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
         """Yield the result of each shard once it is committed; see `Workers`."""
-        worker = ShardWorker.start(self._name, self._engine, writer, self._reuse)
+        worker = ShardWorker.start(
+            self._name, self._engine, writer, self._config.reuse, skip_failed=self._config.skip_failed
+        )
         for result in _each_behind_the_next(worker, tasks, report):
             report(0, 1)
             yield result

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -54,11 +54,11 @@ class CaptureActor:
         self._engine = load_engine(self._config)
         return self._engine.describe()
 
-    def capture(self, writer: ShardWriter, task: ShardTask) -> ShardResult:
-        """Capture a shard; while it is written, another thread captures the next."""
+    def capture(self, writer: ShardWriter, task: ShardTask, left_out: Mapping[int, str]) -> ShardResult:
+        """Capture a shard without some of its examples; while it is written, another thread captures the next."""
         with self._teacher:
             worker = self._start(writer)
-            rows = worker.rows(task, lambda num_tokens: self._num_tokens.update({task.shard: num_tokens}))
+            rows = worker.rows(task, lambda num_tokens: self._num_tokens.update({task.shard: num_tokens}), left_out)
         result = worker.commit(rows)
         self._num_tokens.pop(task.shard, None)
         return result
@@ -76,7 +76,9 @@ class CaptureActor:
     def _start(self, writer: ShardWriter) -> ShardWorker:
         if self._worker is None:
             assert self._engine is not None, "an actor is loaded first"
-            self._worker = ShardWorker.start(self._name, self._engine, writer, self._config.reuse)
+            self._worker = ShardWorker.start(
+                self._name, self._engine, writer, self._config.reuse, skip_failed=self._config.skip_failed
+            )
         return self._worker
 
 
@@ -153,7 +155,8 @@ class RayActors:
         """Yield the result of each shard once it is committed; see `Workers`."""
         stored = self._ray.put(writer)
         shards = (Attempt(task.shard, task.num_examples, self._ray.put(task)) for task in tasks)
-        attempts = Attempts(shards, self._config.ray.ray_attempts, self._name_of)
+        limit, skip_failed = self._config.ray.ray_attempts, self._config.skip_failed
+        attempts = Attempts(shards, limit, self._name_of, skip_failed=skip_failed)
         told = _Told(report)
         try:
             while self._assign(attempts, stored):
@@ -180,7 +183,7 @@ class RayActors:
     def _go_on(self, actor: _Actor, attempt: Attempt, writer: Any) -> None:
         number = attempt.begin_next()
         if number is None:
-            self._call("capture", actor, attempt, writer, attempt.task)
+            self._call("capture", actor, attempt, writer, attempt.task, attempt.left_out)
         else:
             self._call("read", actor, attempt, writer, attempt.task, number)
 

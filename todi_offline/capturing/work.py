@@ -3,9 +3,10 @@
 Tasks and results may be pickled. A worker holds no lock: see `ShardWriter`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
+from types import MappingProxyType
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from todi_offline.errors import (
     CacheCorruptError,
     CacheLockedError,
     OutOfMemoryError,
+    TeacherOutputError,
     TodiError,
     first_line,
     memory_errors,
@@ -67,6 +69,8 @@ class ShardRows:
 
     shard: int
     rows: list[SequenceRows]
+    left_out: dict[str, str]
+    """The ids of the examples that it lacks, each with the reason."""
     work: Work
 
 
@@ -118,38 +122,61 @@ class ShardWorker:
     engine: Engine
     writer: ShardWriter
     reusable: Reusable | None = None
+    skip_failed: bool = False
+    """Whether an example at which the teacher fails is left out, instead of raising an error."""
 
     @classmethod
-    def start(cls, name: str, engine: Engine, writer: ShardWriter, reuse: Sequence[str]) -> "ShardWorker":
+    def start(
+        cls, name: str, engine: Engine, writer: ShardWriter, reuse: Sequence[str], *, skip_failed: bool
+    ) -> "ShardWorker":
         """Open the caches to reuse.
 
         Raises:
             CacheMismatchError: one is of another teacher, tokenizer or settings.
         """
         cache = open_reusable(reuse, writer.manifest)
-        return cls(name, engine, writer, None if cache is None else Reusable(cache))
+        return cls(name, engine, writer, None if cache is None else Reusable(cache), skip_failed)
 
-    def rows(self, task: ShardTask, report: Callable[[int], None]) -> ShardRows:
-        """Return the rows of a shard: those of caches to reuse as they are there, the others from the teacher."""
+    def rows(
+        self, task: ShardTask, report: Callable[[int], None], left_out: Mapping[int, str] = MappingProxyType({})
+    ) -> ShardRows:
+        """Return the rows of a shard: those of caches to reuse as they are there, the others from the teacher.
+
+        `left_out` has the numbers of examples that the teacher is not to read, each with the reason.
+
+        Raises:
+            TodiError: the teacher fails; names the shard and, where it can be told, the example.
+        """
         examples = examples_from_stream(task.examples)
         copied = {} if self.reusable is None else self.reusable.targets(examples)
         report(sum(len(examples[number].token_ids) for number in copied))
-        unknown = [number for number in range(len(examples)) if number not in copied]
-        asked = [examples[number] for number in unknown]
+        unknown = [number for number in range(len(examples)) if number not in copied and number not in left_out]
         started = perf_counter()
-        captured = self._captured(task.shard, asked, report) if asked else []
+        answers = self._answers(task.shard, [examples[number] for number in unknown], report) if unknown else []
         teacher_seconds = perf_counter() - started
-        targets = copied | dict(zip(unknown, captured, strict=True))
+        found = dict(zip(unknown, answers, strict=True))
+        captured = {number: answer for number, answer in found.items() if not isinstance(answer, str)}
+        failed = {**left_out, **{number: answer for number, answer in found.items() if isinstance(answer, str)}}
+        targets = copied | captured
+        if not targets:
+            raise TodiError(
+                f"the teacher fails at each of the {len(examples)} examples of shard {task.shard}, the first of them "
+                f"{examples[0].id!r}: {failed[0]}; what is committed is safe. Take these examples out of the data"
+            )
         rows = [
             SequenceRows(example.id, example.source, example.token_ids, example.target_mask, targets[number])
             for number, example in enumerate(examples)
+            if number in targets
         ]
-        num_tokens = sum(len(example.token_ids) for example in asked)
-        work = Work(1, num_tokens, sum(map(len, captured)), sum(map(len, copied.values())), teacher_seconds)
-        return ShardRows(task.shard, rows, work)
+        num_tokens = sum(len(examples[number].token_ids) for number in captured)
+        counts = (sum(map(len, captured.values())), sum(map(len, copied.values())))
+        work = Work(1, num_tokens, *counts, teacher_seconds)
+        return ShardRows(task.shard, rows, {examples[number].id: failed[number] for number in sorted(failed)}, work)
 
-    def _captured(self, shard: int, examples: Sequence[Example], report: Callable[[int], None]) -> list[TargetRows]:
-        """Return what the teacher says of some examples of a shard.
+    def _answers(
+        self, shard: int, examples: Sequence[Example], report: Callable[[int], None]
+    ) -> list[TargetRows] | list[TargetRows | str]:
+        """Return what the teacher says of each of some examples of a shard, or the reason to leave the example out.
 
         Raises:
             TodiError: it fails; names the shard and, where it can be told, the example.
@@ -161,10 +188,14 @@ class ShardWorker:
         except OutOfMemoryError:  # the shard is not to blame
             raise
         except TodiError as error:
+            if self.skip_failed and isinstance(error, TeacherOutputError):
+                return self._answers_but_failed(shard, examples)
             error.args = (f"shard {shard}: {error}",)
             raise
         except Exception as error:
-            failing = (number for number in range(len(examples)) if self._fails(examples[number]))
+            if self.skip_failed:
+                return self._answers_but_failed(shard, examples)
+            failing = (number for number in range(len(examples)) if self._failure(examples[number]))
             culprit = next(failing, None)
             if culprit is None or (culprit == 0 and next(failing, None) == 1):  # the teacher fails at anything
                 which = f"shard {shard} (examples {examples[0].id!r} to {examples[-1].id!r})"
@@ -174,18 +205,34 @@ class ShardWorker:
                 f"{which} cannot be captured: {type(error).__name__}: {first_line(error)}; what is committed is safe"
             ) from error
 
-    def _fails(self, example: Example) -> bool:
-        """Whether the teacher fails at an example by itself."""
+    def _answers_but_failed(self, shard: int, examples: Sequence[Example]) -> list[TargetRows | str]:
+        """Return what the teacher says of those examples that it can read by themselves, and why it cannot read others.
+
+        Raises:
+            TodiError: it can read each by itself, but not all of them.
+        """
+        failures = [self._failure(example) for example in examples]
+        readable = [example for example, failure in zip(examples, failures, strict=True) if failure is None]
+        if len(readable) == len(examples):
+            raise TodiError(
+                f"the teacher reads each example of shard {shard} by itself and fails at all of them; lower "
+                "batch_tokens, and run the same command again"
+            )
+        rows = iter(self.engine.targets(readable, self.writer.manifest.settings, lambda _: None) if readable else [])
+        return [next(rows) if failure is None else failure for failure in failures]
+
+    def _failure(self, example: Example) -> str | None:
+        """Return why the teacher fails at an example by itself, or None where it does not."""
         try:
             self.engine.targets([example], self.writer.manifest.settings, lambda _: None)
-        except Exception:
-            return True
-        return False
+        except Exception as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        return None
 
     def commit(self, shard: ShardRows) -> ShardResult:
         """Write the rows of a shard and commit it, unless another worker of this capture has done so meanwhile."""
         try:
-            record = self.writer.write(shard.shard, shard.rows)
+            record = self.writer.write(shard.shard, shard.rows, shard.left_out)
         except CacheLockedError:
             found = self.writer.committed(shard.shard)
             if found is None:

@@ -14,6 +14,8 @@ from todi_offline.cache.format.layout import FORMAT_VERSION, READABLE_VERSIONS, 
 from todi_offline.config import load_config, to_dict
 from todi_offline.errors import CacheFormatError, CacheMismatchError, ConfigError
 
+_LEFT_OUT = "left_out"  # of a recipe
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
@@ -29,6 +31,23 @@ class Part:
     """Shards that hold them."""
     versions: Mapping[str, str]
     """Versions of the libraries that made it."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The ids of the examples at which the teacher failed, each with the reason: their sequences are not here."""
+        found: Mapping[str, str] = self.recipe.get(_LEFT_OUT, {})
+        return found
+
+    @property
+    def planned(self) -> "Part":
+        """The part as it was planned, before the teacher failed at any example."""
+        recipe = {name: value for name, value in self.recipe.items() if name != _LEFT_OUT}
+        return dataclasses.replace(self, recipe=recipe, num_sequences=self.num_sequences + len(self.left_out))
+
+    def without(self, left_out: Mapping[str, str]) -> "Part":
+        """Return the part as it is when some of its examples were left out, for these reasons."""
+        recipe = {**self.recipe, _LEFT_OUT: dict(left_out)} if left_out else self.recipe
+        return dataclasses.replace(self, recipe=recipe, num_sequences=self.num_sequences - len(left_out))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +118,10 @@ class Manifest:
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:
-    """Return for people what a part was made from; a chat template is a page of text, and is left out."""
+    """Return for people what a part was made from, without its chat template, which is a page of text."""
     shown = {name: value for name, value in recipe.items() if value is not None and name != "chat_template"}
+    if _LEFT_OUT in shown:
+        shown[_LEFT_OUT] = f"{len(shown[_LEFT_OUT]):,} examples"
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
@@ -160,6 +181,7 @@ def read_parts(values: Any, where: str) -> tuple[Part, ...]:
     for part in values:
         right = isinstance(part, Mapping) and part.keys() == kinds.keys()
         right = right and all(isinstance(part[name], kind) for name, kind in kinds.items())
+        right = right and isinstance(part["recipe"].get(_LEFT_OUT, {}), Mapping)
         if not right or not all(1 <= part[name] < 2**31 for name in ("num_sequences", "num_shards")):
             raise CacheFormatError(f"the manifest of {where} has a part of a wrong type or range: {part!r:.200}")
     return tuple(Part(**part) for part in values)

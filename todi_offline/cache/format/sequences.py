@@ -1,7 +1,9 @@
 """Sequences with their targets, and the Parquet table of what belongs to a sequence rather than to a position."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ SEQUENCE_SCHEMA = pa.schema(
     ]
 )
 _BATCH_ROWS = 256
+_LEFT_OUT = b"left_out"  # in the metadata of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +87,15 @@ class SequenceRows:
 
 
 def sequence_table(
-    shard: int, sequences: Sequence[SequenceRows], encoded: Sequence[dict[str, Array]], settings: CacheSettings
+    shard: int,
+    sequences: Sequence[SequenceRows],
+    encoded: Sequence[dict[str, Array]],
+    settings: CacheSettings,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> pa.Table:
     """Return the sequence table of a shard; `encoded` holds what `encode_rows` made of each sequence.
+
+    `left_out` names the examples that the shard was to hold too, each with the reason why it does not.
 
     Means are of the numbers as they are stored: rows that are copied to another cache keep them to the bit.
     """
@@ -107,7 +116,17 @@ def sequence_table(
         "teacher_nll": [-rows.label_logprob.mean(dtype=np.float64) for rows in stored],
         "topk_mass": [np.exp(rows.logprobs).sum(axis=1).mean(dtype=np.float64) for rows in stored],
     }
-    return pa.table({name: pa.array(column).cast(SEQUENCE_SCHEMA.field(name).type) for name, column in columns.items()})
+    table = pa.table(
+        {name: pa.array(column).cast(SEQUENCE_SCHEMA.field(name).type) for name, column in columns.items()}
+    )
+    return table.replace_schema_metadata({_LEFT_OUT: json.dumps(left_out)}) if left_out else table
+
+
+def left_out_of(data: bytes) -> dict[str, str]:
+    """Return the examples that the table of a shard says were left out, each with the reason."""
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata.metadata or {}
+    found: dict[str, str] = json.loads(metadata.get(_LEFT_OUT, b"{}"))
+    return found
 
 
 def renumbered_table(table: pa.Table, shard: int, shard_tokens: int) -> pa.Table:
@@ -130,7 +149,11 @@ def table_bytes(table: pa.Table) -> bytes:
     """
     sink = pa.BufferOutputStream()
     # Statistics and Arrow's copy of the schema would be a fifth of a small table, and nobody reads them.
-    pq.write_table(table, sink, compression="none", write_statistics=False, store_schema=False)
+    options = {"compression": "none", "write_statistics": False, "store_schema": False}
+    with pq.ParquetWriter(sink, table.schema, **options) as file:
+        file.write_table(table)
+        if table.schema.metadata:
+            file.add_key_value_metadata(table.schema.metadata)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
