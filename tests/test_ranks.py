@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import Row
+from support.object_store import s3_bucket
 from support.programs import Answering, run
 from support.tiny_models import save_llama
 
@@ -21,6 +23,7 @@ from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.objects import read_record
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store.locks import FolderLock
+from todi_offline.cache.store.remote import RemoteStore
 
 SMALL = {"k": 4, "tail_samples": 1, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
 LENGTHS = {"max_length": 128, "max_prompt_length": 64}
@@ -55,7 +58,7 @@ class Jobs:
         self.seconds: float = self.run(folder / "timed")["seconds"]
         """How long two undisturbed ranks take."""
 
-    def run(self, out: Path, size: int = 2, **more: Any) -> dict[str, Any]:
+    def run(self, out: Path | str, size: int = 2, **more: Any) -> dict[str, Any]:
         """Run a job; no rank of it may survive the SIGTERM that follows the end of another one."""
         found: dict[str, Any] = self._program.ask({"out": str(out), "size": size, **more})
         assert not found["are_stuck"], found
@@ -238,6 +241,38 @@ def test_a_second_job_is_refused_by_the_lock_of_the_first_on_all_of_its_ranks(jo
     assert found["codes"] == [1, 1]
     (line,) = errors_of(found)
     assert "is being written by process" in line
+
+
+# Straight to an object store, which all ranks write to.
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    """What ranks must know to find `s3://bucket`."""
+    with s3_bucket() as proxy:
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE")
+        yield {name: os.environ[name] for name in names} | {"FSSPEC_S3_ENDPOINT_URL": f"http://{proxy.target}"}
+
+
+def sums_in_bucket(place: str) -> Sums:
+    store = RemoteStore(place)
+    return {key: hashlib.sha256(store.read(key, 2**26)).hexdigest() for key in store.find()}
+
+
+@pytest.mark.parametrize("lease", [None, 1.0])
+def test_ranks_write_to_an_object_store_and_the_next_job_takes_over_from_a_killed_one(
+    jobs: Jobs, bucket: dict[str, str], lease: float | None
+) -> None:
+    """The next job sees that the holder of the lock is dead or, on another machine, that the lock stands still."""
+    place = f"s3://bucket/{lease}"
+    poison = {"id": example_of(jobs, 3), "how": "kill"}
+    found = jobs.run(place, environ=bucket, poison=poison, lease=lease)
+    assert -signal.SIGKILL in found["codes"], found
+    committed = sum(key.startswith("commits/") for key in sums_in_bucket(place))
+    assert 0 < committed < jobs.num_shards
+    found = jobs.run(place, environ=bucket, lease=lease)
+    assert found["codes"] == [0, 0], found
+    assert {key: sum_ for key, sum_ in sums_in_bucket(place).items() if key != ".lock"} == jobs.whole
 
 
 LAUNCHERS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 TESTS = Path(__file__).parent.parent
 _PR_SET_PDEATHSIG = 1
 

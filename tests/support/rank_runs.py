@@ -13,6 +13,8 @@ A run is a line of JSON:
     signals   [[rank, seconds, name], ...]: sent to a rank so many seconds after the start
     poison    {"id": example, "how": "raise", "kill" or "stall"}: what its teacher does at an example
     odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
+    lease     seconds: ranks cannot tell whether the holder of a lock is dead, and wait for so long a lease
+    environ   more variables of the environment
     restarts  for each attempt but the last, its `signals`; the attempts share a store, as those of torchrun do
 
 An outcome, of the last attempt, is {"codes": [...], "errors": [...], "output": ..., "seconds": ..., "were_ended": ...,
@@ -35,6 +37,7 @@ from typing import Any
 from unittest import mock
 
 import datasets  # noqa: F401 -- once, not in every rank
+import fsspec
 import torch
 import torch.distributed
 import zarr  # noqa: F401
@@ -46,13 +49,15 @@ from support.faults import options, todi
 from support.programs import end_with_parent
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
+from todi_offline.cache.store.locks import Holder
+from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.data import DataConfig, Examples, load_examples
 from todi_offline.errors import ModelError
 from todi_offline.teacher import TeacherConfig, as_teacher, load_teacher
 
 GRACE_SECONDS = 5.0
 """After the end of the first rank that fails, for the others to end by themselves."""
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 90.0
 """After which ranks are stuck, and are killed."""
 
 Run = dict[str, Any]
@@ -134,8 +139,10 @@ def fork(run: Run, config: dict[str, Any], environ: dict[str, str], rank: int, o
         os.dup2(errors, 2)
         if run["size"] > 1:
             os.environ |= environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= run.get("environ", {})
+        fsspec.config.set_conf_env(fsspec.config.conf)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with poisoned(run.get("poison")), odd(run.get("odd", {}), rank):
+        with poisoned(run.get("poison")), odd(run.get("odd", {}), rank), leased(run.get("lease")):
             words = ["--json", "--out", run["out"], *options(config), *run.get("words", [])]
             code = todi(["capture", *words])
     except BaseException:
@@ -164,6 +171,21 @@ def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
         return real(teacher, examples, settings)
 
     with mock.patch.object(todi_offline.capturing.engines, "targets_of", targets_of):
+        yield
+
+
+@contextlib.contextmanager
+def leased(seconds: float | None) -> Iterator[None]:
+    """Within, this process knows of no other one of the machine, as if each ran on a machine of its own."""
+    if seconds is None:
+        yield
+        return
+    defaults = RemoteStore.__init__.__defaults__
+    assert defaults is not None
+    with (
+        mock.patch.object(RemoteStore.__init__, "__defaults__", (*defaults[:-1], seconds)),
+        mock.patch.object(Holder, "is_dead", return_value=False),
+    ):
         yield
 
 
