@@ -28,6 +28,8 @@ from todi_offline.vllm_teacher.worker import EXTENSION
 
 _TAKEN_BYTES = 64 * 2**20  # of targets in one answer of a worker
 
+_MESSAGE_CHARACTERS = 400
+
 _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads may hang
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for results
@@ -67,7 +69,7 @@ class Client:
             if isinstance(error, TodiError):
                 raise
             raise ModelError(
-                f"vLLM {self.version} cannot load {model}: {type(error).__name__}: {first_line(error)}; its log is "
+                f"vLLM {self.version} cannot load {model}: {type(error).__name__}: {_on_one_line(error)}; its log is "
                 "above"
             ) from error
         self._processes.note()
@@ -158,6 +160,11 @@ def _error_of(sent: Message) -> TodiError:
     if sent["kind"] == TeacherOutputError.__name__:
         return TeacherOutputError(sent["message"], sent["row"])
     return (OutOfMemoryError if sent["kind"] == OutOfMemoryError.__name__ else EngineError)(sent["message"])
+
+
+def _on_one_line(error: Exception) -> str:
+    """Return the beginning of a message, of which the first line alone may say nothing."""
+    return " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
 
 
 def _import_vllm() -> Any:

@@ -1,0 +1,109 @@
+"""vLLM itself, in an environment of its own: its targets are those of transformers, and what survives its death.
+
+Run with TODI_VLLM_PYTHON=/path/to/an/environment/bin/python; see benchmarks/results/vllm.md for how to make one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from support.tiny import tiny_tokenizer
+from support.tiny_models import llama, save
+from support.vllm_environment import ROOT, START_SECONDS, needs_vllm, run, run_mode, start
+
+from todi_offline.cache.check.verify import verify_cache
+from todi_offline.cache.reader import open_cache
+from todi_offline.capturing import capture
+
+pytestmark = needs_vllm
+
+EAGER = ("--engine", "vllm", "--engine-set", "enforce_eager=true")
+SMALL: dict[str, Any] = {"k": 8, "tail_samples": 2, "shard_tokens": 4096, "max_length": 128}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """With heads of 32, the least that vLLM has kernels for on a CPU."""
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    return llama(**shape)
+
+
+@pytest.fixture(scope="module")
+def teacher(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(model, tmp_path_factory.mktemp("teacher"))
+
+
+def command(teacher: Path, out: Path, limit: int) -> list[object]:
+    settings = [text for name, value in SMALL.items() for text in (f"--{name.replace('_', '-')}", value)]
+    return ["todi_offline", "capture", "--teacher", teacher, "--out", out, "--limit", limit, *settings, *EAGER]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        pytest.param({"max_num_batched_tokens": 64}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, id="in process, chunks"),
+        pytest.param({"enable_prefix_caching": True}, {}, id="engine process, prefix cache"),
+        pytest.param({"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="two workers"),
+    ],
+)
+def test_targets_are_those_of_transformers(teacher: Path, options: dict[str, Any], changes: dict[str, str]) -> None:
+    found = run_mode(teacher, options, **changes)
+    assert found["ids_same"] >= 0.999 * found["ids"]
+    assert found["tail_ids_same"] >= 0.999 * found["tail_ids"]
+    assert max(found["logprobs"], found["tails"], found["labels"]) < 2e-4
+
+
+def test_a_capture_is_whole_and_of_the_same_teacher_as_one_by_transformers(teacher: Path, tmp_path: Path) -> None:
+    run(command(teacher, tmp_path / "a", 12))
+    capture(teacher, out=tmp_path / "b", device="cpu", limit=12, **SMALL)
+    assert verify_cache(tmp_path / "a") == []
+    caches = [open_cache(tmp_path / name) for name in "ab"]
+    assert caches[0].manifest.teacher == caches[1].manifest.teacher
+    assert caches[0].manifest.tokenizer == caches[1].manifest.tokenizer
+    assert caches[0].num_targets.tolist() == caches[1].num_targets.tolist()
+
+
+def test_after_the_engine_is_killed_the_same_command_goes_on(teacher: Path, tmp_path: Path) -> None:
+    args = command(teacher, tmp_path / "c", 1000)
+    with start(args) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " 1 of " in line:  # the first shard
+                break
+        (engine,) = [one for one in psutil.Process(process.pid).children() if "EngineCore" in " ".join(one.cmdline())]
+        engine.kill()
+        errors = process.stderr.read()
+        assert process.wait(START_SECONDS) == 1, errors
+    assert [line for line in errors.splitlines() if line.startswith("Error: ")]
+    assert "vLLM has died" in errors
+    run(args)
+    assert verify_cache(tmp_path / "c") == []
+
+
+def test_a_poison_example_is_named_with_its_position(model: Any, tmp_path: Path) -> None:
+    common = tiny_tokenizer().encode(" the")[0]
+    with torch.no_grad():
+        weight = model.model.embed_tokens.weight
+        kept = weight[common].clone()
+        weight[common] = torch.nan
+        teacher = save(model, tmp_path / "teacher")
+        weight[common] = kept
+    found = run(command(teacher, tmp_path / "d", 3), code=1)
+    assert "shard 0: the teacher's logits for example" in found.stderr
+    assert "at position" in found.stderr
+
+
+def test_the_private_names_are_still_there() -> None:
+    """Model runner V2 needs Triton, which has no build for CPUs; so its names alone are compared."""
+    found = json.loads(run(["support.vllm_names"], PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}").stdout)
+    assert {"req_ids", "query_start_loc_np", "num_computed_prefill_tokens_np", "num_scheduled_tokens"} <= set(
+        found["fields"]
+    )
+    assert found["ours"].keys() == found["methods"].keys()
+    assert all(count in (100, found["methods"][name]) for name, count in found["ours"].items())
+    assert found["ours_v1"] == found["v1"]
+    assert found["v2_has_worker"]
+    assert found["v2_is_told_apart"]
