@@ -4,6 +4,7 @@ Each has four layers, or as few as show all its kinds, windows and chunks shorte
 read, and weights so large that distributions are far from flat.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from todi_offline.student.composed import decoder_layers
+from todi_offline.student.masked import Kept
+from todi_offline.student.parts import WidthParts
 
 COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -191,3 +194,38 @@ def logits_of_layers(model: PreTrainedModel, kept: Sequence[int], tokens: Tensor
     for handle in handles:
         handle.remove()
     return logits
+
+
+@torch.no_grad()
+def logits_of_parts(model: PreTrainedModel, parts: WidthParts, kept: Kept, tokens: Tensor) -> Tensor:
+    """Return the logits of a copy of a model with 0 for the weights of all that is not kept.
+
+    A norm reads the kept channels several times over, so their number has to divide the model's.
+    """
+    copied = copy.deepcopy(model)
+    times = parts.sizes.hidden // len(kept.hidden)
+    for name in parts.norms:
+        norm: Any = copied.get_submodule(name)
+        for value in norm.parameters():
+            value.copy_(value[kept.hidden].repeat(times))
+        norm.register_forward_pre_hook(lambda _, args: (args[0][..., kept.hidden].repeat(1, 1, times),))
+        norm.register_forward_hook(
+            lambda _, __, out: torch.zeros_like(out).index_copy(-1, kept.hidden, out[..., : len(kept.hidden)])
+        )
+    _zero_others(copied.get_submodule(parts.embedding).weight, 1, kept.hidden)
+    for number, layer in enumerate(parts.layers):
+        dims = torch.arange(parts.sizes.head_dim)
+        columns = (kept.heads[number][:, None] * parts.sizes.head_dim + dims).flatten()
+        for module, read in ((f"{layer.attention}.o_proj", columns), (f"{layer.mlp}.down_proj", kept.neurons[number])):
+            linear: Any = copied.get_submodule(module)
+            _zero_others(linear.weight, 1, read)
+            _zero_others(linear.weight, 0, kept.hidden)
+            if linear.bias is not None:
+                _zero_others(linear.bias, 0, kept.hidden)
+    logits: Tensor = copied(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _zero_others(weight: Tensor, axis: int, kept: Tensor) -> None:
+    others = torch.ones(weight.shape[axis], dtype=torch.bool).index_fill(0, kept, False)
+    weight.index_fill_(axis, others.nonzero()[:, 0], 0)

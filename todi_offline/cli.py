@@ -14,8 +14,8 @@ import click
 
 from todi_offline import __version__
 from todi_offline.config import load_config
-from todi_offline.errors import ConfigError, one_line_errors
-from todi_offline.options import ConfigCommand, argument, given
+from todi_offline.errors import one_line_errors
+from todi_offline.options import ConfigCommand, argument, given, whole_numbers
 from todi_offline.terminal import (
     cache_rows,
     no_bars_in_logs,
@@ -24,6 +24,7 @@ from todi_offline.terminal import (
     print_generation,
     print_json,
     print_plan,
+    print_student,
     print_table,
     print_texts,
     progress,
@@ -39,7 +40,7 @@ def cli() -> None:
     todi demo                                           see it work, on a real teacher
     todi plan --teacher T --data D --probe 64           what stage 1 will cost, before it runs
     todi capture --teacher T --data D --out CACHE       stage 1: run the teacher once
-    todi student --from T --layers 8 --out S            cut a student from it
+    todi student --from T --layers 8 --out S            cut a student from it, or make a new one of its family
     todi train --student S --cache CACHE --out RUN      stage 2: train, without the teacher
     todi evaluate --student S --cache HELDOUT           its distance to the teacher, without the teacher
     todi view --student S --cache HELDOUT --out F       a page: ToDi's gate at every token, curves, texts
@@ -120,24 +121,24 @@ def _shown(report: Any) -> Any:
     )
 
 
-@cli.command()
-@click.option("--from", "source", required=True, help="The teacher: a folder, hub id or GGUF file.")
-@click.option("--layers", type=int, help="How many of its layers to keep, evenly spaced.")
-@click.option("--keep", default="", help="Or which, e.g. 0,4,8,29.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the student.")
-def student(source: str, layers: int | None, keep: str, out: Path) -> None:
-    """Cut a student from a teacher by depth.
+@cli.command(cls=ConfigCommand, config="todi_offline.student:MakingConfig")
+@click.option("--from", "source", help="The teacher: a folder, hub id or GGUF file. [required]")
+@click.option("--keep", help="Or which, e.g. 0,4,8,29.")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the student is made of as JSON.")
+def student(config: Path | None, keep: str | None, as_json: bool, **settings: Any) -> None:
+    """Make a student from a teacher: cut its depth, its width or both, or begin anew in its family with --fresh.
 
+    \b
     Example: todi student --from teacher/ --layers 8 --out student/
+    Example: todi student --from teacher/ --hidden 384 --heads 6 --mlp 1024 --importance-data dolly.jsonl --out student/
+    Example: todi student --from teacher/ --fresh --hidden 384 --layers 6 --out student/
     """
     from todi_offline.student import make_student
 
-    try:
-        numbers = [int(number) for number in keep.split(",") if number.strip()]
-    except ValueError as error:
-        raise ConfigError(f"--keep is {keep!r}; expected numbers of layers, e.g. 0,4,8,29") from error
-    kept = make_student(source, out, layers=layers, keep=numbers)
-    click.echo(f"{out} has the layers {', '.join(map(str, kept))} of {source}, and its tokenizer")
+    kept: dict[str, Any] = {} if keep is None else {"keep": whole_numbers("keep", keep)}
+    made = make_student(config=config, **kept, **given(settings))
+    (print_json if as_json else print_student)(made)
 
 
 @cli.command(cls=ConfigCommand, config="todi_offline.training:TrainConfig")

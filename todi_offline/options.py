@@ -147,3 +147,15 @@ def argument(text: str) -> tuple[str, Any]:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return name, value  # a bare word
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return numbers that stand with commas between them.
+
+    Raises:
+        ConfigError: a part is no whole number.
+    """
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError as error:
+        raise ConfigError(f"--{option} is {text!r}; expected whole numbers, e.g. 0,4,8,29") from error

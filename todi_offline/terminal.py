@@ -198,6 +198,16 @@ def _print_student(student: Any) -> None:
     _print_duration(student.duration, "--probe 64 measures it, --rate TOKENS_A_SECOND computes it")
 
 
+def print_student(made: Any) -> None:
+    """Print what a student is made of."""
+    layers = ", ".join(map(str, made.layers))
+    new = "new layers, of the kinds of " if made.fresh else ""
+    click.echo(f"{new}layers {layers} of the teacher")
+    rows = [(name, f"{size:,}", f"{made.teacher_sizes[name]:,}") for name, size in made.sizes.items()]
+    rows.append(("parameters", f"{made.num_parameters:,}", f"{made.teacher_parameters:,}"))
+    print_table("", rows, ("", "student", "teacher"))
+
+
 def size(num_bytes: float) -> str:
     """Return a number of bytes for people."""
     return scaled(num_bytes, "B")

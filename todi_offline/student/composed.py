@@ -4,14 +4,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model, evaluation_mode
-
-PROBE_TOKENS = 32
-_PLACES = ("layer_idx", "layer_id", "num_hidden_layers", "store_full_length_kv", "training")
+from todi_offline.models import Model
+from todi_offline.student.comparing import logits_difference, probe_logits, settings_difference
 
 
 def decoder_layers(model: Model) -> str:
@@ -77,43 +74,16 @@ def require_composed(model: Model, student: Model, name: str, layers: Sequence[i
         ModelError: its modules are of other kinds, or it returns something else.
     """
     stack = model.get_submodule(name)
-    if difference := _difference(stack, student.get_submodule(name), layers):
-        raise ModelError(_refusal(model, layers, difference))
-    device = model.get_input_embeddings().weight.device
-    inputs = {"input_ids": torch.arange(1, PROBE_TOKENS + 1, device=device)[None], "use_cache": False}
-    with evaluation_mode(model), only_layers(stack, layers):
-        expected = model(**inputs).logits
-    with evaluation_mode(student):
-        found = student(**inputs).logits
-    off = float((found - expected).abs().max() / expected.abs().max())
-    if not off <= (1e-4 if expected.dtype == torch.float32 else 2e-2):
-        raise ModelError(_refusal(model, layers, f"its logits are off by {off:.1%} of the largest"))
-
-
-def _refusal(model: Model, layers: Sequence[int], difference: str) -> str:
-    return (
-        f"a {type(model).__name__} of the layers {list(layers)} is not these layers run one after another: "
-        f"{difference}. Its config cannot describe them; choose others with --keep, or --fresh for random weights"
-    )
-
-
-def _difference(teacher: nn.ModuleList, student: nn.ModuleList, layers: Sequence[int]) -> str | None:
-    """Return how the settings of two stacks of modules differ: a window shows in no pass over fewer tokens."""
-    for new, old in enumerate(layers):
-        others = dict(student[new].named_modules())
-        for name, module in teacher[old].named_modules():
-            expected, found = _settings(module), _settings(others[name]) if name in others else {}
-            for setting in expected:
-                if setting not in found or found[setting] != expected[setting]:
-                    where = f"{setting} of layer {old}'s {name or type(module).__name__}"
-                    return f"{where} would be {found.get(setting)!r} and is {expected[setting]!r}"
-    return None
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return what a module was built with, but for its place among the layers."""
-    kinds = (bool, int, float, str, type(None))
-    return {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name not in _PLACES}
+    difference = settings_difference(stack, student.get_submodule(name), layers)
+    if difference is None:
+        with only_layers(stack, layers):
+            expected = probe_logits(model)
+        difference = logits_difference(probe_logits(student), expected)
+    if difference is not None:
+        raise ModelError(
+            f"a {type(model).__name__} of the layers {list(layers)} is not these layers run one after another: "
+            f"{difference}. Its config cannot describe them; choose others with --keep, or --fresh for random weights"
+        )
 
 
 def _call(layer: Callable[..., Any], call: tuple[Any, Any], hidden: Tensor) -> Any:

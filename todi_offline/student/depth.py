@@ -1,17 +1,16 @@
 """A model and the numbers of some of its layers in, a model of these layers out, compared with them."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from todi_offline.errors import ConfigError, ModelError, first_line
+from todi_offline.errors import ConfigError
 from todi_offline.models import Model
 from todi_offline.student.composed import decoder_layers, require_composed
-from todi_offline.student.layer_config import config_of_layers
+from todi_offline.student.configs import config_of_layers
+from todi_offline.student.loading import construction_errors, generation_config, load_tensors
 
 
 def spaced_layers(num_layers: int, keep: int) -> list[int]:
@@ -35,17 +34,14 @@ def prune_depth(model: Model, layers: Sequence[int]) -> Model:
     num_layers = len(model.get_submodule(name))
     if not layers or not all(0 <= layer < num_layers for layer in layers):
         raise ConfigError(f"layers {list(layers)} are asked for; the model has layers 0 to {num_layers - 1}")
-    try:
+    remedy = "choose others with --keep"
+    with construction_errors(f"{type(model).__name__} cannot be made of the layers {list(layers)}", remedy):
         student = type(model)(config_of_layers(model.config, layers))
-    except (ValueError, LookupError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be made of the layers {list(layers)}: {first_line(error)}; choose others "
-            "with --keep"
-        ) from error
     state = _state_of_layers(model.state_dict(), f"{name}.", layers)
-    _load(student, _with_stretches(state, student.state_dict(), num_layers, layers), layers)
+    state = _with_stretches(state, student.state_dict(), num_layers, layers)
+    load_tensors(student, state, f"the layers {list(layers)}", remedy)
     student.to(model.device)
-    student.generation_config = _generation_config(model)
+    student.generation_config = generation_config(model)
     require_composed(model, student, name, layers)
     return student
 
@@ -72,28 +68,3 @@ def _with_stretches(
         return torch.cat([stretches[layer] for layer in layers], dim=unlike[0])
 
     return {key: cut(key, value) for key, value in state.items()}
-
-
-def _load(student: Model, state: Mapping[str, Tensor], layers: Sequence[int]) -> None:
-    """Give a model copies of these tensors, in their own dtypes, or say which of them does not fit."""
-    expected = student.state_dict()
-    for key in sorted(state.keys() | expected.keys()):
-        found, wanted = (tuple(tensors[key].shape) if key in tensors else "absent" for tensors in (state, expected))
-        if found != wanted:
-            raise ModelError(
-                f"the config of {type(student).__name__} cannot describe the layers {list(layers)}: with it {key} "
-                f"would be {wanted}, in the teacher it is {found}; choose others with --keep"
-            )
-    student.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
-    student.tie_weights()
-
-
-def _generation_config(model: Model) -> Any:
-    """Return how a model generates, what ends its texts above all; without settings that transformers does not save."""
-    config = copy.deepcopy(model.generation_config)
-    try:
-        config.validate(strict=True)  # as saving does
-    except ValueError:
-        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return type(config)(**tokens)
-    return config

@@ -1,4 +1,4 @@
-"""A model's config and the numbers of some of its layers in, the config of a model of these layers out."""
+"""A model's config, and the layers or the sizes of a smaller model in; the config of the smaller model out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,9 +20,23 @@ def config_of_layers(config: Any, layers: Sequence[int]) -> Any:
         ValueError: transformers refuses it.
     """
     text = config.get_text_config(decoder=True)
-    values = text.to_dict()
-    values |= dict(_changes(values, text.num_hidden_layers, layers))
-    values[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    changes = dict(_changes(text.to_dict(), text.num_hidden_layers, layers))
+    return _rebuilt(config, changes | {"num_hidden_layers": len(layers)})
+
+
+def config_of_sizes(config: Any, sizes: Mapping[str, int]) -> Any:
+    """Return the config of a model whose sizes, such as `hidden_size`, are these instead.
+
+    Raises:
+        ValueError: transformers refuses it.
+    """
+    return _rebuilt(config, sizes)
+
+
+def _rebuilt(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return what transformers would load had the config been saved with these values of its text part."""
+    text = config.get_text_config(decoder=True)
+    values = text.to_dict() | {text.attribute_map.get(name, name): value for name, value in changes.items()}
     if text is not config:  # of a model of images and texts
         (name,) = (name for name, value in vars(config).items() if value is text)
         values = config.to_dict() | {name: values}

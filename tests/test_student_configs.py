@@ -1,11 +1,11 @@
-"""What the config of a student says of the layers that it keeps."""
+"""What the config of a student says of the layers that it keeps, and of its sizes."""
 
 from typing import Any
 
 import pytest
 
 from benchmarks._zoo import tiny_config
-from todi_offline.student.layer_config import config_of_layers
+from todi_offline.student.configs import config_of_layers, config_of_sizes
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,13 @@ def test_the_given_config_stays_as_it_was() -> None:
     before = config.to_dict()
     config_of_layers(config, [3])
     assert config.to_dict() == before
+
+
+def test_sizes_stand_in_a_config_under_its_own_names() -> None:
+    config = config_of_sizes(tiny_config("gpt2"), {"hidden_size": 16, "num_attention_heads": 2})
+    assert (config.n_embd, config.n_head, config.n_layer) == (16, 2, 4)
+
+
+def test_a_size_that_a_config_does_not_have_is_kept_with_it() -> None:
+    config = config_of_sizes(tiny_config("qwen2"), {"hidden_size": 16, "head_dim": 8})
+    assert type(config).from_dict(config.to_dict()).head_dim == 8

@@ -1,0 +1,79 @@
+"""The settings of a student that is made from a teacher, and what came of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from todi_offline.errors import ConfigError
+from todi_offline.student.width import Widths
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MakingConfig:
+    """Which teacher a student is made from, and how large it is."""
+
+    source: str
+    """The teacher: a folder, a hub id, or a GGUF file."""
+    out: Path
+    """The folder of the student."""
+    layers: int | None = None
+    """How many of the teacher's layers to keep, evenly spaced."""
+    keep: tuple[int, ...] = ()
+    """Or which."""
+    hidden: int | None = None
+    """How many channels its hidden states have. Kept are those that do most, the same in every layer."""
+    heads: int | None = None
+    """How many heads a layer has. Heads that share keys go together; where --kv-heads stays, those of each group that
+    do least."""
+    kv_heads: int | None = None
+    """How many heads of keys and values a layer has."""
+    mlp: int | None = None
+    """How many neurons the MLP of a layer has."""
+    importance_data: str = "stdlib"
+    """The data that tell how much channels, heads and neurons do: what `todi capture --data` takes."""
+    importance_rows: int = 32
+    """How many examples of them, the first ones."""
+    importance_length: int = 512
+    """Tokens at which each is cut."""
+    fresh: bool = False
+    """Random weights by the family's own initialisation instead of the teacher's, whatever the family. Sizes that are
+    not named go with --hidden. Embeddings are the teacher's: copied, or projected on fewer channels."""
+    seed: int = 42
+    """Of the random weights."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other, or ask for nothing.
+
+        Raises:
+            ConfigError: they do.
+        """
+        if self.keep and self.layers is not None:
+            raise ConfigError("both --layers and --keep are given; name either a number of layers or the layers")
+        if self.keep and self.fresh:
+            raise ConfigError("--keep names layers of the teacher, and --fresh keeps none; use --layers with --fresh")
+        if not (self.keep or self.layers is not None or self.widths):
+            raise ConfigError(
+                "nothing says how the student is smaller; name either a number of layers (--layers 8) or the layers "
+                "themselves (--keep 0,4,8,29), or a width (--hidden, --heads, --kv-heads, --mlp)"
+            )
+        if self.importance_rows < 1:
+            raise ConfigError(f"importance_rows is {self.importance_rows}; expected a number of examples above 0")
+
+    @property
+    def widths(self) -> Widths:
+        """The widths that are asked for."""
+        return Widths(hidden=self.hidden, heads=self.heads, kv_heads=self.kv_heads, mlp=self.mlp)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeStudent:
+    """What a student is made of."""
+
+    layers: tuple[int, ...]
+    """The teacher's layers that it keeps; those whose kinds it has, where it is fresh."""
+    sizes: dict[str, int]
+    """Of its config, by their names there: `hidden_size`, `num_attention_heads`, ..."""
+    teacher_sizes: dict[str, int]
+    """The same of the teacher."""
+    num_parameters: int
+    teacher_parameters: int
+    fresh: bool
