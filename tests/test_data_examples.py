@@ -1,4 +1,4 @@
-"""Examples, their report and their recipe."""
+"""`Example`, `Examples`, `DataReport` and `DataConfig`: types, ids, recipes and refusals."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from todi_offline.data import (
 from todi_offline.errors import ConfigError, DataError
 
 
-def test_ids_are_the_rows_own_where_each_has_one_and_all_differ():
+def test_the_rows_own_ids_are_kept_if_every_row_has_one_and_all_differ():
     rows = [{"id": key, **row} for key, row in zip(("a", "b", "c"), ROWS, strict=True)]
     assert [example.id for example in encode(rows)] == ["a", "b", "c"]
     assert [example.id for example in encode([row | {"id": number} for number, row in enumerate(ROWS, 7)])] == [
@@ -35,7 +35,7 @@ def test_ids_are_the_rows_own_where_each_has_one_and_all_differ():
 
 
 @pytest.mark.parametrize("ids", [("a", "a", "c"), (1, "1", 2), ("a", None, "c"), (1.5, 2.5, 3.5), (True, False, 2)])
-def test_ids_are_row_numbers_where_the_rows_own_are_not_unique_names(ids):
+def test_ids_are_row_numbers_if_the_rows_own_ids_are_not_unique_names(ids):
     rows = [{"id": key, **row} for key, row in zip(ids, ROWS, strict=True)]
     assert [example.id for example in encode(rows)] == ["rows:0", "rows:1", "rows:2"]
 
@@ -57,7 +57,7 @@ def test_examples_are_a_sequence_of_arrays_of_the_promised_types():
     assert examples.num_tokens.tolist() == [len(example.token_ids) for example in examples]
 
 
-def test_the_dataset_within_holds_compact_columns():
+def test_the_dataset_has_compact_columns():
     features = encode(ROWS).dataset.features
     assert features["token_ids"] == datasets.List(datasets.Value("uint32"))
     assert features["target_mask"] == datasets.List(datasets.Value("bool"))
@@ -69,7 +69,7 @@ def test_many_rows_are_held_in_order():
     assert PLAIN.decode(examples[2_000].token_ids.tolist()) == "Number 2000.<|endoftext|>"
 
 
-def test_large_data_sets_live_in_a_mapped_file_of_which_nothing_is_left(tmp_path, monkeypatch):
+def test_a_large_data_set_is_memory_mapped_from_a_file_that_is_already_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(keeping, "IN_MEMORY_BYTES", 10_000)
     rows = [{"id": number, "text": f"Number {number}:" + " word" * 200} for number in range(2_345)]
@@ -84,7 +84,7 @@ def test_large_data_sets_live_in_a_mapped_file_of_which_nothing_is_left(tmp_path
     assert pickle.loads(pickle.dumps(mapped))[-1].id == "2344"
 
 
-def test_examples_made_elsewhere_can_be_held_too():
+def test_examples_can_be_built_from_a_list():
     made = list(encode(ROWS))
     examples = Examples.from_list(made, {"source": "mine"})
     assert [example.id for example in examples] == [example.id for example in made]
@@ -92,7 +92,7 @@ def test_examples_made_elsewhere_can_be_held_too():
     assert examples.recipe == {"source": "mine"}
 
 
-def test_examples_made_elsewhere_must_be_some_and_have_ids_of_their_own():
+def test_a_list_of_examples_must_not_be_empty_and_ids_must_be_unique():
     made = list(encode(ROWS))
     with pytest.raises(DataError, match="the list of examples is empty"):
         Examples.from_list([])
@@ -110,7 +110,7 @@ def test_examples_made_elsewhere_must_be_some_and_have_ids_of_their_own():
         (np.zeros(3, np.uint32), np.ones(3, bool), "supervises its last position"),
     ],
 )
-def test_an_example_is_valid_once_built(ids, mask, message):
+def test_an_invalid_example_cannot_be_built(ids, mask, message):
     with pytest.raises(DataError, match=message):
         Example("a", "mine", ids, mask)
 

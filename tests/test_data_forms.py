@@ -1,4 +1,4 @@
-"""What the teacher reads and what is supervised, for every form of columns and kind of tokenizer."""
+"""The token ids and the supervised positions of every form of columns and every kind of tokenizer."""
 
 import json
 
@@ -18,12 +18,12 @@ from todi_offline.data import (
 )
 from todi_offline.errors import ConfigError, DataError, ModelError
 
-# The boundary
+# The boundary between prompt and response
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(prompt=st.text(min_size=1, max_size=40), response=st.text(min_size=1, max_size=40).filter(str.strip))
-def test_the_prompt_is_what_inference_reads_and_the_response_and_eos_are_supervised(prompt, response):
+def test_the_prompt_equals_the_prompt_at_inference_and_the_response_and_eos_are_supervised(prompt, response):
     example = encode_one({"prompt": prompt, "completion": response})
     num_prompt = len(PLAIN(prompt).input_ids)
     assert example.token_ids[:num_prompt].tolist() == PLAIN(prompt).input_ids
@@ -31,33 +31,33 @@ def test_the_prompt_is_what_inference_reads_and_the_response_and_eos_are_supervi
     assert np.flatnonzero(example.target_mask).tolist() == list(range(num_prompt - 1, len(example.token_ids) - 1))
 
 
-def test_a_boundary_that_a_tokenizer_would_merge_across_stays_a_boundary():
+def test_no_token_crosses_the_boundary_of_prompt_and_response():
     joint = PLAIN("the functi" + "on").input_ids
     example = encode_one({"prompt": "the functi", "completion": "on"})
     assert example.token_ids[:-1].tolist() == PLAIN("the functi").input_ids + PLAIN("on").input_ids != joint
 
 
-def test_bos_stands_once_at_the_start_and_eos_only_at_the_end():
+def test_bos_is_only_at_the_start_and_eos_only_at_the_end():
     tokenizer = with_bos()
     for prompt in ("Say hello.\n", "<|im_start|>Say hello.\n"):
         example = encode_one({"prompt": prompt, "completion": "Hello."}, tokenizer)
         assert marked(example, tokenizer) == "<|im_start|>Say hello.\n[Hello.<|endoftext|>]"
 
 
-def test_eos_is_not_doubled_where_the_response_has_it():
+def test_a_response_that_ends_in_eos_gets_no_second_eos():
     example = encode_one({"prompt": "Hi\n", "completion": "Hello.<|endoftext|>"})
     assert marked(example, PLAIN) == "Hi\n[Hello.<|endoftext|>]"
 
 
 @pytest.mark.parametrize("scheme", ["always", "first"])
-def test_a_response_gets_no_space_that_the_tokenizer_puts_before_a_text(scheme):
+def test_a_response_gets_no_leading_space_from_the_tokenizer(scheme):
     tokenizer = like_sentencepiece(scheme)
     assert tokenizer.convert_ids_to_tokens(tokenizer("Four").input_ids)[0].startswith("▁")
     example = encode_one(ROWS[0], tokenizer)
     assert tokenizer.decode(example.token_ids.tolist()) == ROWS[0]["prompt"] + ROWS[0]["completion"] + "</s>"
 
 
-def test_another_tokenizer_is_never_served_the_tokens_of_the_first(tmp_path):
+def test_a_second_tokenizer_never_gets_the_tokens_of_the_first(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]))
     small, large = tiny_tokenizer(chat=False), tiny_tokenizer(chat=False, vocab_size=2048)
@@ -69,7 +69,7 @@ def test_another_tokenizer_is_never_served_the_tokens_of_the_first(tmp_path):
 # The forms
 
 
-def test_an_instruction_without_a_chat_template_is_asked_in_alpacas_words():
+def test_an_instruction_without_a_chat_template_uses_the_alpaca_prompt():
     example = encode_one({"instruction": "Greet.", "output": "Hello."})
     assert marked(example, PLAIN) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -77,7 +77,7 @@ def test_an_instruction_without_a_chat_template_is_asked_in_alpacas_words():
     )
 
 
-def test_an_input_gets_a_place_of_its_own_in_alpacas_words():
+def test_an_instruction_with_an_input_uses_the_alpaca_prompt_with_an_input():
     example = encode_one({"instruction": "Greet {her}.", "input": "Ada", "response": "Hello."})
     assert marked(example, PLAIN) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -87,12 +87,12 @@ def test_an_input_gets_a_place_of_its_own_in_alpacas_words():
 
 
 @pytest.mark.parametrize("absent", [{}, {"input": None}, {"input": ""}])
-def test_an_input_that_is_absent_null_or_empty_is_no_input(absent):
+def test_an_absent_null_or_empty_input_counts_as_no_input(absent):
     example = encode_one({"instruction": "Greet.", "output": "Hello.", **absent})
     assert marked(example, PLAIN).startswith(ALPACA.format(instruction="Greet."))
 
 
-def test_an_instruction_and_its_input_become_the_users_turn_where_there_is_a_chat_template():
+def test_with_a_chat_template_an_instruction_and_its_input_become_the_users_turn():
     example = encode_one({"instruction": "Greet.", "input": "Ada", "output": "Hello."}, CHAT)
     assert marked(example, CHAT) == (
         "<|im_start|>user\nGreet.\n\nAda<|im_end|>\n<|im_start|>assistant\n[Hello.<|im_end|>]"
@@ -120,21 +120,21 @@ def test_a_conversation_is_tokenised_as_its_template_renders_it():
     assert example.token_ids.tolist() == CHAT(rendered.rstrip("\n")).input_ids
 
 
-def test_what_follows_the_last_answer_is_left_out():
+def test_messages_after_the_last_answer_are_left_out():
     whole = encode_one({"messages": THREE_TURNS}, CHAT)
     asked = encode_one({"messages": [*THREE_TURNS, {"role": "user", "content": "Thanks."}]}, CHAT)
     np.testing.assert_array_equal(asked.token_ids, whole.token_ids)
     np.testing.assert_array_equal(asked.target_mask, whole.target_mask)
 
 
-def test_keys_of_a_message_that_are_null_are_as_good_as_absent():
+def test_null_keys_of_a_message_are_ignored():
     turns = [{**turn, "tool_calls": None, "name": None} for turn in THREE_TURNS]
     assert encode_one({"messages": turns}, CHAT).token_ids.tolist() == (
         encode_one({"messages": THREE_TURNS}, CHAT).token_ids.tolist()
     )
 
 
-def test_of_prompt_and_completion_as_messages_only_the_completion_is_supervised():
+def test_only_the_completion_is_supervised_if_prompt_and_completion_are_messages():
     example = encode_one({"prompt": THREE_TURNS[:3], "completion": THREE_TURNS[3:]}, CHAT)
     assert marked(example, CHAT) == (
         "<|im_start|>user\nWho wrote it?<|im_end|>\n<|im_start|>assistant\nNobody knows.<|im_end|>\n"
@@ -159,7 +159,7 @@ def test_every_token_of_a_text_is_supervised():
         ({"text", "prompt", "output", "label"}, "text"),
     ],
 )
-def test_the_most_specific_form_that_the_columns_have_is_taken_and_others_are_ignored(columns, form):
+def test_the_first_form_that_fits_the_columns_is_used_and_other_columns_are_ignored(columns, form):
     row = {column: THREE_TURNS if column == "messages" else "Some words." for column in columns}
     assert encode(row, CHAT).recipe["form"] == form
 
@@ -174,7 +174,7 @@ def test_the_most_specific_form_that_the_columns_have_is_taken_and_others_are_ig
         ({"labels": "ids"}, "ab[cdef]"),
     ],
 )
-def test_rows_of_tokens_bring_their_own_mask(mask, supervised):
+def test_rows_of_token_ids_have_their_own_mask(mask, supervised):
     ids = PLAIN.convert_tokens_to_ids(list("abcdef"))
     row = {"input_ids": ids, "text": "never read", **mask}
     if "labels" in mask:
@@ -198,7 +198,7 @@ def test_wrong_tokens_and_masks_are_named(row, message):
         encode([{"input_ids": [1, 2]}, row])
 
 
-def test_of_several_references_the_first_is_learnt():
+def test_the_first_of_several_references_is_the_response():
     for row in (
         {"instruction": "Greet.", "output": ["Hello.", "Hi."]},
         {"instruction": "Greet.", "response": ["Hello."]},
@@ -207,7 +207,7 @@ def test_of_several_references_the_first_is_learnt():
         assert marked(encode_one(row), PLAIN).endswith("[Hello.<|endoftext|>]")
 
 
-def test_columns_of_no_form_are_listed_with_the_forms_that_there_are():
+def test_columns_that_fit_no_form_are_refused_with_a_list_of_the_forms():
     with pytest.raises(DataError, match=r"rows has the columns question, answer; expected messages, or prompt and"):
         encode({"question": "Why?", "answer": "Because."})
 
@@ -224,11 +224,11 @@ def chat_tokenizer(template):
 WITH_DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + CHATML
 )
-# As Qwen 3 does: thoughts are left out of all turns but the last.
-FORGETFUL = CHATML.replace(
+# Like Qwen 3: only the last turn keeps its thoughts.
+DROPS_EARLIER_THOUGHTS = CHATML.replace(
     "message['content']", "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
 )
-MARKING = (
+WITH_GENERATION_BLOCKS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] INSIDE }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}{{ AFTER }}{% endfor %}"
@@ -236,7 +236,7 @@ MARKING = (
 )
 
 
-def test_the_system_prompt_that_a_template_adds_by_default_is_read_and_not_supervised():
+def test_a_default_system_prompt_is_context_only():
     tokenizer = chat_tokenizer(WITH_DEFAULT_SYSTEM)
     text = marked(encode_one({"messages": THREE_TURNS}, tokenizer), tokenizer)
     assert text.startswith("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWho wrote it?")
@@ -244,8 +244,8 @@ def test_the_system_prompt_that_a_template_adds_by_default_is_read_and_not_super
     assert "[Long ago.<|im_end|>]" in text
 
 
-def test_generation_blocks_give_the_same_as_telling_turns_apart():
-    inside = MARKING.replace("INSIDE", "+ '<|im_end|>'").replace(
+def test_generation_blocks_give_the_same_mask_as_the_generation_prompt():
+    inside = WITH_GENERATION_BLOCKS.replace("INSIDE", "+ '<|im_end|>'").replace(
         "AFTER", "'\n' if message['role'] == 'assistant' else '<|im_end|>\n'"
     )
     example = encode_one({"messages": THREE_TURNS}, chat_tokenizer(inside))
@@ -254,24 +254,24 @@ def test_generation_blocks_give_the_same_as_telling_turns_apart():
     np.testing.assert_array_equal(example.target_mask, expected.target_mask)
 
 
-def test_an_end_of_turn_outside_the_generation_block_is_supervised_all_the_same():
-    tokenizer = chat_tokenizer(MARKING.replace("INSIDE", "").replace("AFTER", "'<|im_end|>\n'"))
+def test_an_end_of_turn_token_outside_the_generation_block_is_supervised_too():
+    tokenizer = chat_tokenizer(WITH_GENERATION_BLOCKS.replace("INSIDE", "").replace("AFTER", "'<|im_end|>\n'"))
     example = encode_one({"messages": THREE_TURNS}, tokenizer)
     assert marked(example, tokenizer) == marked(encode_one({"messages": THREE_TURNS}, CHAT), CHAT)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row_and_a_way_out():
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row_and_a_solution():
     turns = [dict(turn) for turn in THREE_TURNS]
     turns[1]["content"] = "<think>Hm.</think>Nobody knows."
     with pytest.raises(
         DataError,
         match=r"rows, row 1 \(counted from 0\): .* 0 to 1 .*todi-offline\[trl\].*--chat-template.*one answer",
     ):
-        encode([{"messages": THREE_TURNS}, {"messages": turns}], chat_tokenizer(FORGETFUL))
+        encode([{"messages": THREE_TURNS}, {"messages": turns}], chat_tokenizer(DROPS_EARLIER_THOUGHTS))
 
 
-def test_a_template_that_rewrites_earlier_turns_serves_rows_of_one_answer():
-    tokenizer = chat_tokenizer(FORGETFUL)
+def test_a_template_that_rewrites_earlier_turns_works_for_rows_with_one_answer():
+    tokenizer = chat_tokenizer(DROPS_EARLIER_THOUGHTS)
     turns = [dict(turn) for turn in THREE_TURNS]
     turns[1]["content"] = "<think>Hm.</think>Nobody knows."
     text = marked(encode_one({"prompt": turns[:3], "completion": turns[3:]}, tokenizer), tokenizer)
@@ -279,7 +279,7 @@ def test_a_template_that_rewrites_earlier_turns_serves_rows_of_one_answer():
     assert text.endswith("[Long ago.<|im_end|>]")
 
 
-def test_what_a_template_writes_after_the_last_message_of_all_is_no_part_of_earlier_turns():
+def test_text_after_the_last_message_does_not_become_part_of_earlier_turns():
     tokenizer = chat_tokenizer(CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
     tokenizer.eos_token = "<|endoftext|>"
     text = marked(encode_one({"messages": THREE_TURNS}, tokenizer), tokenizer)
@@ -287,7 +287,7 @@ def test_what_a_template_writes_after_the_last_message_of_all_is_no_part_of_earl
     assert text.endswith("[Long ago.<|im_end|>]")
 
 
-def test_eos_ends_a_conversation_whose_template_ends_no_turn():
+def test_eos_ends_a_conversation_if_the_template_writes_no_end_of_turn_token():
     tokenizer = chat_tokenizer(
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -304,7 +304,7 @@ def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day():
     )
 
 
-def test_what_a_template_refuses_is_an_error_that_names_the_row():
+def test_a_conversation_that_the_template_refuses_is_an_error_with_the_row():
     tokenizer = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"row 0 .*refuses its messages: roles must alternate"):
         encode({"messages": THREE_TURNS}, tokenizer)
@@ -320,10 +320,10 @@ def test_a_tokenizer_without_eos_is_refused():
         encode(ROWS, PreTrainedTokenizerFast(tokenizer_object=PLAIN.backend_tokenizer))
 
 
-# What is cut and what is dropped
+# Cut and dropped rows
 
 
-def test_too_long_a_prompt_keeps_bos_its_beginning_and_its_end():
+def test_a_prompt_that_is_too_long_keeps_bos_its_beginning_and_its_end():
     tokenizer = with_bos()
     prompt = "word " * 50 + "and then?\n"
     examples = encode({"prompt": prompt, "completion": "Yes."}, tokenizer, max_length=40, max_prompt_length=10)
@@ -333,7 +333,7 @@ def test_too_long_a_prompt_keeps_bos_its_beginning_and_its_end():
     assert examples.report == DataReport(num_rows=1, num_examples=1, num_prompts_cut=1)
 
 
-def test_too_long_a_chat_prompt_loses_the_middle_of_its_question_and_nothing_of_the_template():
+def test_a_chat_prompt_that_is_too_long_loses_the_middle_of_its_question_only():
     question = " ".join(str(number) for number in range(200))
     row = {"instruction": question, "output": "Yes."}
     examples = encode(row, CHAT, max_length=60, max_prompt_length=40)
@@ -363,7 +363,7 @@ def test_a_prompt_whose_system_message_alone_is_too_long_is_dropped_and_counted(
     assert (report.num_examples, report.num_prompt_too_long, report.num_dropped) == (1, 1, 1)
 
 
-def test_a_response_is_cut_at_the_whole_length_and_then_has_no_eos():
+def test_a_response_is_cut_at_max_length_and_then_has_no_eos():
     examples = encode({"prompt": "Hi\n", "completion": "la " * 50}, max_length=20, max_prompt_length=10)
     assert examples.num_tokens.tolist() == [20]
     assert PLAIN.eos_token_id not in examples[0].token_ids
@@ -371,7 +371,7 @@ def test_a_response_is_cut_at_the_whole_length_and_then_has_no_eos():
     assert examples.report.num_prompts_cut == 0
 
 
-def test_conversations_are_cut_at_the_whole_length_alone():
+def test_conversations_are_cut_only_at_max_length():
     row = {"messages": THREE_TURNS}
     whole = encode_one(row, CHAT)
     examples = encode(row, CHAT, max_length=30, max_prompt_length=3)
@@ -380,7 +380,7 @@ def test_conversations_are_cut_at_the_whole_length_alone():
     assert (examples.report.num_responses_cut, examples.report.num_prompts_cut) == (1, 0)
 
 
-def test_too_long_a_prompt_loses_its_oldest_turns_before_its_question():
+def test_a_prompt_that_is_too_long_loses_its_oldest_turns_before_its_question():
     system = {"role": "system", "content": "Be brief."}
     row = {"prompt": [system, *THREE_TURNS[:3]], "completion": THREE_TURNS[3:]}
     examples = encode(row, CHAT, max_length=60, max_prompt_length=44)
@@ -391,14 +391,14 @@ def test_too_long_a_prompt_loses_its_oldest_turns_before_its_question():
     assert examples.report.num_prompts_cut == 1
 
 
-def test_a_conversation_whose_first_question_fills_it_loses_the_middle_of_that():
+def test_a_conversation_whose_first_question_fills_max_length_loses_the_middle_of_it():
     examples = encode({"messages": LONG_QUESTION}, CHAT, max_length=70)
     assert marked(examples[0], CHAT).endswith("so <|im_end|>\n<|im_start|>assistant\n[No.<|im_end|>]")
     assert len(examples[0].token_ids) <= 70
     assert examples.report.num_prompts_cut == 1
 
 
-def test_the_maximal_length_alone_is_enough():
+def test_max_prompt_length_is_half_of_max_length_by_default():
     row = {"prompt": "word " * 400, "completion": "la " * 400}
     examples = encode(row, max_length=256)
     assert examples.recipe["max_prompt_length"] == 128
@@ -406,7 +406,7 @@ def test_the_maximal_length_alone_is_enough():
     assert examples.num_tokens.tolist() == [256]
 
 
-def test_more_than_a_hundredth_cut_or_dropped_is_a_warning_with_the_numbers(caplog):
+def test_a_warning_with_counts_appears_if_over_one_percent_is_cut_or_dropped(caplog):
     rows = [{"text": "Once."}] * 99
     with caplog.at_level("WARNING"):
         encode([*rows, {"text": ""}])
@@ -421,7 +421,7 @@ def test_more_than_a_hundredth_cut_or_dropped_is_a_warning_with_the_numbers(capl
 
 @pytest.mark.parametrize("overlap", [0, 1, 7])
 @pytest.mark.parametrize("tokenizer", [PLAIN, with_bos("<|im_start|> $A")], ids=["plain", "bos"])
-def test_a_long_text_is_split_and_each_token_supervised_once(tokenizer, overlap):
+def test_a_long_text_is_split_and_each_token_is_supervised_once(tokenizer, overlap):
     text = " ".join(str(number) for number in range(100))
     examples = encode({"id": "a", "text": text}, tokenizer, max_length=30, overlap=overlap)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -437,13 +437,13 @@ def test_a_long_text_is_split_and_each_token_supervised_once(tokenizer, overlap)
         read += body[num_context:]
         num_supervised += int(example.target_mask.sum())
     assert read == expected
-    num_unpredicted = (not start) + (0 if overlap else len(examples) - 1)  # nothing stands before them
+    num_unpredicted = (not start) + (0 if overlap else len(examples) - 1)  # no token stands before them
     assert num_supervised == len(expected) - num_unpredicted
     assert [example.id for example in examples] == [f"a#{number}" for number in range(1, len(examples) + 1)]
     assert (examples.report.num_rows, examples.report.num_texts_split, examples.report.num_responses_cut) == (1, 1, 0)
 
 
-def test_short_texts_are_packed_and_none_predicts_the_beginning_of_the_next():
+def test_short_texts_are_packed_and_the_first_token_of_each_is_not_supervised():
     rows = [{"text": f"Story {number}."} for number in range(40)]
     examples = encode(rows, max_length=64, pack=True)
     whole = [token for row in rows for token in [*PLAIN(row["text"]).input_ids, PLAIN.eos_token_id]]
@@ -452,7 +452,7 @@ def test_short_texts_are_packed_and_none_predicts_the_beginning_of_the_next():
     for example in examples:
         ends = example.token_ids[:-1] == PLAIN.eos_token_id
         np.testing.assert_array_equal(example.target_mask[:-1], ~ends)
-    with pytest.raises(ConfigError, match="pack joins rows of `text`, and those of rows are prompt"):
+    with pytest.raises(ConfigError, match="pack works only for rows of `text`, and rows has prompt"):
         encode(ROWS, pack=True)
 
 
@@ -473,14 +473,14 @@ LONG_SYSTEM = [{"role": "system", "content": "so " * 99}, *THREE_TURNS]
         ({"messages": LONG_SYSTEM}, {"messages": THREE_TURNS}, "num_prompt_too_long"),
     ],
 )
-def test_rows_without_anything_to_learn_are_dropped_and_counted_by_reason(row, good, reason):
+def test_rows_without_a_supervised_token_are_dropped_and_counted_by_reason(row, good, reason):
     examples = encode([row, good, row], CHAT, max_length=70, max_prompt_length=20)
     report = examples.report
     assert (report.num_rows, report.num_examples, report.num_dropped, getattr(report, reason)) == (3, 1, 2, 2)
     assert examples[0].id == "rows:1"
 
 
-def test_a_data_set_that_gives_no_example_is_an_error_that_says_why():
+def test_a_data_set_without_examples_is_an_error_with_the_reasons():
     with pytest.raises(DataError, match=r"rows gives no example: 2 rows, 0 examples; .* 2 dropped \(2 empty"):
         encode([{"text": ""}, {"text": " "}])
 
@@ -494,9 +494,9 @@ def test_a_data_set_that_gives_no_example_is_an_error_that_says_why():
         ({"instruction": "Hi", "output": 7}, r"column 'output' holds 7 \(int\); expected a text"),
         ({"instruction": None, "output": "x"}, r"column 'instruction' holds None \(NoneType\)"),
         ({"instruction": "Hi", "input": 3.5, "output": "x"}, r"column 'input' holds 3.5 \(float\)"),
-        ({"instruction": "Hi"}, "it has no column 'output', which the first row has"),
-        ({"instruction": "Hi", "output": "\ud83d"}, "column 'output' holds half a character"),
-        (["Hi", "x"], "it is a list; expected columns with their values"),
+        ({"instruction": "Hi"}, "column 'output' is missing, though the first row has it"),
+        ({"instruction": "Hi", "output": "\ud83d"}, "column 'output' is not valid Unicode"),
+        (["Hi", "x"], "the row is a list; expected columns with their values"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_row_and_column(row, message):
@@ -508,12 +508,12 @@ def test_a_wrong_value_is_named_with_its_row_and_column(row, message):
     ("row", "message"),
     [
         ({"prompt": None, "completion": "x"}, "column 'prompt' holds None"),
-        ({"completion": "x"}, "it has no column 'prompt'"),
+        ({"completion": "x"}, "column 'prompt' is missing"),
         ({"prompt": "x", "completion": THREE_TURNS[1:2]}, r"column 'completion' holds \[\{'role': .* \(list\)"),
         ({"prompt": THREE_TURNS[:1], "completion": "x"}, "column 'completion' holds 'x' .*expected a list of messages"),
     ],
 )
-def test_prompt_and_completion_are_of_one_kind(row, message):
+def test_prompt_and_completion_must_both_be_texts_or_both_messages(row, message):
     with pytest.raises(DataError, match=message):
         encode([ROWS[0], row], CHAT)
 
@@ -531,25 +531,25 @@ def test_prompt_and_completion_are_of_one_kind(row, message):
         ),
         ([{"role": "user", "content": None}], r"the content of messages\[0\] holds None"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"the content of messages\[0\] holds \[\{'type'"),
-        (THREE_TURNS[1:], "its first message is the assistant's"),
+        (THREE_TURNS[1:], "the first message is the assistant's"),
     ],
 )
-def test_what_is_no_conversation_of_texts_is_named(messages, message):
+def test_an_invalid_message_is_named_with_its_row(messages, message):
     with pytest.raises(DataError, match=rf"row 1 .*: {message}"):
         encode([{"messages": THREE_TURNS}, {"messages": messages}], CHAT)
 
 
-def test_tools_that_the_template_does_not_read_are_refused():
+def test_tools_that_the_template_ignores_are_refused():
     calling = {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
     for row, message in (
-        ({"messages": THREE_TURNS, "tools": [{"name": "clock"}]}, "the chat template leaves tools out"),
-        ({"messages": [*THREE_TURNS[:1], calling]}, "the chat template leaves calls of tools out"),
+        ({"messages": THREE_TURNS, "tools": [{"name": "clock"}]}, "the chat template leaves out tools"),
+        ({"messages": [*THREE_TURNS[:1], calling]}, "the chat template leaves out tool calls"),
     ):
         with pytest.raises(DataError, match=message):
             encode(row, CHAT)
 
 
-def test_no_rows_and_rows_that_are_none_are_refused():
+def test_an_empty_data_set_and_rows_without_columns_are_refused():
     with pytest.raises(DataError, match="rows has no rows"):
         encode([])
     with pytest.raises(DataError, match="row 0 of rows is a str; expected columns"):

@@ -1,4 +1,4 @@
-"""Large data sets are tokenised once, by as many processes as one likes, and found again."""
+"""Large data sets are tokenised once, by any number of processes, and later runs reuse the result."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def data(tmp_path, monkeypatch):
     return {"data": str(tmp_path / "rows.jsonl"), "examples_dir": tmp_path / "kept"}
 
 
-def same(one, other):
+def assert_same_examples(one, other):
     assert len(one) == len(other)
     assert one.report == other.report
     assert one.recipe == other.recipe
@@ -35,31 +35,31 @@ def same(one, other):
 
 def test_two_processes_make_the_same_examples_in_the_same_order(data):
     other = DataConfig(data=data["data"], examples_dir=data["examples_dir"] / "other", num_proc=2)
-    same(load_examples(other, CHAT), load_examples(DataConfig(**data), CHAT))
+    assert_same_examples(load_examples(other, CHAT), load_examples(DataConfig(**data), CHAT))
 
 
 @pytest.mark.slow
-def test_what_is_wrong_in_another_process_is_named_with_its_row(monkeypatch):
+def test_an_error_in_another_process_names_the_row(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_ROWS", 40)
-    with pytest.raises(DataError, match=r"rows, row 103 \(counted from 0\): it is a list"):
+    with pytest.raises(DataError, match=r"rows, row 103 \(counted from 0\): the row is a list"):
         encode([*ROWS[:103], ["Hi"]], CHAT, num_proc=2)
 
 
-def test_a_later_run_finds_the_examples_and_tokenises_nothing(data, monkeypatch):
+def test_a_later_run_reuses_the_examples_and_tokenises_nothing(data, monkeypatch):
     first = load_examples(DataConfig(**data), CHAT)
     monkeypatch.setattr("todi_offline.data.loading.encoded_batches", None)
-    same(load_examples(DataConfig(**data, num_proc=2), CHAT), first)
+    assert_same_examples(load_examples(DataConfig(**data, num_proc=2), CHAT), first)
 
 
 @pytest.mark.parametrize("change", [{"max_length": 100}, {"limit": 105}, {"supervise": "last"}])
-def test_another_setting_finds_nothing(data, change):
+def test_another_setting_tokenises_again(data, change):
     first = load_examples(DataConfig(**data), CHAT)
     other = load_examples(DataConfig(**data, **change), CHAT)
     assert other.recipe != first.recipe
     assert len(list(data["examples_dir"].glob("*.arrow"))) == 2
 
 
-def test_another_template_or_file_finds_nothing(data, tmp_path):
+def test_another_template_or_file_tokenises_again(data, tmp_path):
     load_examples(DataConfig(**data), CHAT)
     template = CHAT.chat_template.replace("assistant", "helper")
     load_examples(DataConfig(**data, chat_template=template), CHAT)
@@ -68,12 +68,12 @@ def test_another_template_or_file_finds_nothing(data, tmp_path):
     assert len(list(data["examples_dir"].glob("*.arrow"))) == 3
 
 
-def test_a_table_without_its_facts_is_not_whole_and_is_made_again(data):
+def test_a_table_without_its_facts_is_incomplete_and_is_written_again(data):
     first = load_examples(DataConfig(**data), CHAT)
     (facts,) = data["examples_dir"].glob("*.json")
     assert json.loads(facts.read_text())["recipe"] == first.recipe
     facts.unlink()
-    same(load_examples(DataConfig(**data), CHAT), first)
+    assert_same_examples(load_examples(DataConfig(**data), CHAT), first)
     assert facts.exists()
     assert not list(data["examples_dir"].glob("*.partial"))
 
@@ -84,7 +84,7 @@ def test_small_data_sets_are_not_kept(data, monkeypatch):
     assert not data["examples_dir"].exists()
 
 
-def test_a_new_form_is_one_entry(monkeypatch):
+def test_a_new_form_needs_one_entry_in_the_table(monkeypatch):
     form = forms.Form("haiku", ("haiku",), lambda encoder, row: forms.FORMS[-1].encode(encoder, {"text": row["haiku"]}))
     monkeypatch.setattr(forms, "FORMS", (form, *forms.FORMS))
     assert encode([{"haiku": "An old silent pond"}]).recipe["form"] == "haiku"

@@ -1,4 +1,4 @@
-"""Where rows come from: every kind of file, folders, the hub, and rows that are loaded already."""
+"""Sources of rows: every kind of file, folders, the hub, and rows that are already loaded."""
 
 import csv
 import json
@@ -57,14 +57,14 @@ def test_every_kind_of_file_gives_the_same_examples(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet", "rows.arrow", "folder"])
-def test_conversations_come_through_every_kind_of_file_that_can_nest(name, tmp_path):
+def test_every_kind_of_nested_file_gives_the_same_conversations(name, tmp_path):
     rows = [{"messages": THREE_TURNS}, {"messages": [{"role": "system", "content": "Hm."}, *THREE_TURNS]}]
     WRITERS[name](tmp_path / name, rows)
     examples = load_examples(DataConfig(data=str(tmp_path / name)), CHAT)
     assert [marked(example, CHAT) for example in examples] == [marked(example, CHAT) for example in encode(rows, CHAT)]
 
 
-def test_a_csv_file_holds_texts_whatever_they_look_like(tmp_path):
+def test_a_csv_file_holds_texts_even_if_they_look_like_numbers_or_nulls(tmp_path):
     (tmp_path / "rows.csv").write_text("instruction,input,output\n2 + 2,,4\nNo?,NA,null\n" + "x,y," + "z" * 200_000)
     first, second, third = load_examples(DataConfig(data=str(tmp_path / "rows.csv")), PLAIN)
     assert marked(first, PLAIN) == ALPACA.format(instruction="2 + 2") + "[4<|endoftext|>]"
@@ -80,22 +80,22 @@ def test_a_csv_file_holds_texts_whatever_they_look_like(tmp_path):
             b'{"text": "a"}\n{"text": "b"\n',
             r"line 2 is not valid JSON \(.*\); expected one object a line",
         ),
-        ("rows.jsonl", b'{"text": "a"}\n[1]\n', r"row 1 .*: it is a list; expected columns"),
+        ("rows.jsonl", b'{"text": "a"}\n[1]\n', r"row 1 .*: the row is a list; expected columns"),
         ("rows.jsonl", b'{"text": "\xff"}\n', r"cannot be read: .*utf-8"),
         ("rows.json", b'[{"text": "a"},', "cannot be read: .*line 1"),
         ("rows.json", b'{\n "data": []\n}', "line 1 is not valid JSON"),
         ("rows.jsonl", b"", "rows.jsonl has no rows"),
         ("rows.json", b"[]", "rows.json has no rows"),
         ("rows.csv", b"", "rows.csv has no rows"),
-        ("rows.csv", b"text,more\na,b,c\n", "the row that ends in line 2 has not as many fields as the header"),
-        ("rows.csv", b"text,more\na\n", "the row that ends in line 2 has not as many fields as the header"),
+        ("rows.csv", b"text,more\na,b,c\n", "the row that ends in line 2 has more or fewer fields than the header"),
+        ("rows.csv", b"text,more\na\n", "the row that ends in line 2 has more or fewer fields than the header"),
         ("rows.parquet", b"nonsense", "cannot be read"),
         ("rows.arrow", b"nonsense, too", "cannot be read"),
         ("rows.arrow", b"", "cannot be read"),
         (
             "rows.doc",
             b"Hello",
-            r"is of no known kind; expected one of .jsonl, .json, .csv, .parquet, .arrow, .txt",
+            r"has no known suffix; expected one of .jsonl, .json, .csv, .parquet, .arrow, .txt",
         ),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, content, mess
 
 
 @pytest.mark.parametrize("name", ["/no/such/file.jsonl", "no/such/folder/at/all", "./nowhere", "file.CSV", "a b"])
-def test_what_is_not_there_is_named(name):
+def test_a_missing_file_or_folder_is_named(name):
     with pytest.raises(DataError, match=f"there is no file or folder {name}; expected one, a hub id, or stdlib"):
         load_examples(DataConfig(data=name), PLAIN)
 
@@ -125,14 +125,14 @@ def splits(tmp_path):
     return folder
 
 
-def test_train_is_the_split_unless_another_is_named(splits):
+def test_the_default_split_is_train(splits):
     assert len(load_examples(DataConfig(data=str(splits)), PLAIN)) == 1
     examples = load_examples(DataConfig(data=str(splits), split="test"), PLAIN)
     assert [example.id for example in examples] == ["saved/test:0", "saved/test:1"]
     assert (examples.recipe["source"], examples.recipe["split"]) == ("saved", "test")
 
 
-def test_the_only_split_needs_no_name_and_one_of_several_does(tmp_path):
+def test_the_only_split_needs_no_name_and_several_splits_need_one(tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"validation": rows}).save_to_disk(tmp_path / "one")
     assert len(load_examples(DataConfig(data=str(tmp_path / "one")), PLAIN)) == 3
@@ -141,7 +141,7 @@ def test_the_only_split_needs_no_name_and_one_of_several_does(tmp_path):
         load_examples(DataConfig(data=str(tmp_path / "two")), PLAIN)
 
 
-def test_a_split_that_is_not_there_is_answered_with_those_that_are(splits, tmp_path):
+def test_a_missing_split_is_refused_with_a_list_of_the_splits(splits, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     for where, found in (
         (str(splits), "train, test"),
@@ -152,13 +152,13 @@ def test_a_split_that_is_not_there_is_answered_with_those_that_are(splits, tmp_p
             load_examples(DataConfig(data=where, split="dev"), PLAIN)
 
 
-def test_the_limit_takes_the_first_rows_and_reads_no_others(tmp_path):
+def test_limit_reads_only_the_first_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]) + "\nnonsense")
     examples = load_examples(DataConfig(data=str(tmp_path / "rows.jsonl"), limit=2), PLAIN)
     assert (len(examples), examples.report.num_rows, examples.recipe["limit"]) == (2, 2, 2)
 
 
-def test_a_hub_id_is_loaded_by_datasets_in_the_split_that_it_has(monkeypatch):
+def test_datasets_loads_a_hub_id_with_its_only_split(monkeypatch):
     def load_dataset(name, subset, split, streaming, **where):
         assert (name, subset, split, where) == ("someone/rows", None, "train", {})
         return datasets.Dataset.from_list(ROWS)
@@ -195,16 +195,16 @@ def test_the_paragraphs_of_a_text_file_are_texts(tmp_path):
     ]
 
 
-def test_what_the_hub_does_not_give_is_one_line(monkeypatch):
+def test_an_error_of_the_hub_is_one_line(monkeypatch):
     def refuse(*_):
         raise ConnectionError("the hub cannot be reached\nand so on")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
-    with pytest.raises(DataError, match=r"someone/rows is no file or folder here, and .*: the hub cannot be reached$"):
+    with pytest.raises(DataError, match=r"someone/rows is not a file or folder here, .*: the hub cannot be reached; "):
         load_examples(DataConfig(data="someone/rows"), PLAIN)
 
 
-def test_datasets_caches_nothing_and_its_bars_are_as_before(splits, tmp_path, monkeypatch, capfd):
+def test_datasets_caches_nothing_and_its_progress_bars_are_restored(splits, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.enable_progress_bars()
     before = sorted(splits.rglob("*"))
@@ -234,6 +234,6 @@ def test_rows_may_come_from_a_dataset_in_any_format_or_from_a_generator():
         assert examples[2].id == "mine:2"
 
 
-def test_a_relative_name_of_this_folder_still_gives_the_folders_name(splits, monkeypatch):
+def test_the_folder_dot_is_named_after_the_folder(splits, monkeypatch):
     monkeypatch.chdir(splits)
     assert load_examples(DataConfig(data="."), PLAIN)[0].source == "saved/train"

@@ -1,4 +1,4 @@
-"""The chat templates of real families: what is supervised of one turn, of two, of thoughts and of tools."""
+"""The chat templates of real families: the supervised text of one turn, of two turns, of thoughts and of tool calls."""
 
 import sys
 from importlib import util
@@ -43,8 +43,8 @@ TOOL = {
     },
 }
 
-# What a model of the family says from the generation prompt on. {0} is the answer.
-SAID = {
+# The text that a model of the family generates after the generation prompt. {0} is the answer.
+GENERATED = {
     "cohere2": "{0}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
     "cohere": "{0}<|END_OF_TURN_TOKEN|>",
     "deepseek": "{0}<｜end▁of▁sentence｜>",
@@ -57,8 +57,8 @@ SAID = {
     "phi3": "{0}<|end|>",
     "": "{0}<|im_end|>",
 }
-# The same with a thought, {1}, for the families that have any.
-THOUGHT = {
+# The same with a thought, {1}, for the families that have thoughts.
+GENERATED_WITH_THOUGHT = {
     "deepseek_r1": "{1}\n</think>\n\n{0}<｜end▁of▁sentence｜>",
     "gemma4_v5": "<|channel>thought\n{1}\n<channel|>{0}<turn|>",
     "glm4moe": "\n<think>{1}</think>\n{0}<|user|>",
@@ -72,8 +72,8 @@ THOUGHT = {
     "qwen3_": "{1}\n</think>\n\n{0}<|im_end|>",
     "qwen3": "<think>\n{1}\n</think>\n\n{0}<|im_end|>",
 }
-FORGETS = ("gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "nemotron")
-"""The template leaves the thoughts of earlier turns out, whatever the family's own arguments say by default."""
+DROPS_EARLIER_THOUGHTS = ("gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "nemotron")
+"""The template drops the thoughts of earlier turns by default."""
 NO_SYSTEM = ("gemma",)
 NO_TOOLS = (
     "cohere",
@@ -100,19 +100,19 @@ def encoded(name, messages, **row):
 
 
 def supervised(examples, tokenizer):
-    """The stretches of supervised text."""
+    """Return each run of supervised text."""
     ids, mask = examples[0].token_ids, np.array([False, *examples[0].target_mask[:-1]])
     edges = np.flatnonzero(np.diff(mask.astype(int), prepend=0, append=0))
     return [tokenizer.decode(ids[start:stop].tolist()) for start, stop in edges.reshape(-1, 2)]
 
 
 def expected(name, *answers):
-    said = [of_family(SAID, name).format(answer) for answer in answers]
-    # The end of an earlier turn of gpt-oss is <|end|>, where the model itself would say <|return|>.
-    return [one.removesuffix("<|return|>") for one in said[:-1]] + said[-1:]
+    texts = [of_family(GENERATED, name).format(answer) for answer in answers]
+    # The template of gpt-oss ends an earlier turn with <|end|>; the model itself would generate <|return|>.
+    return [text.removesuffix("<|return|>") for text in texts[:-1]] + texts[-1:]
 
 
-def test_there_are_as_many_families_as_trl_has():
+def test_all_families_of_trl_are_covered():
     assert len(FAMILIES) == 34
 
 
@@ -124,7 +124,7 @@ def test_the_supervised_text_equals_the_answers(name, num_turns):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_read_is_what_the_template_writes_and_a_prompt_what_inference_reads(name):
+def test_the_tokens_equal_the_rendered_text_and_the_prompt_equals_the_prompt_at_inference(name):
     examples, tokenizer = encoded(name, TURNS)
     template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + examples.recipe["chat_template"]
     whole = tokenizer.apply_chat_template(TURNS, tokenize=False, chat_template=template)
@@ -138,41 +138,41 @@ def test_what_is_read_is_what_the_template_writes_and_a_prompt_what_inference_re
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_SYSTEM])
-def test_a_system_message_is_read_and_not_supervised(name):
+def test_a_system_message_is_context_only(name):
     examples, tokenizer = encoded(name, [{"role": "system", "content": "Be brief."}, *TURNS])
     assert "Be brief." in tokenizer.decode(examples[0].token_ids.tolist())
     assert supervised(examples, tokenizer) == expected(name, *ANSWERS)
 
 
-def test_a_family_without_system_messages_says_so():
+def test_a_family_without_system_messages_refuses_one():
     with pytest.raises(DataError, match="refuses its messages: System role not supported"):
         encoded("gemma", [{"role": "system", "content": "Be brief."}, *TURNS])
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_thoughts_are_supervised_where_the_family_has_them_and_counted_where_they_are_lost(name, key):
+def test_thoughts_are_supervised_if_the_family_has_them_and_counted_if_the_template_drops_them(name, key):
     messages = [{key if at == "reasoning_content" else at: value for at, value in m.items()} for m in THOUGHTFUL]
     examples, tokenizer = encoded(name, messages)
-    with_thought = of_family(THOUGHT, name)
+    with_thought = of_family(GENERATED_WITH_THOUGHT, name)
     if with_thought is None:
         assert supervised(examples, tokenizer) == expected(name, *ANSWERS)
         assert examples.report.num_thoughts_lost == 1
         return
-    forgets = name.startswith(FORGETS)
-    first = expected(name, *ANSWERS)[0] if forgets else with_thought.format(ANSWERS[0], THOUGHTS[0])
+    drops = name.startswith(DROPS_EARLIER_THOUGHTS)
+    first = expected(name, *ANSWERS)[0] if drops else with_thought.format(ANSWERS[0], THOUGHTS[0])
     assert supervised(examples, tokenizer) == [first, with_thought.format(ANSWERS[1], THOUGHTS[1])]
-    assert examples.report.num_thoughts_lost == forgets
+    assert examples.report.num_thoughts_lost == drops
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_calls_of_tools_are_supervised_and_their_results_are_not(name, as_text):
+def test_tool_calls_are_supervised_and_tool_results_are_not(name, as_text):
     arguments = '{"word": "it"}' if as_text else {"word": "it", "other": None}
     call = CALL | {"function": CALL["function"] | {"arguments": arguments}}
     messages = [message | ({"tool_calls": [call]} if "tool_calls" in message else {}) for message in CALLING]
     if name in NO_TOOLS:
-        with pytest.raises(DataError, match=r"the chat template leaves (tools|calls of tools) out"):
+        with pytest.raises(DataError, match=r"the chat template leaves out (tools|tool calls); use"):
             encoded(name, messages, tools=[TOOL])
         return
     examples, tokenizer = encoded(name, messages, tools=[TOOL])
@@ -187,7 +187,7 @@ def test_calls_of_tools_are_supervised_and_their_results_are_not(name, as_text):
     assert "Look a word up." in text
 
 
-def test_the_arguments_of_calls_are_text_where_a_family_wants_text():
+def test_the_arguments_of_tool_calls_are_text_if_the_family_expects_text():
     examples, tokenizer = encoded("deepseekv3", CALLING)
     assert supervised(examples, tokenizer)[0].count('```json\n{"word": "it"}\n```') == 1
 
@@ -197,7 +197,9 @@ def test_captured_rows_equal_the_logits_of_the_model_itself(name, tmp_path):
     tokenizer = family_tokenizer(name)
     model = llama(vocab_size=len(tokenizer))
     examples = examples_from_rows([{"messages": TURNS}, {"messages": THOUGHTFUL}], DataConfig(), tokenizer)
-    capture(as_teacher(model, tokenizer), examples, tmp_path / "cache", k=16, tail_samples=0, codec="fast")
+    capture(
+        as_teacher(model, tokenizer), examples, tmp_path / "cache", k=16, tail_samples=0, encoding="f16", codec="fast"
+    )
     cache = open_cache(tmp_path / "cache")
     for sequence in cache:
         with torch.no_grad():
@@ -220,16 +222,16 @@ def test_arguments_of_the_template_come_from_the_settings_and_from_the_row():
         np.testing.assert_array_equal(own[0].token_ids, asked[0].token_ids)
 
 
-def test_of_a_conversation_the_last_answer_alone_can_be_supervised():
-    for messages, said in ((TURNS, ["Long ago."]), (CALLING, ["lookup", "Nobody knows."])):
+def test_supervision_can_be_limited_to_the_last_answer():
+    for messages, answers in ((TURNS, ["Long ago."]), (CALLING, ["lookup", "Nobody knows."])):
         tokenizer = family_tokenizer("qwen3")
         examples = examples_from_rows([{"messages": messages}], DataConfig(supervise="last"), tokenizer)
-        found = supervised(examples, tokenizer)
-        assert len(found) == len(said)
-        assert all(one in text for one, text in zip(said, found, strict=True))
+        texts = supervised(examples, tokenizer)
+        assert len(texts) == len(answers)
+        assert all(answer in text for answer, text in zip(answers, texts, strict=True))
 
 
-def test_a_message_of_weight_zero_is_read_and_not_supervised():
+def test_a_message_of_weight_zero_is_context_only():
     messages = [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]
     examples, tokenizer = encoded("qwen2_5", messages)
     assert supervised(examples, tokenizer) == expected("qwen2_5", ANSWERS[1])
@@ -250,7 +252,7 @@ def test_a_template_can_be_given_as_a_file_and_is_part_of_the_recipe(tmp_path):
         examples_from_rows([{"messages": TURNS}], DataConfig(chat_template=str(tmp_path / "none.jinja")), tokenizer)
 
 
-def test_without_trl_the_refusal_names_both_ways_out(monkeypatch):
+def test_without_trl_the_error_names_both_solutions(monkeypatch):
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setattr("todi_offline.data.templates.find_spec", lambda name: None)

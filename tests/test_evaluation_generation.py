@@ -247,7 +247,7 @@ def test_a_limit_takes_the_first_rows(tmp_path):
         ({"messages": ["hello"]}, "row 0 .*its last message is 'hello'; expected an object with role and content"),
         ({"output": "b"}, "columns"),
         ({"prompt": "", "completion": "a"}, "row 0 .*its prompt is empty"),
-        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "row 0 .*the chat template leaves tools out"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "row 0 .*the chat template leaves out tools"),
     ],
 )
 def test_a_row_that_asks_nothing_is_named(row, message, tmp_path):

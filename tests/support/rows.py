@@ -1,4 +1,4 @@
-"""Rows, tokenizers and ways to look at examples, for the tests of the data."""
+"""Rows and tokenizers for the tests of the data, and the text of an example with its supervised parts marked."""
 
 import json
 
@@ -39,7 +39,7 @@ def encode_one(row, tokenizer=PLAIN, **settings):
 
 
 def marked(example, tokenizer):
-    """Return the text with what is supervised in brackets."""
+    """Return the text of an example, with the supervised parts in brackets."""
     supervised = [False, *example.target_mask[:-1].tolist()]
     text, inside = "", False
     pieces: list[list[int]] = [[]]
@@ -58,7 +58,7 @@ def marked(example, tokenizer):
 
 
 def with_bos(single="<|im_start|> $A <|endoftext|>"):
-    """A tokenizer that puts BOS before a text and, as some do, EOS after it."""
+    """Return a tokenizer that puts BOS before a text and EOS after it."""
     tokenizer = tiny_tokenizer(chat=False)
     tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|endoftext|>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
@@ -67,7 +67,7 @@ def with_bos(single="<|im_start|> $A <|endoftext|>"):
 
 
 def like_sentencepiece(scheme="always"):
-    """A tokenizer that puts a space before whatever it is given, as that of Llama 2 does."""
+    """Return a tokenizer that puts a space before every text, like Llama 2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)

@@ -1,38 +1,38 @@
-"""A data set in, tokenised examples with their supervised positions out.
+"""A data set comes in; tokenised examples with their supervised positions go out.
 
     rows -> the form of their columns -> prompt and response, tokenised apart -> cut to length -> Example
 
 Rows come from a file (JSONL, JSON, CSV, Parquet, Arrow, text), a folder saved by `datasets`, the hub, or `stdlib`.
-The first form that the columns have is taken; other columns are ignored.
+The columns of the first row decide the form: the first form of this list that fits. Other columns are ignored.
 
-    input_ids                               tokens as they are; `labels`, `completion_mask` or `assistant_masks` say
-                                            which are supervised, all of them by default
-    messages                                every assistant turn is supervised, its end-of-turn token included
+    input_ids                               token ids; `labels`, `completion_mask` or `assistant_masks` mark the
+                                            supervised tokens, by default all are supervised
+    messages                                every assistant turn is supervised, including its end-of-turn token
     prompt, completion                      two texts, or two lists of messages
-    instruction, input?, output | response  through the tokenizer's chat template, or else Alpaca's; a `prompt` that
-                                            stands beside them is used as it is
+    instruction, input?, output | response  go through the tokenizer's chat template, or else Alpaca's; a `prompt`
+                                            column beside them replaces instruction and input, unchanged
     text                                    every token is supervised
 
-Of a turn, what the model would generate after the generation prompt is supervised: thoughts, calls of tools, the
-answer and the end-of-turn token. What the template adds by itself, such as an empty <think></think>, is read only.
+The supervised part of a turn is the text that the model would generate after the generation prompt: thoughts, tool
+calls, the answer and the end-of-turn token. Text that the template adds, such as an empty <think></think>, is context.
 
 A prompt over `max_prompt_length` loses its oldest turns, never the system message, and then the middle of its last
-message; a prompt that is a text loses its middle. Then the whole loses its end at `max_length`; a `text` is split
-there instead. Of a conversation nothing is kept after the last supervised token, since nothing is learnt there.
+message; a prompt given as text loses its middle. Then the sequence is cut at `max_length`; a `text` is split there
+instead. A conversation ends at its last supervised token: later tokens would teach nothing.
 
-The modules, in the order in which a row goes through them:
+The modules, in the order in which a row passes through them:
 
-    sources        a name -> rows
-    templates      a tokenizer -> the chat template, and how it writes a turn
-    forms          the columns of a row -> its form; a new form is an entry in one table there
-    conversations  messages -> tokens, and which of them are supervised
-    chat           messages -> text in pieces, each supervised or not
+    sources        the name of a data set -> rows
+    templates      a tokenizer -> the chat template, and how the template writes a turn
+    forms          the columns of a row -> its form; a new form is one more entry in its table
+    conversations  messages -> tokens, each supervised or not
+    chat           messages -> pieces of text, each supervised or not
     encoder        text -> token ids
     encoding       rows -> batches of examples, in one process or several
-    keeping        batches -> a table, in memory or in a file that the next run finds
-    examples       the config, and what comes out: `Example`, `Examples`, `DataReport`
-    loading        all of it
-    questions      a row -> what a student is asked, and the references
+    keeping        batches -> a table, in memory or in a file that the next run reuses
+    examples       the config and the results: `Example`, `Examples`, `DataReport`
+    loading        the name of a data set -> `Examples`, through all of the above
+    questions      a row -> the prompt for a student, and the references for its answer
 """
 
 from todi_offline.data.examples import DataConfig, DataReport, Example, Examples, examples_from_stream

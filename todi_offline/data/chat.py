@@ -1,7 +1,7 @@
-"""A conversation in, its text in pieces out, each supervised or not.
+"""A conversation comes in; pieces of its text go out, each supervised or not.
 
-Supervised is what the model would generate after the generation prompt, its end-of-turn token included. What the
-template adds by itself between the two, such as an empty <think></think>, is read and not supervised.
+The supervised text is the text that the model would generate after the generation prompt, including the end-of-turn
+token. Text that the template adds after that prompt, such as an empty <think></think>, is context only.
 """
 
 import json
@@ -31,14 +31,14 @@ _EMPTY_THOUGHTS = re.compile(
     r"|\[THINK\]\s*\[/THINK\]"
     r")\s*"
 )
-"""What families write where a model has not thought. The beginning may stand in the generation prompt."""
+"""The text of each family for a turn without thoughts. Its beginning may be part of the generation prompt."""
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, and what else their template is given."""
+    """Messages, tools, and further arguments for the chat template."""
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None
@@ -51,7 +51,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a rendered conversation."""
+    """A part of the text of a rendered conversation."""
 
     text: str
     supervised: bool
@@ -59,33 +59,33 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation up to its last supervised character."""
+    """The text of a conversation up to its last supervised character."""
 
     pieces: tuple[Piece, ...]
     lost_thoughts: bool
-    """The template has left the thoughts of a supervised turn out."""
+    """The template left out the thoughts of a supervised turn."""
 
 
 def prompt_text(chat: ChatTemplate, conversation: Conversation) -> str:
-    """Return a conversation up to where the assistant is to answer."""
+    """Return the text of a conversation, with the generation prompt at its end."""
     return render(chat, conversation.messages, conversation.options, conversation.tools, asks=True)
 
 
-def rendered_turns(chat: ChatTemplate, conversation: Conversation, answers: Sequence[int]) -> Rendered:
-    """Render a conversation, and tell what is supervised of the messages with these numbers.
+def render_turns(chat: ChatTemplate, conversation: Conversation, answers: Sequence[int]) -> Rendered:
+    """Render a conversation and mark the supervised text of the messages at the indices `answers`.
 
     Raises:
-        DataError: the template refuses the conversation, or writes it so that the answers cannot be told apart.
+        DataError: the template refuses the conversation, or the answers cannot be located in its text.
     """
     whole, marks = render_marked(chat, conversation.messages, conversation.options, conversation.tools)
     spans: list[Span] = []
     lost = False
     for index in answers:
-        span = _turn(chat, conversation, index, whole, marks)
+        span = _find_turn(chat, conversation, index, whole, marks)
         text = whole[slice(*span)]
         _require_calls(conversation.messages[index], text)
         lost |= any(thought not in text for thought in _thoughts(conversation.messages[index]))
-        spans += _marked_part(chat, whole, span, marks) if chat.marks_answers else [span]
+        spans += _spans_in_blocks(chat, whole, span, marks) if chat.marks_answers else [span]
     pieces: list[Piece] = []
     end = 0
     for start, stop in spans:
@@ -94,29 +94,29 @@ def rendered_turns(chat: ChatTemplate, conversation: Conversation, answers: Sequ
     return Rendered(tuple(piece for piece in pieces if piece.text), lost)
 
 
-def _turn(chat: ChatTemplate, conversation: Conversation, index: int, whole: str, marks: Sequence[Span]) -> Span:
-    """Return from where to where a turn is what a model would generate."""
+def _find_turn(chat: ChatTemplate, conversation: Conversation, index: int, whole: str, marks: Sequence[Span]) -> Span:
+    """Return the start and stop of the part of a turn that a model would generate."""
     if index == 0:
-        raise DataError("its first message is the assistant's, which answers nothing; take that message out")
+        raise DataError("the first message is the assistant's, which answers nothing; take that message out")
     traits = traits_of(chat, conversation.options)
-    span = _turn_as_last(chat, conversation, index, whole, traits)
+    span = _find_turn_after_prompt(chat, conversation, index, whole, traits)
     if span is None:
-        span = _turn_in_marks(conversation, index, whole, marks, traits, chat)
+        span = _find_turn_in_blocks(conversation, index, whole, marks, traits, chat)
     if span is None:
         raise DataError(
-            f"the chat template writes messages 0 to {index} in another way when others follow, so the answer among "
-            "them cannot be told apart; pip install 'todi-offline[trl]', which knows training templates of many "
-            "families, name a template that keeps earlier turns (--chat-template FILE), or use rows of one answer each"
+            f"the chat template rewrites messages 0 to {index} when more messages follow, so the answer among them "
+            "cannot be located; pip install 'todi-offline[trl]', which has training templates for many families, name "
+            "a template that keeps earlier turns (--chat-template FILE), or use rows with one answer each"
         )
     start, stop = span
     scaffold = _EMPTY_THOUGHTS.match(whole, start, stop)
     return (scaffold.end() if scaffold else start), stop
 
 
-def _turn_as_last(
+def _find_turn_after_prompt(
     chat: ChatTemplate, conversation: Conversation, index: int, whole: str, traits: Traits
 ) -> Span | None:
-    """Find a turn as what follows the generation prompt where it is the last one, if it stands so in the whole."""
+    """Render the messages up to a turn and take the text after the generation prompt, if `whole` has the same text."""
     messages = conversation.messages
     before = prompt_text(chat, conversation[:index])
     starts = [len(before) - len(excess) for excess in traits.prompt_excess if before.endswith(excess)]
@@ -134,9 +134,9 @@ def _turn_as_last(
 
 
 def _stops(text: str, start: int, traits: Traits, chat: ChatTemplate) -> tuple[int, int]:
-    """Return where the turn that begins at `start` stops, with its end-of-turn token and without."""
-    if traits.end_of_turn and (found := text.rfind(traits.end_of_turn, start)) >= 0:
-        return found + len(traits.end_of_turn), found
+    """Return two stops of the turn that begins at `start`: with its end-of-turn token, and without."""
+    if traits.end_of_turn and (end := text.rfind(traits.end_of_turn, start)) >= 0:
+        return end + len(traits.end_of_turn), end
     turn = text[start:].rstrip()
     special = next((token for token in chat.specials if turn.endswith(token)), None)
     if special is not None:
@@ -144,26 +144,26 @@ def _stops(text: str, start: int, traits: Traits, chat: ChatTemplate) -> tuple[i
     return len(text), start + len(turn)
 
 
-def _turn_in_marks(
+def _find_turn_in_blocks(
     conversation: Conversation, index: int, whole: str, marks: Sequence[Span], traits: Traits, chat: ChatTemplate
 ) -> Span | None:
-    """Find a turn as the generation block of its number; the generation prompt may stand in the block."""
+    """Take the generation block of a turn; skip the generation prompt if it is part of the block."""
     numbers = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    blocks = _joined(marks)
+    blocks = _join_touching(marks)
     if len(blocks) != len(numbers):
         return None
     start, stop = blocks[numbers.index(index)]
     for excess in traits.prompt_excess:
         prompt = traits.question_to_answer.removesuffix(excess)
-        found = whole.find(prompt, max(0, start - len(prompt)), start + len(prompt)) if prompt else -1
-        if found >= 0:
-            start = max(start, found + len(prompt))
+        position = whole.find(prompt, max(0, start - len(prompt)), start + len(prompt)) if prompt else -1
+        if position >= 0:
+            start = max(start, position + len(prompt))
             break
     return start, _stops(whole[:stop], start, traits, chat)[0]
 
 
-def _joined(marks: Sequence[Span]) -> list[Span]:
-    """Join blocks that touch: Phi 3 has one of EOS alone after the last."""
+def _join_touching(marks: Sequence[Span]) -> list[Span]:
+    """Join blocks that touch: the template of Phi 3 ends with a block of EOS alone."""
     joined: list[Span] = []
     for start, stop in marks:
         if joined and joined[-1][1] == start:
@@ -172,10 +172,10 @@ def _joined(marks: Sequence[Span]) -> list[Span]:
     return joined
 
 
-def _marked_part(chat: ChatTemplate, whole: str, span: Span, marks: Sequence[Span]) -> list[Span]:
-    """Return what of a turn stands in generation blocks, and its end-of-turn token, which some leave out of them."""
+def _spans_in_blocks(chat: ChatTemplate, whole: str, span: Span, marks: Sequence[Span]) -> list[Span]:
+    """Return the parts of a turn in generation blocks; add the end-of-turn token if the template left it outside."""
     start, stop = span
-    parts = [(max(start, first), min(stop, last)) for first, last in _joined(marks)]
+    parts = [(max(start, first), min(stop, last)) for first, last in _join_touching(marks)]
     parts = [(first, last) for first, last in parts if first < last]
     special = "|".join(map(re.escape, chat.specials))
     if parts and special and re.fullmatch(rf"(?:\s|{special})*", whole[parts[-1][1] : stop]):
@@ -196,34 +196,34 @@ def _require_calls(message: Message, text: str) -> None:
     lost = [name for name in names if str(name) not in text]
     if lost:
         raise DataError(
-            f"the chat template does not write the call of the tool {lost[0]!r}; use one that does (--chat-template "
-            "FILE), or take such rows out"
+            f"the chat template leaves out the call of the tool {lost[0]!r}; use a template that writes it "
+            "(--chat-template FILE), or take such rows out"
         )
 
 
-def adapted(chat: ChatTemplate, conversation: Conversation) -> Conversation:
-    """Put thoughts under the names, and arguments into the form, that the template reads.
+def adapt_conversation(chat: ChatTemplate, conversation: Conversation) -> Conversation:
+    """Rename thoughts and convert the arguments of tool calls to the form that the template reads.
 
     Raises:
-        DataError: it reads no tools, no calls or no results of tools, and there are some.
+        DataError: the template ignores tools, tool calls or tool results that the conversation has.
     """
     traits = traits_of(chat, conversation.options)
     roles = {message["role"] for message in conversation.messages}
-    for there, read, what in (
+    for has_them, reads_them, feature in (
         (conversation.tools, traits.reads_tools, "tools"),
-        (any(message.get("tool_calls") for message in conversation.messages), traits.reads_calls, "calls of tools"),
-        ("tool" in roles, traits.reads_results, "results of tools"),
+        (any(message.get("tool_calls") for message in conversation.messages), traits.reads_calls, "tool calls"),
+        ("tool" in roles, traits.reads_results, "tool results"),
     ):
-        if there and not read:
+        if has_them and not reads_them:
             raise DataError(
-                f"the chat template leaves {what} out; use one that reads them (--chat-template FILE), or take such "
-                "rows out"
+                f"the chat template leaves out {feature}; use a template that reads them (--chat-template FILE), or "
+                "take such rows out"
             )
-    messages = tuple(_message_for(message, traits) for message in conversation.messages)
+    messages = tuple(_adapt_message(message, traits) for message in conversation.messages)
     return Conversation(messages, conversation.tools, conversation.options)
 
 
-def _message_for(message: Message, traits: Traits) -> Message:
+def _adapt_message(message: Message, traits: Traits) -> Message:
     if message["role"] != "assistant":
         return message
     if thoughts := _thoughts(message):
@@ -231,12 +231,12 @@ def _message_for(message: Message, traits: Traits) -> Message:
         if traits.thinks_in_content:
             message = message | {"content": f"<think>\n{thoughts[0]}\n</think>\n\n{message['content']}"}
     if message.get("tool_calls"):
-        message = message | {"tool_calls": [_call_for(call, traits) for call in message["tool_calls"]]}
+        message = message | {"tool_calls": [_adapt_call(call, traits) for call in message["tool_calls"]]}
     return message
 
 
-def _call_for(call: Any, traits: Traits) -> Any:
-    """Return a tool call whose arguments are an object, or text where the template wants text."""
+def _adapt_call(call: Any, traits: Traits) -> Any:
+    """Return a tool call whose arguments are an object, or JSON text if the template expects text."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str) and not traits.arguments_as_text:

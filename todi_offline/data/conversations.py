@@ -1,4 +1,4 @@
-"""Messages in, tokens, and which of them are supervised, out."""
+"""Messages come in; tokens go out, each supervised or not."""
 
 import bisect
 import json
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from todi_offline.data.chat import ROLES, Conversation, adapted, prompt_text, rendered_turns
+from todi_offline.data.chat import ROLES, Conversation, adapt_conversation, prompt_text, render_turns
 from todi_offline.data.encoder import Encoder, ids_of, ids_of_pieces
 from todi_offline.data.templates import THOUGHTS, ChatTemplate, Message
-from todi_offline.data.tokens import Dropped, Row, Tokens, filled, string_of
+from todi_offline.data.tokens import Dropped, Row, Tokens, drop_if_blank, string_of
 from todi_offline.errors import DataError
 
 
@@ -17,7 +17,7 @@ def read_messages(row: Row, column: str) -> list[Message]:
     """Return the messages in a column.
 
     Raises:
-        DataError: it holds something else.
+        DataError: the column holds something else.
     """
     messages = row.get(column)
     if not isinstance(messages, list | tuple):
@@ -28,17 +28,21 @@ def read_messages(row: Row, column: str) -> list[Message]:
 
 
 def read_conversation(encoder: Encoder, row: Row, messages: Sequence[Message]) -> Conversation:
-    """Return messages with what the row and the config say of their template: tools and arguments."""
+    """Return messages with the tools and the template arguments that the row and the config give."""
     tools: list[Any] | None = _json_of(row, "tools", list) or None
     options = {**encoder.config.chat_template_kwargs, **(_json_of(row, "chat_template_kwargs", Mapping) or {})}
     if tools is not None:
         tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-    given = None if tools is None else tuple(tools)
-    return adapted(_chat_of(encoder), Conversation(tuple(messages), given, options))
+    conversation = Conversation(tuple(messages), None if tools is None else tuple(tools), options)
+    return adapt_conversation(_chat_of(encoder), conversation)
 
 
 def encode_conversation(encoder: Encoder, conversation: Conversation) -> Tokens:
-    """Encode a conversation: all answers of the assistant are supervised, or the last."""
+    """Encode a conversation. All answers of the assistant are supervised, or those after the last question.
+
+    Raises:
+        Dropped: nothing is supervised, an answer is blank, or the prompt cannot be cut to its limit.
+    """
     messages = conversation.messages
     questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
     if encoder.config.supervise == "last" and questions:
@@ -51,9 +55,12 @@ def encode_conversation(encoder: Encoder, conversation: Conversation) -> Tokens:
 
 
 def encode_exchange(encoder: Encoder, conversation: Conversation, num_prompt: int) -> Tokens:
-    """Encode a prompt of so many messages and what follows it.
+    """Encode a conversation whose first `num_prompt` messages are the prompt.
 
-    Too long a prompt loses its oldest turns, never the system message, and then the middle of its last message.
+    A prompt that is too long loses its oldest turns, never the system message, and then the middle of its last message.
+
+    Raises:
+        Dropped: nothing is supervised, an answer is blank, or the prompt cannot be cut to its limit.
     """
     answers = _answers(conversation.messages, num_prompt)
     tokens = _encode(encoder, conversation, answers)
@@ -70,23 +77,23 @@ def encode_exchange(encoder: Encoder, conversation: Conversation, num_prompt: in
 
 
 def _encode(encoder: Encoder, conversation: Conversation, answers: Sequence[int]) -> Tokens:
-    """Encode a conversation up to the last of its answers, each piece by itself."""
-    rendered = rendered_turns(_chat_of(encoder), conversation, answers)
+    """Encode a conversation up to the last of these answers, one piece at a time."""
+    rendered = render_turns(_chat_of(encoder), conversation, answers)
     ids: list[int] = []
     supervised: list[bool] = []
     texts = [piece.text for piece in rendered.pieces]
-    for piece, more in zip(rendered.pieces, ids_of_pieces(encoder, texts) if texts else [], strict=True):
-        ids += more
-        supervised += [piece.supervised] * len(more)
+    for piece, piece_ids in zip(rendered.pieces, ids_of_pieces(encoder, texts) if texts else [], strict=True):
+        ids += piece_ids
+        supervised += [piece.supervised] * len(piece_ids)
     if not any(supervised):
         raise Dropped("num_unsupervised")
-    if ids[-1] not in encoder.closing:  # the template has written no end-of-turn token
+    if ids[-1] not in encoder.closing:  # the template wrote no end-of-turn token
         ids, supervised = [*ids, encoder.eos], [*supervised, True]
     return Tokens(ids, supervised, lost_thoughts=rendered.lost_thoughts)
 
 
 def _shortened(encoder: Encoder, prompt: Conversation, limit: int) -> Iterator[tuple[Message, ...]]:
-    """Yield shorter prompts: without the oldest turns, then with the last message's middle cut out."""
+    """Yield shorter prompts: first without the oldest turns, then without the middle of the last message."""
     num_fixed = next((n for n, m in enumerate(prompt.messages) if m["role"] not in ("system", "developer")), 0)
     fixed, turns = prompt.messages[:num_fixed], prompt.messages[num_fixed:]
 
@@ -114,7 +121,11 @@ def _shortened(encoder: Encoder, prompt: Conversation, limit: int) -> Iterator[t
 
 
 def _answers(messages: Sequence[Message], first: int = 0) -> list[int]:
-    """Return which messages from `first` on are the assistant's and count; a blank one drops the row."""
+    """Return the indices from `first` on of the assistant's messages, except those of weight 0.
+
+    Raises:
+        Dropped: there is no such message, or one is blank.
+    """
     answers = [
         index
         for index in range(first, len(messages))
@@ -124,7 +135,7 @@ def _answers(messages: Sequence[Message], first: int = 0) -> list[int]:
         raise Dropped("num_unsupervised")
     for index in answers:
         if not messages[index].get("tool_calls"):
-            filled(messages[index]["content"])
+            drop_if_blank(messages[index]["content"])
     return answers
 
 
@@ -151,14 +162,14 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a value without the keys that are null: Arrow gives every row the keys that any row has."""
+    """Return a value without keys that are null: Arrow gives every row the keys of all rows."""
     if isinstance(value, Mapping):
         return {name: _without_nulls(one) for name, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _json_of(row: Row, column: str, kind: type) -> Any:
-    """Return an object or list in a column, or the one that a text in it means as JSON."""
+    """Return the list or object in a column; a text is parsed as JSON."""
     value = row.get(column)
     if isinstance(value, str):
         try:

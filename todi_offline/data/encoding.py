@@ -1,4 +1,4 @@
-"""Rows in, batches of tokenised examples out, in order, from one process or several."""
+"""Rows come in; batches of tokenised examples go out, in order, from one process or several."""
 
 import itertools
 import multiprocessing
@@ -18,12 +18,12 @@ from todi_offline.data.tokens import Dropped, Row, Tokens
 from todi_offline.errors import DataError
 
 OWN_ID = pa.field("own_id", pa.string())
-"""The id that a row brings, which names its example if all rows have one and no two the same."""
+"""The column with the rows' own ids. They name the examples if every row has an id and all ids differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The examples of some rows: the columns of `SCHEMA` and `OWN_ID`; and what became of the rows."""
+    """The examples of a batch of rows, in the columns of `SCHEMA` and `OWN_ID`, and the counts for `DataReport`."""
 
     batch: pa.RecordBatch
     counts: Counter[str]
@@ -31,7 +31,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class RowEncoder:
-    """All that it takes to encode rows."""
+    """The encoder, the form and the data set's name: together they encode rows."""
 
     encoder: Encoder
     form: Form
@@ -40,7 +40,7 @@ class RowEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What a row, or a part of it, gives."""
+    """The tokens of one example: a row, or a part of a row."""
 
     name: str
     own_id: str | None
@@ -49,10 +49,10 @@ class _Piece:
 
 
 def encoded_batches(rows: Iterable[Row], job: RowEncoder, num_proc: int) -> Iterator[Encoded]:
-    """Yield the examples of the rows, a batch of rows at a time; how many processes work changes nothing in them.
+    """Yield the examples of the rows, one batch at a time. The number of processes does not change the examples.
 
     Raises:
-        DataError: a row is no example; says which.
+        DataError: a row cannot be encoded; the message names the row.
     """
     batches = _numbered(iter(rows))
     if num_proc == 1:
@@ -70,12 +70,12 @@ def encoded_batches(rows: Iterable[Row], job: RowEncoder, num_proc: int) -> Iter
 
 
 def encode_rows(job: RowEncoder, first: int, rows: Sequence[Row]) -> Encoded:
-    """Encode rows that are numbered from `first`."""
+    """Encode rows whose numbers start at `first`."""
     counts: Counter[str] = Counter(num_rows=len(rows))
     pieces: list[_Piece] = []
     for number, row in enumerate(rows, first):
         try:
-            tokens = job.form.encode(job.encoder, columns_of(row, "it"))
+            tokens = job.form.encode(job.encoder, columns_of(row, "the row"))
             pieces += _pieces(tokens, job, number, row, counts)
         except Dropped as reason:
             counts[str(reason)] += 1
@@ -101,7 +101,7 @@ def _numbered(rows: Iterator[Row]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _pieces(tokens: Tokens, job: RowEncoder, number: int, row: Row, counts: Counter[str]) -> list[_Piece]:
-    """Return what a row gives: one piece, or those that a long text is split into."""
+    """Return the pieces of a row: one, or several if a long text is split."""
     max_length = job.encoder.config.max_length
     parts = list(_split(tokens, job.encoder)) if tokens.splits else [(tokens.ids[:max_length], tokens.supervised)]
     parts = [(ids, supervised[: len(ids)]) for ids, supervised in parts]
@@ -122,7 +122,7 @@ def _pieces(tokens: Tokens, job: RowEncoder, number: int, row: Row, counts: Coun
 
 
 def _split(tokens: Tokens, encoder: Encoder) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield the stretches of a text, each with BOS where the tokenizer has one; a token is supervised once."""
+    """Yield the parts of a text, each with BOS if the tokenizer adds one; each token is supervised once."""
     max_length, overlap = encoder.config.max_length, encoder.config.overlap
     yield tokens.ids[:max_length], tokens.supervised
     end = min(max_length, len(tokens.ids))
@@ -130,13 +130,13 @@ def _split(tokens: Tokens, encoder: Encoder) -> Iterator[tuple[list[int], list[b
     while end < len(tokens.ids):
         begin = end - overlap
         ids = encoder.start + tokens.ids[begin : begin + room]
-        num_context = len(encoder.start) + max(overlap, 1)  # without an overlap nothing predicts the first token
+        num_context = len(encoder.start) + max(overlap, 1)  # without an overlap, no position predicts the first token
         yield ids, [False] * num_context + [True] * (len(ids) - num_context)
         end = begin + room
 
 
 def _packed(pieces: Iterable[_Piece], max_length: int) -> Iterator[_Piece]:
-    """Join neighbours as long as they fit; what begins a text is not to be predicted from the text before."""
+    """Join neighbouring pieces up to `max_length`; the first token of each text is not supervised."""
     packed: _Piece | None = None
     for piece in pieces:
         if packed is not None and len(packed.ids) + len(piece.ids) <= max_length:
@@ -160,5 +160,5 @@ def _start_worker(job: RowEncoder) -> None:
 
 
 def _encode_in_worker(first: int, rows: Sequence[Row]) -> Encoded:
-    assert _worker is not None, "the pool starts its workers with it"
+    assert _worker is not None, "the pool calls _start_worker first"
     return encode_rows(_worker, first, rows)

@@ -1,4 +1,4 @@
-"""Tokenised examples, their report and their recipe, over Arrow."""
+"""The config of a data set comes in; the types of its results go out: `Example`, `Examples`, `DataReport`."""
 
 import itertools
 from collections import Counter
@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("token_ids", pa.list_(pa.uint32())),
         ("target_mask", pa.list_(pa.bool_())),
-        ("key", pa.binary()),  # of a fixed size, but datasets 4 knows no such type
+        ("key", pa.binary()),  # all of one size, but datasets 4 lacks Arrow's type for that
     ]
 )
 
@@ -113,25 +113,25 @@ class DataConfig:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """A sequence as the teacher reads it, and the positions whose predictions are supervised."""
+    """A sequence as the teacher reads it, and its supervised positions."""
 
     id: str
-    """Unique within a data set: the row's own `id`, or else `source:row number`."""
+    """Unique within a data set: the row's own `id`, or `source:row number`."""
 
     source: str
     """Short name of the data set, such as `dolly.jsonl` or `stdlib/train`."""
 
     token_ids: npt.NDArray[np.uint32]
-    """[token]: exactly what the teacher reads."""
+    """[token]: the ids that the teacher reads."""
 
     target_mask: npt.NDArray[np.bool_]
-    """[token]: True at t where the prediction made at t, for token t + 1, is supervised; False at the last."""
+    """[token]: True at t if the prediction of token t + 1 is supervised; False at the last position."""
 
     def __post_init__(self) -> None:
         """Check dtypes and shapes.
 
         Raises:
-            DataError: they are not those of an example.
+            DataError: a dtype or shape is wrong, or the last position is supervised.
         """
         ids, mask = self.token_ids, self.target_mask
         if ids.dtype != np.uint32 or mask.dtype != np.bool_ or ids.ndim != 1 or ids.shape != mask.shape:
@@ -145,7 +145,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataReport:
-    """What became of the rows of a data set."""
+    """Counts of the rows of a data set: read, cut, split, dropped."""
 
     num_rows: int
     num_examples: int
@@ -157,7 +157,7 @@ class DataReport:
     """Rows of `text` that gave more than one example."""
 
     num_thoughts_lost: int = 0
-    """Conversations whose chat template left thoughts of the assistant out."""
+    """Conversations in which the chat template left out thoughts of the assistant."""
 
     num_empty: int = 0
     """Dropped: the response, text or an assistant turn is blank."""
@@ -166,7 +166,7 @@ class DataReport:
     """Dropped: no assistant turn, or none within `max_length`."""
 
     num_prompt_too_long: int = 0
-    """Dropped: the chat template and the system message alone are over `max_prompt_length`."""
+    """Dropped: the chat template and the system message alone exceed `max_prompt_length`."""
 
     @property
     def num_dropped(self) -> int:
@@ -175,11 +175,11 @@ class DataReport:
 
     @property
     def share_cut(self) -> float:
-        """Of the rows, those that were cut or dropped."""
+        """Share of the rows that were cut or dropped."""
         return (self.num_prompts_cut + self.num_responses_cut + self.num_dropped) / max(self.num_rows, 1)
 
     def __str__(self) -> str:
-        """Return one line for a person."""
+        """Return the counts as one readable line."""
         reasons = (
             f"{self.num_empty:,} empty, {self.num_unsupervised:,} without a supervised token, "
             f"{self.num_prompt_too_long:,} with too long a prompt"
@@ -206,14 +206,14 @@ class Examples:
 
     report: DataReport
     recipe: dict[str, Any]
-    """How they were made, as JSON knows it; without paths, times or hosts."""
+    """How the examples were made, as JSON values without paths, times or hosts."""
 
     @classmethod
     def from_list(cls, examples: Iterable[Example], recipe: Mapping[str, Any] | None = None) -> "Examples":
-        """Hold examples that were made elsewhere.
+        """Return examples that you built yourself.
 
         Raises:
-            DataError: there are none, or two share an id.
+            DataError: the list is empty, or two examples have the same id.
         """
         examples = list(examples)
         ids = Counter(example.id for example in examples)
@@ -227,7 +227,7 @@ class Examples:
 
     @property
     def num_tokens(self) -> npt.NDArray[np.int64]:
-        """[example]: the length of each."""
+        """[example]: the number of tokens."""
         import pyarrow.compute
 
         lengths = pyarrow.compute.list_value_length(self.dataset.data.column("token_ids"))
@@ -235,7 +235,7 @@ class Examples:
 
     @property
     def num_targets(self) -> npt.NDArray[np.int64]:
-        """[example]: the supervised positions of each."""
+        """[example]: the number of supervised positions."""
         import pyarrow.compute
 
         counts = [np.empty(0, np.int64)]
@@ -247,11 +247,11 @@ class Examples:
         return np.concatenate(counts)
 
     def content_keys(self) -> ContentKeys:
-        """Return what identifies each in a cache."""
+        """Return the keys that identify the examples in a cache."""
         return ContentKeys.from_column(self.dataset.data.column("key"))
 
     def to_stream(self, indices: Sequence[int]) -> bytes:
-        """Return some of the examples as an Arrow stream, which holds nothing else; see `examples_from_stream`."""
+        """Return the examples at these indices as an Arrow stream; `examples_from_stream` reads it."""
         table = self.dataset[list(indices)]
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as stream:
@@ -274,31 +274,31 @@ class Examples:
 
 
 def examples_from_stream(data: bytes) -> list[Example]:
-    """Return the examples of `Examples.to_stream`."""
+    """Return the examples that `Examples.to_stream` wrote."""
     return list(_examples_of(pa.ipc.open_stream(data).read_all()))
 
 
 def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
-    """Return examples as Arrow, with what identifies each in a cache."""
+    """Return examples as an Arrow batch, with the key of each in a cache."""
     columns: dict[str, list[Any]] = {name: [getattr(one, name) for one in examples] for name in SCHEMA.names[:-1]}
     columns["key"] = [content_key(one.token_ids, one.target_mask) for one in examples]
     return pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
 def record_batches(examples: Iterable[Example]) -> Iterator[pa.RecordBatch]:
-    """Yield the examples as Arrow, many at a time."""
+    """Yield the examples as Arrow batches."""
     iterator = iter(examples)
     while batch := list(itertools.islice(iterator, BATCH_ROWS)):
         yield record_batch(batch)
 
 
 def as_dataset(table: pa.Table) -> "datasets.Dataset":
-    """Return a table as `datasets` has it."""
+    """Return a table as a `datasets.Dataset`."""
     import datasets
     from datasets.fingerprint import generate_random_fingerprint
 
-    # A name of its own: what `datasets` has cached for other examples can never be taken for these, and it need not
-    # read the whole table to make one up.
+    # A random fingerprint: `datasets` can't mistake its cached results of other examples for these, and need not hash
+    # the whole table.
     return datasets.Dataset(table, fingerprint=generate_random_fingerprint()).with_format("arrow")
 
 

@@ -1,4 +1,4 @@
-"""A row in, by the form of its columns; tokens, and which of them are supervised, out."""
+"""A row comes in; by the form of its columns, tokens go out, each supervised or not."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from todi_offline.data.conversations import encode_conversation, encode_exchange, read_conversation, read_messages
-from todi_offline.data.encoder import Encoder, ended, first_ids, next_ids
+from todi_offline.data.encoder import Encoder, first_ids, next_ids, with_eos
 from todi_offline.data.templates import choose_template
-from todi_offline.data.tokens import Dropped, Row, Tokens, filled, string_of
+from todi_offline.data.tokens import Dropped, Row, Tokens, drop_if_blank, string_of
 from todi_offline.errors import DataError
 
 ALPACA = (
@@ -23,49 +23,49 @@ ALPACA_WITH_INPUT = (
 )
 
 MASKS = ("assistant_masks", "completion_mask", "labels")
-"""Columns that say which of `input_ids` are supervised, as trl and transformers name them; -100 is no label."""
+"""Columns that mark the supervised `input_ids`, under the names of trl and transformers; label -100 is unsupervised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What columns mean, and how a row of them is encoded."""
+    """A set of columns, and how to encode a row with these columns."""
 
     name: str
     columns: tuple[str, ...]
-    """Those that a row needs."""
+    """The columns that a row needs."""
     encode: Callable[[Encoder, Row], Tokens]
     answer: str | None = None
-    """The column of the answer, where there is one: a text, a list of references, or messages."""
+    """The column of the answer, if there is one: a text, a list of references, or messages."""
     template: str | None = None
-    """What a prompt is put into: `chat`, `alpaca` or nothing."""
+    """The template around a prompt: `chat`, `alpaca` or none."""
 
 
-def recognise_form(first: Any, encoder: Encoder, where: str) -> Form:
-    """Return the form that the columns of the first row have.
+def recognise_form(first: Any, encoder: Encoder, source: str) -> Form:
+    """Return the form that fits the columns of the first row.
 
     Raises:
-        DataError: they are of no form.
+        DataError: no form fits.
     """
-    row = columns_of(first, f"row 0 of {where}")
+    row = columns_of(first, f"row 0 of {source}")
     form = form_of(row)
     if form is None:
         raise DataError(
-            f"{where} has the columns {', '.join(map(str, row))}; expected messages, or prompt and completion, or "
+            f"{source} has the columns {', '.join(map(str, row))}; expected messages, or prompt and completion, or "
             "instruction (and input) and output or response, or input_ids, or text: rename its columns"
         )
     return replace(form, template=_template_of(form, row, encoder))
 
 
 def form_of(row: Row) -> Form | None:
-    """Return the first form whose columns a row has."""
+    """Return the first form whose columns the row has; None if no form fits."""
     return next((form for form in FORMS if row.keys() >= set(form.columns)), None)
 
 
 def encoder_of(form: Form, encoder: Encoder) -> Encoder:
-    """Return an encoder with the chat template that rows of this form need.
+    """Return an encoder with a chat template, if rows of this form need one.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the form needs a chat template and the tokenizer has none.
     """
     if form.template != "chat":
         return encoder
@@ -76,7 +76,7 @@ def encoder_of(form: Form, encoder: Encoder) -> Encoder:
 
 
 def columns_of(row: Any, where: str) -> Row:
-    """Return a row, or refuse what is none."""
+    """Return a row that must be a mapping from columns to values."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}; expected columns with their values")
     return row
@@ -117,19 +117,19 @@ def _encode_instruction(answer: str, encoder: Encoder, row: Row) -> Tokens:
 
 
 def _encode_pair(encoder: Encoder, prompt: str, response: str) -> Tokens:
-    """Encode a prompt and its answer; too long a prompt loses its middle."""
+    """Encode a prompt and its answer; a prompt that is too long loses its middle."""
     prompt_ids = first_ids(encoder, prompt)
     limit = encoder.config.prompt_limit
     cut = len(prompt_ids) > limit
     if cut:
         head = (limit + 1) // 2
         prompt_ids = prompt_ids[:head] + prompt_ids[len(prompt_ids) - (limit - head) :]
-    response_ids = ended(encoder, next_ids(encoder, filled(response)))
+    response_ids = with_eos(encoder, next_ids(encoder, drop_if_blank(response)))
     return Tokens(prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids), prompt_cut=cut)
 
 
 def _encode_text(encoder: Encoder, row: Row) -> Tokens:
-    ids = ended(encoder, first_ids(encoder, filled(_text(row, "text"))))
+    ids = with_eos(encoder, first_ids(encoder, drop_if_blank(_text(row, "text"))))
     return Tokens(ids, [True] * len(ids), splits=True)
 
 
@@ -167,17 +167,17 @@ FORMS = (
     ),
     Form("text", ("text",), _encode_text),
 )
-"""The first one whose columns a row has is taken. A new form is one more entry here."""
+"""All forms, in the order of preference. A new form is one more entry here."""
 
 
 def _text(row: Row, column: str) -> str:
     if column not in row:
-        raise DataError(f"it has no column {column!r}, which the first row has")
+        raise DataError(f"column {column!r} is missing, though the first row has it; add it, or drop such rows")
     return string_of(row[column], f"column {column!r}")
 
 
 def _answer(row: Row, column: str) -> str:
-    """Return the answer of a row, the first one where there are several references."""
+    """Return the answer of a row: the first one if the column holds several references."""
     value = row.get(column)
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         return string_of(value[0], f"column {column!r}")

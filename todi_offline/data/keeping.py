@@ -1,4 +1,4 @@
-"""Batches of examples in, one table out: in memory, or in a memory-mapped file that a later run finds."""
+"""Batches of examples come in; one table goes out, in memory or in a memory-mapped file that a later run reuses."""
 
 import dataclasses
 import itertools
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEEP_ROWS = 10_000
-"""Data sets of fewer examples are tokenised again sooner than they are found."""
+"""Data sets with fewer examples are not kept: tokenising them again is fast."""
 
 IN_MEMORY_BYTES = 1 << 30
-"""Examples beyond this size live in a file, kept or temporary."""
+"""Examples larger than this go into a file, which is kept or temporary."""
 
 _LIBRARIES = ("todi-offline", "transformers", "tokenizers", "trl")
 _NOT_IDENTITY = ("data", "num_proc", "examples_dir", "streaming")
@@ -35,14 +35,15 @@ _NOT_IDENTITY = ("data", "num_proc", "examples_dir", "streaming")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the examples of a data set are kept: a table and, written last, what is known of it."""
+    """The two files of a tokenised data set: its table, and its report and recipe, which are written last."""
 
     table: Path
     facts: Path
+    """The report and the recipe, as JSON."""
 
 
-def place_of(config: DataConfig, identity: Any, tokenizer: "PreTrainedTokenizerBase") -> Place:
-    """Return where examples are kept: it follows from all that decides them."""
+def choose_place(config: DataConfig, identity: Any, tokenizer: "PreTrainedTokenizerBase") -> Place:
+    """Return the files for a data set's examples; their names are a hash of everything that decides the examples."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     settings = {name: value for name, value in settings.items() if name not in _NOT_IDENTITY}
     template = tokenizer.chat_template if config.chat_template is None else read_template(config.chat_template)
@@ -60,21 +61,21 @@ def place_of(config: DataConfig, identity: Any, tokenizer: "PreTrainedTokenizerB
 
 
 def read_kept(place: Place) -> tuple[pa.Table, dict[str, Any]] | None:
-    """Return a kept table, memory-mapped, and what is known of it; None where there is none."""
+    """Return a kept table, memory-mapped, with its report and recipe; None if the data set was not kept."""
     if not (place.table.is_file() and place.facts.is_file()):
         return None
-    logger.info("the tokenised examples are found in %s", place.table)
+    logger.info("reading the tokenised examples from %s", place.table)
     return _mapped(place.table), json.loads(place.facts.read_text(encoding="utf-8"))
 
 
 def keep_facts(place: Place, facts: Mapping[str, Any]) -> None:
-    """Write what is known of a kept table, so that it counts; does nothing where no table was kept."""
+    """Write the report and recipe of a kept table, which makes the table valid. Do nothing if no table was kept."""
     if place.table.is_file():
         _replace(place.facts, lambda path: path.write_text(json.dumps(facts), encoding="utf-8"))
 
 
 def gather_table(batches: Iterator[pa.RecordBatch], schema: pa.Schema, place: Place | None) -> pa.Table:
-    """Gather batches in memory or, where there are many, in a file: kept in its place, or else gone with its user."""
+    """Gather batches into one table. A large table goes into its place, or into a temporary file if it has none."""
     gathered: list[pa.RecordBatch] = []
     num_bytes = num_rows = 0
     for batch in batches:
@@ -104,7 +105,7 @@ def _mapped(path: Path) -> pa.Table:
 
 
 def _replace(path: Path, write: Any) -> None:
-    """Write a file under another name, and give it its own when it is whole."""
+    """Write a file under a temporary name, then rename it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         write(partial)

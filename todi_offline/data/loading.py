@@ -1,4 +1,4 @@
-"""The name of a data set, or its rows, in; `Examples` out."""
+"""The name of a data set, or its rows, come in; `Examples` go out."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from todi_offline.data.encoder import Encoder, make_encoder
 from todi_offline.data.encoding import OWN_ID, Encoded, RowEncoder, encoded_batches
 from todi_offline.data.examples import SCHEMA, DataConfig, DataReport, Examples, as_dataset
 from todi_offline.data.forms import Form, encoder_of, recognise_form
-from todi_offline.data.keeping import Place, gather_table, keep_facts, place_of, read_kept
+from todi_offline.data.keeping import Place, choose_place, gather_table, keep_facts, read_kept
 from todi_offline.data.sources import Source, open_source
 from todi_offline.data.tokens import Row
 from todi_offline.errors import ConfigError, DataError
@@ -34,18 +34,18 @@ _RECORDED = (
 )
 
 WARN_SHARE = 0.01
-"""Of the rows; where more are cut or dropped, it is a warning."""
+"""Share of the rows that may be cut or dropped without a warning."""
 
 
 def load_examples(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> Examples:
-    """Read and tokenise the data set that `config` names; a large one is kept, and found by the next run.
+    """Read and tokenise the data set that `config` names. A large result is kept in a file that the next run reuses.
 
     Raises:
-        DataError: it cannot be found or read, or a row of it is no example; says which.
-        ModelError: the tokenizer lacks EOS, or the chat template that the rows need.
+        DataError: the data set cannot be found or read, or a row cannot be encoded; the message names the row.
+        ModelError: the tokenizer has no EOS token, or lacks the chat template that the rows need.
     """
     source = open_source(config)
-    place = None if source.identity is None else place_of(config, source.identity, tokenizer)
+    place = None if source.identity is None else choose_place(config, source.identity, tokenizer)
     kept = read_kept(place) if place else None
     if kept is None:
         return _examples_from(source, config, tokenizer, place)
@@ -54,7 +54,7 @@ def load_examples(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> E
 
 
 def recorded_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of `DataConfig` that a recipe records: the same rows give the same examples with them."""
+    """Return the `DataConfig` settings of a recipe; with them the same rows give the same examples."""
     return {name: recipe[name] for name in _RECORDED if recipe.get(name) is not None}
 
 
@@ -63,7 +63,7 @@ def examples_from_rows(
 ) -> Examples:
     """Tokenise rows that are already loaded: a `datasets.Dataset`, or any iterable of dicts.
 
-    Of `config` the limit and how examples are made are used; `source` names the rows.
+    `source` names the rows in messages and ids. The fields of `config` that name a data set are ignored.
 
     Raises:
         DataError, ModelError: as `load_examples`.
@@ -82,7 +82,7 @@ def _examples_from(
     encoder = make_encoder(tokenizer, config)
     form = recognise_form(first, encoder, source.name)
     if config.pack and form.name != "text":
-        raise ConfigError(f"pack joins rows of `text`, and those of {source.name} are {form.name}; leave it out")
+        raise ConfigError(f"pack works only for rows of `text`, and {source.name} has {form.name}; leave out pack")
     encoder = encoder_of(form, encoder)
     counts: Counter[str] = Counter()
     job = RowEncoder(encoder, form, source.name)
@@ -104,17 +104,17 @@ def _counted(encoded: Iterable[Encoded], counts: Counter[str]) -> Iterator[pa.Re
 
 
 def _examples(table: pa.Table, source: Source, report: DataReport, recipe: dict[str, Any]) -> Examples:
-    """Return a table as examples, under their rows' own ids where these name each, and say what became of the rows."""
+    """Return a table as examples and log the report. The rows' own ids name the examples if they are unique."""
     import pyarrow.compute
 
     own_ids = table.column(OWN_ID.name)
     if not own_ids.null_count and pyarrow.compute.count_distinct(own_ids).as_py() == len(own_ids):
         table = table.set_column(0, SCHEMA.field(0), own_ids)
-    much = report.share_cut > WARN_SHARE
-    logger.log(logging.WARNING if much else logging.INFO, "%s: %s", source.name, report)
+    level = logging.WARNING if report.share_cut > WARN_SHARE else logging.INFO
+    logger.log(level, "%s: %s", source.name, report)
     if report.num_thoughts_lost:
         logger.warning(
-            "%s: the chat template leaves out thoughts of the assistant in %s rows; an argument of it may keep them "
+            "%s: the chat template leaves out thoughts of the assistant in %s rows; a template argument may keep them "
             "(--chat-template-kwargs)",
             source.name,
             f"{report.num_thoughts_lost:,}",
@@ -123,7 +123,7 @@ def _examples(table: pa.Table, source: Source, report: DataReport, recipe: dict[
 
 
 def _recipe(form: Form, encoder: Encoder) -> dict[str, Any]:
-    """Return how examples are made, as far as it applies to this form."""
+    """Return the settings that decide the examples of this form."""
     config = encoder.config
     recipe: dict[str, Any] = {
         "limit": config.limit,

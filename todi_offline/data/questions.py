@@ -1,4 +1,4 @@
-"""A row in, the row with a stand-in for its answer, and the references that the answer is compared with, out."""
+"""A row comes in; the row with a stand-in for its answer goes out, and the references that the answer gave."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from todi_offline.data.tokens import Row
 from todi_offline.errors import DataError
 
 _STAND_IN = "-"
-"""A prompt does not depend on the answer that follows it."""
+"""Stands in for the answer when a prompt is encoded: the prompt does not depend on the answer."""
 
 
 def without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
-    """Return a row as prompt and stand-in, and its references; of a conversation the last message is the answer.
+    """Return a row with a stand-in for its answer, and the references; the last message of `messages` is the answer.
 
     Raises:
-        DataError: it has no answer.
+        DataError: the row has no answer.
     """
     form = form_of(row)
     if form is None or form.answer is None:
@@ -32,7 +32,7 @@ def without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
     if isinstance(answer, list) and answer and not isinstance(answer[0], str):
         *before, last = answer
         _require_message(last)
-        # Thoughts and calls belong to the answer: with them another prompt would be rendered.
+        # Without thoughts and tool calls: they belong to the answer, and some templates would change the prompt.
         stand_in: Any = [*before, {"role": last.get("role"), "content": _STAND_IN}]
         texts = [last.get("content")]
     else:

@@ -1,4 +1,4 @@
-"""The name of a file, folder, hub id or `stdlib` in, rows out."""
+"""The name of a file, a folder, a hub data set or `stdlib` comes in; rows go out."""
 
 import contextlib
 import csv
@@ -22,17 +22,17 @@ from todi_offline.stdlib_corpus import SPLITS, stdlib_pairs
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Rows, their short name, and what the recipe says of them."""
+    """The rows of a data set, its short name, and its entries in the recipe."""
 
     rows: Iterable[Row]
     name: str
     recipe: dict[str, Any]
     identity: Any = None
-    """What changes when the rows do, as JSON knows it; None where nothing says so, or it does not matter."""
+    """A JSON value that changes when the rows change. None if there is no such value, or nothing needs one."""
 
 
 def open_source(config: DataConfig) -> Source:
-    """Find what `config.data` names.
+    """Open the data set that `config.data` names.
 
     Raises:
         DataError: there is no such file, folder, hub id or split.
@@ -42,7 +42,8 @@ def open_source(config: DataConfig) -> Source:
         split = _choose_split(config.split, SPLITS, "stdlib")
         pairs = stdlib_pairs(split)
         rows = [{"id": pair.id, "instruction": pair.instruction, "output": pair.response} for pair in pairs]
-        return _split_source("stdlib", split, rows, python=platform.python_version())
+        recipe = {"source": "stdlib", "split": split, "python": platform.python_version()}
+        return Source(rows, f"stdlib/{split}", recipe)
     if path.is_dir():
         return _open_folder(path, config.split)
     if path.is_file():
@@ -55,15 +56,11 @@ def open_source(config: DataConfig) -> Source:
     return _open_hub(config)
 
 
-def _split_source(name: str, split: str, rows: Iterable[Row], **more: str) -> Source:
-    return Source(rows, f"{name}/{split}", {"source": name, "split": split, **more})
-
-
-def _choose_split(wanted: str | None, splits: Sequence[str], where: str) -> str:
+def _choose_split(wanted: str | None, splits: Sequence[str], source: str) -> str:
     chosen = wanted or ("train" if "train" in splits or len(splits) > 1 else splits[0])
     if chosen not in splits:
-        found = f"has no split {wanted!r}" if wanted else "has several splits"
-        raise DataError(f"{where} {found}; choose one of: {', '.join(splits)}")
+        problem = f"has no split {wanted!r}" if wanted else "has several splits"
+        raise DataError(f"{source} {problem}; choose one of: {', '.join(splits)}")
     return chosen
 
 
@@ -76,8 +73,8 @@ def _open_folder(path: Path, split: str | None) -> Source:
             loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
-            f"{path} is not a folder that `datasets` saved ({first_line(error)}); name a file within it, or save it "
-            "with save_to_disk"
+            f"{path} is not a folder that `datasets` saved ({first_line(error)}); name a file within it, or save the "
+            "data set with save_to_disk"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose_split(split, list(loaded), name)
@@ -91,25 +88,25 @@ def _open_folder(path: Path, split: str | None) -> Source:
 def _open_hub(config: DataConfig) -> Source:
     import datasets
 
-    name, where = config.data, {"revision": config.data_revision} if config.data_revision else {}
+    name, revision = config.data, {"revision": config.data_revision} if config.data_revision else {}
     try:
         with _quiet():
-            splits = datasets.get_dataset_split_names(name, config.subset, **where)
+            splits = datasets.get_dataset_split_names(name, config.subset, **revision)
             chosen = _choose_split(config.split, splits, name)
-            rows = datasets.load_dataset(name, config.subset, split=chosen, streaming=config.streaming, **where)
+            rows = datasets.load_dataset(name, config.subset, split=chosen, streaming=config.streaming, **revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name} is no file or folder here, and cannot be had from the hub: {first_line(error)}"
+            f"{name} is not a file or folder here, and the hub cannot give it: {first_line(error)}; check the name"
         ) from error
     recipe = {"source": name, "split": chosen}
     recipe |= {"subset": config.subset} if config.subset else {}
-    recipe |= where
+    recipe |= revision
     return Source(rows, f"{name}/{chosen}", recipe, None if config.streaming else rows._fingerprint)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars of `datasets` and of the hub where no terminal shows them."""
+    """Hide the progress bars of `datasets` and of the hub if stderr is not a terminal."""
     import datasets
     import huggingface_hub.utils
 
@@ -125,10 +122,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file one after the other; it is never in memory as a whole, a list in a .json file apart."""
+    """Yield the rows of a file one by one. Only a JSON list is read into memory as a whole."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path.name} is of no known kind; expected one of {', '.join(_READERS)}")
+        raise DataError(f"{path.name} has no known suffix; expected one of {', '.join(_READERS)}")
     try:
         yield from reader(path)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
@@ -152,7 +149,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _starts_a_list(file: TextIO) -> bool:
-    """Look at the first character that is not blank, and go back to the start."""
+    """Tell whether the first character that is not blank is `[`, and rewind the file."""
     while (character := file.read(1)).isspace():
         pass
     file.seek(0)
@@ -165,7 +162,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file, strict=True)
         for row in reader:
             if None in row or None in row.values():
-                raise ValueError(f"the row that ends in line {reader.line_num} has not as many fields as the header")
+                raise ValueError(
+                    f"the row that ends in line {reader.line_num} has more or fewer fields than the header"
+                )
             yield row
 
 
@@ -189,7 +188,7 @@ def _read_arrow(path: Path) -> Iterator[Row]:
 
 
 def _read_text(path: Path) -> Iterator[Row]:
-    """Yield the paragraphs of a text file, between which blank lines stand, one after the other."""
+    """Yield the paragraphs of a text file; blank lines separate them."""
     with path.open(encoding="utf-8-sig") as file:
         for is_blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
             if not is_blank:

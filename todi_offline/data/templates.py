@@ -1,7 +1,7 @@
-"""A tokenizer and settings in, the chat template that conversations are rendered with, and what it does, out.
+"""A tokenizer and settings come in; the chat template to render with goes out, and how that template writes a turn.
 
-A template serves conversations of several turns if it writes a turn in the same way whether it is the last one or not.
-Where the tokenizer's own does not, or ends no turn, the training template that `trl` publishes for it is taken.
+A template works for conversations of several turns if it writes the last turn in the same way as earlier turns. If the
+tokenizer's own template does not, or writes no end-of-turn token, the training template that `trl` publishes is used.
 """
 
 import copy
@@ -24,62 +24,62 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""The names that families have for what a model thinks before it answers."""
+"""The keys under which families keep the thoughts of a model before its answer."""
 
 _QUESTION, _ANSWER, _THOUGHT, _TOOL = "\ue000", "\ue001", "\ue002", "tool\ue003"
-"""Of the private use area, so that no template writes them by itself."""
+"""Characters of the private use area: no template writes them by itself."""
 
-# As a date of today would change the prompt from one day to the next: a capture could not go on, nor match.
+# Today's date would change the prompts from day to day: a capture could not resume, nor training find its examples.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """How a template writes a turn, found by rendering small conversations."""
+    """How a template writes a turn, measured on small conversations."""
 
     question_to_answer: str
-    """What stands between a question and where the assistant is to answer."""
+    """The text between a question and the start of the answer."""
     prompt_excess: tuple[str, ...]
-    """Ends of the generation prompt that a rendered turn may lack, as the <think> of DeepSeek; shortest first."""
+    """Ends of the generation prompt that a rendered turn may lack, such as DeepSeek's <think>; shortest first."""
     end_of_turn: str
-    """The special token that ends a turn; empty where the template writes none."""
+    """The special token that ends a turn; empty if the template writes none."""
     rewrites: bool
-    """It writes a turn in another way when others follow."""
+    """The template changes a turn when more turns follow."""
     thinks_in_content: bool
-    """Thoughts belong into the content, between <think> and </think>; it reads no key for them."""
+    """The template reads thoughts only in the content, between <think> and </think>, and from no key of their own."""
     reads_tools: bool
     reads_calls: bool
     reads_results: bool
     arguments_as_text: bool
-    """It wants the arguments of a tool call as JSON text."""
+    """The template expects the arguments of a tool call as JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A template, and whose."""
+    """A chat template, its tokenizer and its origin."""
 
     tokenizer: "PreTrainedTokenizerBase"
     text: str
     origin: str
     """`tokenizer`, `trl` or `given`."""
     specials: tuple[str, ...]
-    """The texts of the tokenizer's special tokens, the longest first."""
+    """The texts of the tokenizer's special tokens, longest first."""
     traits: dict[str, Traits] = field(default_factory=dict)
-    """What is known of it, by the arguments it was rendered with."""
+    """The traits measured so far, by template arguments as JSON."""
 
     @property
     def marks_answers(self) -> bool:
-        """Whether it has {% generation %} blocks."""
+        """Whether the template has {% generation %} blocks."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
 
 
 def choose_template(
     tokenizer: "PreTrainedTokenizerBase", specials: Sequence[str], given: str | None, options: Mapping[str, Any]
 ) -> ChatTemplate:
-    """Return the template to use: the given one (a file or the template itself), else the tokenizer's own or trl's.
+    """Return the template to use: `given` (a file, or the template itself), else the tokenizer's own or trl's.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no template.
     """
     longest_first = tuple(sorted(specials, key=len, reverse=True))
     if given is not None:
@@ -87,7 +87,7 @@ def choose_template(
     if not tokenizer.chat_template:
         raise ModelError(
             "the rows are conversations, and the tokenizer has no chat template; name one (--chat-template FILE), take "
-            "the tokenizer of an instruct model, or give prompt and completion as texts"
+            "the tokenizer of an instruct model, or use rows with prompt and completion as texts"
         )
     own = ChatTemplate(tokenizer, tokenizer.get_chat_template(), "tokenizer", longest_first)
     traits = traits_of(own, options)
@@ -96,23 +96,23 @@ def choose_template(
 
 
 def with_recorded_template(tokenizer: Any, recipes: Iterable[Mapping[str, Any]]) -> Any:
-    """Return a tokenizer with the chat template of a cache's data, for a student is served with what it learnt.
+    """Return a tokenizer with the chat template of a cache's data: a student is served with the template it learnt.
 
-    A template that differs is reported. No id changes by it.
+    A warning is logged if the template differs from the tokenizer's own. No token id changes.
     """
     recorded = {recipe["chat_template"] for recipe in recipes if recipe.get("chat_template")}
     if len(recorded) > 1:
         logger.warning("the cache was captured with %s chat templates; the student keeps its own", len(recorded))
     if len(recorded) != 1 or tokenizer.chat_template in recorded:
         return tokenizer
-    logger.warning("the student's chat template is not the one of the cache, which is saved with the student")
+    logger.warning("the student's chat template differs from the cache's; the cache's is saved with the student")
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = recorded.pop()
     return tokenizer
 
 
 def read_template(given: str) -> str:
-    """Return a chat template: what is given is a file of it, or the template itself.
+    """Return the text of a chat template; `given` is the name of its file, or the template itself.
 
     Raises:
         DataError: the file cannot be read.
@@ -126,7 +126,7 @@ def read_template(given: str) -> str:
 
 
 def _published_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Return trl's training template for the tokenizer's own; None where there is none, or trl is not installed."""
+    """Return trl's training template for the tokenizer; None if trl has none or is not installed."""
     if find_spec("trl") is None:
         return None
     from trl.chat_template_utils import get_training_chat_template
@@ -146,7 +146,7 @@ def render(
     *,
     asks: bool = False,
 ) -> str:
-    """Return a conversation as text; with `asks`, up to where the assistant is to answer.
+    """Return a conversation as text; with `asks`, followed by the generation prompt.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -157,7 +157,7 @@ def render(
 def render_marked(
     chat: ChatTemplate, messages: Sequence[Message], options: Mapping[str, Any], tools: Sequence[Any] | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return a conversation as text, and from where to where its {% generation %} blocks reach.
+    """Return a conversation as text, and the start and stop of each {% generation %} block.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -193,7 +193,7 @@ def _rendered(
 
 
 def traits_of(chat: ChatTemplate, options: Mapping[str, Any]) -> Traits:
-    """Return how the template writes turns with these arguments; looked at once."""
+    """Return how the template writes turns with these arguments; measured once and remembered."""
     key = json.dumps(options, sort_keys=True, default=str)
     if key not in chat.traits:
         chat.traits[key] = _Probe(chat, options).traits()
@@ -202,7 +202,7 @@ def traits_of(chat: ChatTemplate, options: Mapping[str, Any]) -> Traits:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A template that is asked to render small conversations; what it refuses is empty."""
+    """Renders small conversations to measure a template; a conversation that the template refuses gives no text."""
 
     chat: ChatTemplate
     options: Mapping[str, Any]
@@ -213,7 +213,7 @@ class _Probe:
         asked = self._between(self._text([question], asks=True), _QUESTION)
         turn, thoughtful_turn = self._text([question, answer]), self._text([question, thoughtful])
         before = [self._between(turn, _QUESTION, _ANSWER), self._between(thoughtful_turn, _QUESTION, _THOUGHT)]
-        excess = {asked[_num_alike(asked, text) :] for text in before if text}
+        excess = {asked[_common_prefix_length(asked, text) :] for text in before if text}
         in_content = answer | {"content": f"<think>\n{_THOUGHT}\n</think>\n\n{_ANSWER}"}
         keeps_content = _THOUGHT in self._text([question, in_content])
         as_text, calls = self._calls(question)
@@ -238,9 +238,9 @@ class _Probe:
 
     @staticmethod
     def _between(text: str, start: str, stop: str | None = None) -> str:
-        """Return what follows `start`, up to `stop`; nothing where one is not there."""
-        _, found, after = text.partition(start)
-        if stop is None or not found:
+        """Return the text after `start`, up to `stop`; empty if either is missing."""
+        _, separator, after = text.partition(start)
+        if stop is None or not separator:
             return after
         return after[: after.index(stop)] if stop in after else ""
 
@@ -249,13 +249,13 @@ class _Probe:
         return not self._text(messages).startswith(last + _ANSWER)
 
     def _end_of_turn(self, after: str) -> str:
-        """Return the last of the special tokens that follow an answer without a gap."""
+        """Return the last of the special tokens directly after an answer."""
         special = "|".join(map(re.escape, self.chat.specials))
-        found = re.match(rf"\s*((?:{special})+)", after) if special else None
-        return re.findall(special, found[1])[-1] if found else ""
+        match = re.match(rf"\s*((?:{special})+)", after) if special else None
+        return re.findall(special, match[1])[-1] if match else ""
 
     def _calls(self, question: Message) -> tuple[bool, str]:
-        """Return whether arguments are to be text, and a conversation with a call and its result."""
+        """Return whether the template expects arguments as text, and a conversation with a tool call and its result."""
         for as_text in (False, True):
             arguments: Any = {"value": 1}
             function = {"name": _TOOL, "arguments": json.dumps(arguments) if as_text else arguments}
@@ -268,8 +268,8 @@ class _Probe:
         return False, self._text([question, asking])
 
 
-def _num_alike(one: str, other: str) -> int:
-    """Return how many characters two texts have in common at their beginning."""
+def _common_prefix_length(one: str, other: str) -> int:
+    """Return the length of the common prefix of two texts."""
     pairs = zip(one, other, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 

@@ -1,4 +1,4 @@
-"""What a row is before and after it is encoded, and what makes one no example."""
+"""The types on both sides of encoding: a `Row` comes in; `Tokens` go out, or the row is `Dropped`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from todi_offline.errors import DataError
 Row = Mapping[str, Any]
 
 
-class Dropped(Exception):  # noqa: N818 -- no error of anybody's
-    """The row gives no example, and is counted under this name."""
+class Dropped(Exception):  # noqa: N818 -- it is not an error
+    """The row gives no example; the argument names the count in `DataReport` that it adds to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,31 +19,31 @@ class Tokens:
 
     ids: list[int]
     supervised: list[bool]
-    """[token]: whether the token itself is to be predicted."""
+    """[token]: True where the student learns to predict this token."""
     prompt_cut: bool = False
     splits: bool = False
-    """Too long a sequence becomes several, where others lose their end."""
+    """Split a sequence that is too long into several examples; otherwise it loses its end."""
     lost_thoughts: bool = False
-    """The chat template has left thoughts of the assistant out."""
+    """The chat template left out thoughts of the assistant."""
 
 
 def string_of(value: Any, where: str) -> str:
-    """Return a text, or refuse what is none.
+    """Return a value that must be a text.
 
     Raises:
-        DataError: it is no text, or not in valid Unicode.
+        DataError: the value is not a text, or not valid Unicode.
     """
     if not isinstance(value, str):
         raise DataError(f"{where} holds {value!r:.60} ({type(value).__name__}); expected a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where} holds half a character ({error}); repair its encoding") from error
+        raise DataError(f"{where} is not valid Unicode ({error}); repair its encoding") from error
     return value
 
 
-def filled(text: str) -> str:
-    """Return a text; a blank one drops the row."""
+def drop_if_blank(text: str) -> str:
+    """Return a text; drop the row if the text is blank."""
     if not text.strip():
         raise Dropped("num_empty")
     return text
