@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.fake_vllm import install_fake_vllm
+from support.fake_vllm import EngineDeadError, FakeLLM, install_fake_vllm
 from support.tiny_models import save_llama
 
 from todi_offline.cache.check.verify import verify_cache
@@ -15,7 +15,7 @@ from todi_offline.capturing.vllm_engine import VllmEngine
 from todi_offline.cli import cli
 from todi_offline.config import load_config
 from todi_offline.data import Examples
-from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
+from todi_offline.errors import CacheMismatchError, ConfigError, EngineError, ModelError
 from todi_offline.teacher import Teacher
 
 SMALL: dict[str, Any] = {"k": 8, "tail_samples": 2, "shard_tokens": 4096, "codec": "fast"}
@@ -55,6 +55,21 @@ def test_a_capture_goes_on_with_the_engine_that_began_it(
     with pytest.raises(CacheMismatchError, match="is not finished"):
         capture(folder, examples, tmp_path / "a", device="cpu", **SMALL)
     assert capture(folder, examples, tmp_path / "a", engine="vllm", **SMALL).num_sequences == len(examples)
+
+
+def test_an_engine_that_dies_as_examples_are_tried_one_by_one_leaves_none_of_them_out(
+    folder: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def enqueue(self: FakeLLM, prompts: Any, params: Any, *, use_tqdm: bool) -> None:
+        calls.append(len(prompts))
+        raise EngineDeadError if len(calls) > 2 else ValueError("a prompt that is refused")
+
+    install_fake_vllm(monkeypatch, enqueue=enqueue)
+    with pytest.raises(EngineError, match="vLLM has died"):
+        capture(folder, examples, tmp_path, engine="vllm", skip_failed=True, **SMALL)
+    assert calls == [21, 1, 1]
 
 
 def test_a_teacher_that_is_loaded_here_is_refused(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from todi_offline.data import Example, Examples, examples_from_stream
 from todi_offline.errors import (
     CacheCorruptError,
     CacheLockedError,
+    EngineError,
     OutOfMemoryError,
     TeacherOutputError,
     TodiError,
@@ -222,9 +223,15 @@ class ShardWorker:
         return [next(rows) if failure is None else failure for failure in failures]
 
     def _failure(self, example: Example) -> str | None:
-        """Return why the teacher fails at an example by itself, or None where it does not."""
+        """Return why the teacher fails at an example by itself, or None where it does not.
+
+        Raises:
+            EngineError: what runs the teacher has died, or does not answer: no example is to blame.
+        """
         try:
             self.engine.targets([example], self.writer.manifest.settings, lambda _: None)
+        except EngineError:
+            raise
         except Exception as error:
             return f"{type(error).__name__}: {first_line(error)}"
         return None
