@@ -145,6 +145,8 @@ def _knobs() -> Iterator[Arm]:
     """What each setting of the objective adds to ToDi from a cache of K = 16 with 8 samples, one of them at a time."""
     base = functools.partial(cached, 16, 8, encoding="root8")
     yield from (SFT, base(), DENSE, base(loss="forward_kl", kd_weight=matched(0.5)))
+    yield cached(0, 12, "forward_kl", encoding="root8", kd_weight=matched(0.5))
+    yield REFERENCES[2]
     yield from (base(settings=f"positions={positions}") for positions in ("student-entropy:0.2", "tip:0.5"))
     yield from (
         base(loss=loss, kd_weight=matched(0.5, loss)) for loss in ("entropy_gate", "concrete_score", "alpha_mixture")

@@ -94,7 +94,7 @@ def bytes_per_target(arm: Arm, cache: Cache) -> float:
     used = {"topk_ids", "topk_logprobs"}
     used |= {"tail_logsumexp"} if arm.tail in ("bucket", "sampled") else set()
     used |= {"tail_ids", "tail_logprobs"} if arm.tail == "sampled" else set()
-    return sum(cache.bytes_by_array[name] for name in used) / int(cache.num_targets.sum())
+    return sum(cache.bytes_by_array.get(name, 0) for name in used) / int(cache.num_targets.sum())
 
 
 def renormalised(targets: SparseTargets) -> SparseTargets:

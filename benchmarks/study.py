@@ -19,7 +19,7 @@ predictions; for random draws, of their different ids and how often each was dra
 
     --quick               a teacher trained on the spot, one seed, some of the arms: 8 min 49 s on two cores
     --set grid=bars       the same teacher, three seeds, those arms with bars of the project: 21 runs
-    --set grid=knobs      the same teacher, one setting of the objective at a time: 20 runs a seed
+    --set grid=knobs      the same teacher, one setting of the objective at a time: 22 runs a seed
     --set grid=choice     the same teacher, what tells which settings to choose: 61 runs a seed (--set seeds=1)
     (neither)             1,812 runs: for a GPU. Name a teacher with --set teacher=FOLDER, else SmolLM2-135M-Instruct
                           is fetched, and text with --set data=FILE and heldout=FILE, else Python's documentation
@@ -139,7 +139,8 @@ def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequ
     if arm.targets == "random":
         sequences, num_bytes = random_draws(_captured(world, folder, "train"), teacher, arm.samples, arm.seed)
         return sequences, num_bytes, functools.partial(random_draws_loss, arm)
-    cache = _captured(world, folder, "train", arm.k or 8, arm.samples, arm.encoding, arm.drawn_at)
+    k = arm.k if arm.targets == "cached" else arm.k or 8
+    cache = _captured(world, folder, "train", k, arm.samples, arm.encoding, arm.drawn_at)
     if arm.targets in ("none", "dense"):
         return cache, 0.0, functools.partial(dense_loss, arm, teacher)
     progress = ((step + 0.5) / world.settings.steps for step in itertools.count())

@@ -57,10 +57,10 @@ def test_without_a_c_compiler_nothing_is_compiled_and_one_line_says_so(
 ) -> None:
     for _ in range(2):
         assert passes.compiled_for_cuda(passes.combine_piece, "cuda") is passes.combine_piece
-    assert caplog.text.count("combine_piece is not compiled, for there is no C compiler") == 1
+    assert caplog.text.count("combine_piece is not compiled because there is no C compiler") == 1
     (with_triton / "gcc").touch(mode=0o755)
     assert passes.compiled_for_cuda(passes.exponentiate_piece, "cuda") is passes.exponentiate_piece
-    assert "for there is no " in caplog.records[-1].getMessage()
+    assert "because there is no " in caplog.records[-1].getMessage()
     assert "Python.h" in caplog.records[-1].getMessage()
     (with_triton / "Python.h").touch()
     passes.compiled_for_cuda.cache_clear()

@@ -27,6 +27,7 @@ ARMS = [
     cached(8, tail="none", temperature=2.0),
     Arm(targets="renormalised", k=8),
     Arm(targets="random", samples=3),
+    cached(0, 3, "forward_kl", encoding="root8"),
     cached(8, 2, settings="positions=tip:0.5 kd_schedule=wsd head_weight=2"),
 ]
 

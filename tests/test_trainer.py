@@ -670,8 +670,25 @@ def test_selected_positions_are_trained_on_alike_with_and_without_the_head(cache
         config = DistillationConfig(kd_weight=kd_weight, positions="tip:0.5")
         for has_head in (True, False):
             trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=2)
-            trainer.head = trainer.head if has_head else None
+            trainer.head = dataclasses.replace(trainer.head, is_linear=has_head)
             trainer.train()
             losses.append(trainer.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[2] == pytest.approx(losses[3], rel=1e-4)
+
+
+def test_a_cache_of_samples_alone_trains_a_student(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
+    capture(teacher, examples, tmp_path / "samples", k=0, tail_samples=6)
+    cache = open_cache(tmp_path / "samples")
+    config = DistillationConfig(divergence="forward_kl", kd_weight=1.0)
+    losses = []
+    for has_head in (True, False):
+        trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=8)
+        trainer.head = dataclasses.replace(trainer.head, is_linear=has_head)
+        trainer.train()
+        losses.append(trainer.losses)
+        batch = trainer.batches[0]
+        assert batch["ids"].shape[1] == 0
+        assert batch["tail_ids"].shape[1] == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]

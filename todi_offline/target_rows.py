@@ -75,10 +75,20 @@ def sparsify_chunks(
             )
         except TeacherOutputError as error:
             raise TeacherOutputError(str(error), start + error.row) from error
-        log_partition = logits.gather(-1, targets.ids[:, :1]).squeeze(-1) - targets.logprobs[:, 0]
-        parts.append(_to_numpy(targets, label_logprob, log_partition if settings.encoding == "bf16_logit" else None))
+        log_partition = _log_partition(logits, targets) if settings.encoding == "bf16_logit" else None
+        parts.append(_to_numpy(targets, label_logprob, log_partition))
         start = rows.stop
     return TargetRows.concatenate(parts)
+
+
+def _log_partition(logits: Float[Tensor, "target vocab"], targets: SparseTargets) -> Float[Tensor, " target"]:
+    """Return the log sum of exp(logit): a logit less its log-prob, of the first kept id or of the first sample."""
+    ids, logprobs = targets.ids, targets.logprobs
+    if not ids.shape[1]:
+        assert targets.tail_ids is not None
+        assert targets.tail_logprobs is not None
+        ids, logprobs = targets.tail_ids, targets.tail_logprobs
+    return logits.gather(-1, ids[:, :1]).squeeze(-1) - logprobs[:, 0]
 
 
 def located(error: TeacherOutputError, sources: Sequence[tuple[str, npt.NDArray[np.int64]]]) -> TeacherOutputError:

@@ -21,19 +21,19 @@ class DistillationConfig:
     """
 
     divergence: str | Divergence = "todi"
-    """A name in `todi_offline.losses.DIVERGENCES`, one that an installed package registers, or `module:function`."""
+    """A name in `todi_offline.losses.DIVERGENCES`, a name that an installed package registers, or `module:function`."""
     beta: float = 1.0
     """Sharpness of ToDi's gate: -1 or more."""
     temperature: float = 1.0
-    """Of teacher and student in KD; one of those that the cache was captured at."""
+    """The temperature of teacher and student in KD; one of the temperatures that the cache was captured at."""
     k: int | None = None
     """Entries of the teacher used a position; the cache's by default. With 0 the sampled tail is all of KD."""
     tail: Tail = "auto"
-    """What stands for the rest of the vocabulary; `auto` is `sampled` where samples are stored, else `bucket`."""
+    """The stand-in for the vocabulary beyond the k ids; `auto` is `sampled` where samples are stored, else `bucket`."""
     tail_weight: float | None = None
     """Weight of the sampled tail's term; by default the divergence's own curvature."""
     head_weight: float = 1.0
-    """Weight of what the divergence sees inside the k kept ids; 1 leaves the divergence as it is."""
+    """Weight of the part of the divergence that is inside the k kept ids; 1 changes nothing."""
     mass_weight: float = 1.0
     """Weight of the divergence between two entries, the mass of the kept ids and that of the tail."""
     kd_weight: float = 0.5
@@ -45,7 +45,7 @@ class DistillationConfig:
     where it is sure and far from the teacher)."""
 
     def __post_init__(self) -> None:
-        """Refuse names that nothing has, and numbers out of range."""
+        """Refuse unknown names, and numbers out of range."""
         resolve(self.divergence, self.beta)
         for name, value, known in (("tail", self.tail, Tail), ("kd_schedule", self.kd_schedule, Schedule)):
             if value not in get_args(known):

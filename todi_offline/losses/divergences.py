@@ -5,9 +5,9 @@ entries of a position: dense, every id of the vocabulary; sparse, the kept ids a
 everything else as one bucket, with the teacher's exact mass and the student's.
 
 Each term of a sum is stationary in q at q = p on its own: forward KL is the sum of p r - p + q, not of p r.
-Where the entries sum to one, dense and with a bucket, what this adds vanishes, in value and gradient. With
-the kept ids alone (`tail="none"`) it is what makes q = p the solution. ToDi, Jeffreys, JS, TVD and alpha-beta
-are stationary there as they stand.
+Where the entries sum to one, dense and with a bucket, the added - p + q vanishes, in value and gradient. With
+the kept ids alone (`tail="none"`) the added terms make q = p the solution. ToDi, Jeffreys, JS, TVD and alpha-beta
+are stationary without them.
 
 A new divergence is one function of two tensors of log-probs [..., entry]: passed in place of a name, named
 `module:function`, or named by an installed package in its entry points of the group `todi_offline.divergences`.
@@ -36,7 +36,7 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A divergence as it is used: a function of the log-probs of both models, and how strong it is near q = p.
+    """A divergence with its parameters bound, and its strength near q = p.
 
     Attributes:
         function: two tensors of log-probs [..., entry] in, one value a position out.
@@ -62,8 +62,8 @@ def near_teacher(curvature: float) -> Callable[[F], F]:
 def todi(teacher: Logprobs, student: Logprobs, beta: float = 1.0) -> PerPosition:
     """Return sum a p r - (1 - a) q r, a = sigmoid(beta r) without gradient.
 
-    Where the teacher gives more, a > 1/2 and the forward term leads; where the student does, the reverse one.
-    At beta = 1 the value is that of Jeffreys' divergence; the gradient is another.
+    Where the teacher gives more, a > 1/2 and the forward term leads; where the student gives more, the reverse term.
+    At beta = 1 the value is that of Jeffreys' divergence, but the gradient differs.
     ToDi, Jung et al. 2025, arXiv 2505.16297.
     """
     ratio = teacher - student
@@ -244,7 +244,7 @@ def installed_divergence(name: str) -> Divergence:
     """Return the divergence `module:function`, or the one that an installed package has under that name.
 
     Raises:
-        ConfigError: there is none, or it is no function that can be loaded.
+        ConfigError: no divergence has that name, or its function cannot be loaded.
     """
     installed = entry_points(group=ENTRY_POINTS)
     if name in installed.names:
@@ -263,7 +263,7 @@ def installed_divergence(name: str) -> Divergence:
 
 
 def choices(given: str, known: Iterable[str]) -> str:
-    """Return what an error says of a name that is none of those known."""
+    """Return the names that an error lists in place of an unknown one, with the closest as a suggestion."""
     close = difflib.get_close_matches(given, known, n=1)
     return f"one of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
 

@@ -18,9 +18,9 @@ from todi_offline.losses.divergences import Divergence, resolve, values_of
 from todi_offline.targets import SparseTargets, check_narrowing
 
 FLOOR = -1e3
-"""Where a logit is -inf, it is taken to lie this many nats from the largest of its row instead. Its
-probability is still exactly zero, in float64 too, but the log of it, products with that, and their gradients
-are finite. A tail less probable than that counts as that."""
+"""A logit of -inf is replaced by the largest logit of its row plus this many nats. Its probability is still exactly
+zero, in float64 too, but its logarithm, products with it, and their gradients are finite. A less probable tail is
+raised to this floor too."""
 
 
 def dense_divergence(
@@ -60,7 +60,7 @@ def sparse_divergence(
 
     Targets may be the rows of a cached sequence, as they are: `cache[0].targets`.
 
-    What becomes of the tail:
+    The tail enters in one of these ways:
 
     - "bucket": one more entry. For ToDi and every f-divergence this is the dense divergence where, inside the
       tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With
@@ -100,7 +100,7 @@ def sparse_divergence(
 
 
 def as_tensors(targets: SparseTargets | TargetRows, device: torch.device) -> SparseTargets:
-    """Return targets as tensors: rows of a cache are moved to the device, and tensors stay where they are."""
+    """Return targets as tensors. Rows of a cache are moved to the device; tensors stay on theirs."""
     return SparseTargets.from_numpy(targets).to(device) if isinstance(targets, TargetRows) else targets
 
 
@@ -129,7 +129,7 @@ class Entries:
         return torch.stack([self.kept.logsumexp(-1), self.tail], dim=-1)
 
     def narrow(self, k: int) -> "Entries":
-        """Return the first k entries, the others moved into the tail; the samples are not of it, and go."""
+        """Return the first k entries, the others moved into the tail, without samples: they are of the old tail."""
         check_narrowing(k, self.kept.shape[1], least=0)
         if k == self.kept.shape[1]:
             return Entries(self.kept, self.tail)
@@ -159,7 +159,7 @@ def student_entries(
 ) -> tuple[Entries, Float[Tensor, " target"]]:
     """Return the student's log-probs at the ids of the targets, and log sum of exp(logits / temperature).
 
-    The tail's mass is summed over its own ids: as 1 - sum over the others it would be lost to rounding.
+    The tail's mass is summed over the ids of the tail: 1 - sum over the kept ids would lose it to rounding.
     """
     scaled = _scale(logits, temperature)
     floor = _floor(scaled)
@@ -174,7 +174,7 @@ def student_entries(
 
 
 def entry_divergence(teacher: Entries, student: Entries, config: DistillationConfig) -> Float[Tensor, " target"]:
-    """Return what `sparse_divergence` documents, from the entries of both models."""
+    """Return the divergence that `sparse_divergence` documents, from the entries of both models."""
     resolved = resolve(config.divergence, config.beta)
     tail = config.tail
     if tail == "auto":

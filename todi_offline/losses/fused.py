@@ -10,7 +10,7 @@ and G their sum, KD's gradient by the s is
     any other:  (g_tail - q_tail G) exp(s_j) / sum of exp(s) over the tail,  + g of each sample of j
 
 because an entry's log-prob is s_j, or logsumexp of s over the tail, minus the log-partition, whose own derivative is
-q. So it is the softmax inside the tail times one scalar a row, but for K + S corrections. The g are those of the
+q. So the gradient is the softmax inside the tail times one scalar a row, with K + S corrections. The g come from the
 readable `entry_divergence` by autograd: [chunk, K + 1 + S] is small, and no divergence is written twice.
 
 Where positions are selected, a pass without gradients scores all rows first. With kd_weight = 1 the pass with gradients
@@ -34,16 +34,17 @@ from todi_offline.losses.positions import parse_selection, position_weights, stu
 from todi_offline.targets import SparseTargets
 
 CPU_CHUNK_BYTES = 72 * 2**20
-"""Logits of a chunk on a CPU, and all else of their size. Of 24 to 96 MiB tried with a head of [49152, 576] the largest
-was the fastest: every chunk reads the head and adds to all of its gradient."""
+"""Bytes of a chunk's logits, and of all else of their size, on a CPU. With a head of [49152, 576] sizes from 24 to 96
+MiB were tried, and the largest was the fastest: every chunk reads the head and adds to all of its gradient."""
 
 DEVICE_CHUNK_BYTES = 512 * 2**20
-"""Elsewhere. A chunk reads the head twice and its gradient once, so there should be about as many rows as a device
-does operations a byte it reads: several hundred. A reckoning, not a measurement."""
+"""The same on other devices. A chunk reads the head twice and its gradient once, so it should have about as many rows
+as the device does operations for each byte that it reads: several hundred. An estimate, not a measurement."""
 
 CPU_BLOCK_IDS = 1024
 """Rows of the head that a CPU multiplies at a time. For 342 rows of hidden states and a head of [49152, 576] its matrix
-library takes 140 ms so, 169 ms at once; for 128 and [32000, 2048] 137 and 192. The other two products gain nothing."""
+library takes 140 ms this way and 169 ms at once; for 128 rows and [32000, 2048] 137 ms and 192 ms. The other two
+products gain nothing."""
 
 
 def fused_linear_distill(
@@ -60,7 +61,7 @@ def fused_linear_distill(
     softcap: float | None = None,
     chunk_targets: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Return what `distillation_loss` does for the logits of a linear head, without holding them.
+    """Return the loss and sums of `distillation_loss` for the logits of a linear head, without holding the logits.
 
     The logits are hidden @ weight.T + bias, times `scale`, and softcap * tanh(. / softcap) of that; the ids beyond
     `vocab_size` do not exist, and get no gradient. `chunk_targets` rows are in memory at a time, by default as many
@@ -134,7 +135,7 @@ class _Terms:
 
 @dataclass(frozen=True, slots=True)
 class _Gradients:
-    """Buffers, in float32 or float64, which the first chunk fills and the others add to; None where none is needed."""
+    """Buffers in float32 or float64. The first chunk fills them, the others add to them; None where none is needed."""
 
     hidden: Float[Tensor, "target d"] | None
     weight: Float[Tensor, "all_vocab d"] | None
@@ -145,7 +146,7 @@ class _Gradients:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients are already known."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: _Gradients, *inputs: Tensor | None) -> Tensor:
@@ -157,9 +158,9 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        """Return them times the gradient of the loss, in their own memory unless the graph is kept for another time.
+        """Return the gradients times the gradient of the loss, in their own memory unless the graph is kept.
 
-        Then nobody else holds them, and the head's becomes its `grad` without a copy.
+        With the graph released nothing else holds them, and the head's gradient becomes its `grad` without a copy.
         """
         gradients = ctx.gradients
         assert gradients is not None, "the gradients of this loss were handed out by an earlier backward"
@@ -247,9 +248,9 @@ def _joined(parts: list[_Values]) -> _Values:
 
 
 def _chunk_targets(num_targets: int, device: torch.device, vocab: int, dtype: torch.dtype, terms: _Terms) -> int:
-    """Return the rows of a chunk: as many as are allowed, fewer where the last chunk would be a small one.
+    """Return the rows of a chunk: as many as are allowed, fewer where the last chunk would otherwise be small.
 
-    Each chunk reads the whole head and adds to all of its gradient, however few its rows are.
+    Each chunk reads the whole head and adds to all of its gradient, however few rows it has.
     """
     num_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
     num_copies = 1 + (terms.softcap is not None)  # see _scale_and_cap
@@ -269,7 +270,7 @@ def _project(hidden: Tensor, head: _Head, out: Tensor) -> Float[Tensor, "target 
 
 
 def _add_gradients(gradients: _Gradients, hidden: Tensor, head: _Head, logits: Tensor, rows: slice) -> None:
-    """Multiply the gradient of a chunk's logits into those of what the logits are made of."""
+    """Add a chunk's share to the gradients of hidden states, weight and bias, from the gradient of its logits."""
     vocab, first = len(head.weight), rows.start == 0
     if gradients.hidden is not None:
         _add_product(gradients.hidden[rows], logits, head.weight, first=True)
@@ -294,7 +295,7 @@ def _add(total: Tensor, values: Tensor, first: bool) -> None:
 
 
 def _zero_beyond(vocab: int, gradients: _Gradients) -> None:
-    """Zero the gradients of the ids that do not exist, which no chunk writes."""
+    """Zero the gradients of the ids that do not exist: no chunk writes them."""
     for gradient in (gradients.weight, gradients.bias):
         if gradient is not None:
             gradient[vocab:] = 0
@@ -330,7 +331,7 @@ def _overwrite_with_gradient(
 
 
 def _scale_and_cap(logits: Tensor, terms: _Terms, backward: bool) -> Tensor | None:
-    """Scale and cap in place; return the derivative of the cap where there is one and it is asked for."""
+    """Scale and cap the logits in place; return the derivative of the cap, where there is one, for `backward`."""
     if terms.softcap is None:
         if terms.scale != 1:
             logits.mul_(terms.scale)
@@ -367,7 +368,8 @@ class _Split:
 def _split(logits: Float[Tensor, "target vocab"], targets: SparseTargets, temperature: float) -> _Split:
     """Take the entries out of the logits, which become the rest.
 
-    By the largest of the tail and not of the row, for a tail that is far below the kept ids.
+    The exponentials are taken relative to the largest of the tail, not of the row: a tail far below the kept ids has a
+    logarithm too.
     """
     kept = logits.gather(-1, targets.ids)
     sampled = None if targets.tail_ids is None else logits.gather(-1, targets.tail_ids)
@@ -420,7 +422,7 @@ def _overwrite(
     kd_unit: Float[Tensor, ""],
     ce_unit: Float[Tensor, ""],
 ) -> None:
-    """Turn what `_split` left into kd_unit times KD's gradient, plus ce_unit times the softmax."""
+    """Turn the rest that `_split` left into kd_unit times KD's gradient, plus ce_unit times the softmax."""
     kept, tail = ce_unit * split.kept_probs, torch.zeros_like(split.mass)
     if derivatives is not None:
         g_kept, g_tail, *g_sampled = (kd_unit * g for g in derivatives)

@@ -1,4 +1,4 @@
-"""Student logits, labels and teacher targets in, the loss that is trained on and what is logged of it out."""
+"""Student logits, labels and teacher targets in, the training loss and the sums to log out."""
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ def distillation_loss(
 
     CE is at temperature 1, KD at the config's without a factor T^2, as in the code of the ToDi paper.
     `num_targets` is the number of targets over all ranks and accumulated micro-batches, so that the gradients
-    of micro-batches add up to those of one batch; by default it is the number of these rows.
+    of micro-batches add up to those of one batch; by default it is the number of the rows given.
     With kd_weight = 0 the loss is plain fine-tuning, and the divergence is computed for the log only.
     With `positions` KD is its mean over the selected rows times the number of rows; see `losses.positions`.
 
@@ -64,7 +64,7 @@ def reverse_kl_with_bucket(teacher: Entries, student: Entries) -> Float[Tensor, 
 
 @torch.no_grad()
 def sums_to_log(teacher: Entries, student: Entries, k: int | None) -> dict[str, Tensor]:
-    """Return what is logged of these entries, summed over targets."""
+    """Return the sums over targets that are logged, from the entries of both models."""
     k = teacher.kept.shape[1] if k is None else k
     teacher, student = teacher.narrow(k), student.narrow(k)
     p, q = teacher.with_bucket(), student.with_bucket()

@@ -1,7 +1,7 @@
 """A chunk's logits in, their exponentials and then their gradients out in the same memory, in few passes over it.
 
-Two temperatures are served by one array: the exponentials at the larger of T and 1 are kept, and those at the smaller
-are a power of them, above one, so that nothing is 0 there that is not 0 at the other.
+One array serves two temperatures. It holds the exponentials at the larger of T and 1. The exponentials at the smaller
+one are a power, above one, of these, so a value that is 0 in the array is 0 at both.
 """
 
 import functools
@@ -21,8 +21,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 CPU_PIECE_BYTES = 4 * 2**20
-"""Logits that a CPU passes over at a time. Of 0.5 to 128 MiB tried, with half and with twice as much about as fast;
-all of a chunk at once takes twice as long at T = 2."""
+"""Bytes of logits that a CPU passes over at a time. Sizes from 0.5 to 128 MiB were tried: half and twice this size are
+about as fast; the whole chunk at once takes twice as long at T = 2."""
 
 
 def exponentiate_rows(
@@ -46,7 +46,7 @@ def combine_rows(
     factor_at_1: Float[Tensor, " target"],
     temperature: float,
 ) -> None:
-    """Turn what `exponentiate_rows` left into the weighted sum of the exponentials at T and at 1."""
+    """Turn the exponentials of `exponentiate_rows` into the weighted sum of those at T and at 1."""
     factor, power_factor = (factor, factor_at_1) if temperature >= 1 else (factor_at_1, factor)
     combine = compiled_for_cuda(combine_piece, exponentials.device.type)
     for rows in pieces(exponentials):
@@ -56,7 +56,7 @@ def combine_rows(
 def exponentiate_piece(
     logits: Tensor, least: Tensor, temperature: float, power: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits into exp((logit - largest) / temperature); return the largest, the sums of these and of powers."""
+    """Turn logits into exp((logit - largest) / temperature); return the largest, and the sums of both exponentials."""
     largest = torch.maximum(logits.amax(-1), least)
     logits.sub_(largest[:, None])
     if temperature != 1:
@@ -76,17 +76,17 @@ def combine_piece(exponentials: Tensor, factor: Tensor, power_factor: Tensor, po
 
 @functools.cache
 def compiled_for_cuda(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Return the function; on CUDA compiled, so that each logit is read and written once and not thrice."""
+    """Return the function, compiled on CUDA, where each logit is then read and written once instead of three times."""
     if device != "cuda" or importlib.util.find_spec("triton") is None:
         return function
     if missing := _missing_for_triton():
-        logger.warning("%s is not compiled, for there is no %s: the loss takes longer", function.__name__, missing)
+        logger.warning("%s is not compiled because there is no %s; the loss takes longer", function.__name__, missing)
         return function
     return torch.compile(function, dynamic=True)
 
 
 def _missing_for_triton() -> str:
-    """Return what triton would not find, which compiles a launcher for each kernel."""
+    """Return the name of what triton, which compiles a launcher for each kernel, would not find."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     if compiler is None:
         return "C compiler (CC, gcc or clang)"
@@ -99,7 +99,7 @@ def _power(temperature: float) -> float:
 
 
 def pieces(logits: Float[Tensor, "target vocab"]) -> list[slice]:
-    """Return the rows to pass over at a time: on a CPU few, which its cache holds until they are done with."""
+    """Return the rows to pass over at a time: on a CPU few, so that its cache holds them from pass to pass."""
     step = max(len(logits), 1)
     if logits.device.type == "cpu":
         step = min(step, max(1, CPU_PIECE_BYTES // (logits.itemsize * logits.shape[1])))
