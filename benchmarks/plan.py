@@ -48,6 +48,7 @@ def run(
         "max_length": int(max_length),
         "k": 64,
         "tail_samples": 8,
+        "encoding": "f16",
     }
     planned = plan(probe=4 if quick else int(probe), **settings)
     assert planned.duration is not None, "the probe has measured"

@@ -13,7 +13,8 @@ from support.tiny_models import save_llama
 
 from todi_offline.cli import cli, main
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.options import ConfigCommand
+from todi_offline.headings import HEADINGS
+from todi_offline.options import RARE, ConfigCommand
 
 
 def run(*args: str | Path, code: int = 0) -> Result:
@@ -54,6 +55,54 @@ def test_every_command_has_help_with_an_example() -> None:
     for name in cli.commands:
         text = run(name, "--help").output
         assert f"Example: todi {name}" in text
+
+
+def test_the_example_in_the_help_of_every_command_runs(
+    workspace: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"Say {word}.", "output": f"{word} " * 5} for word in ("one", "two", "three", "four")]
+    for name in ("dolly.jsonl", "dolly-dev.jsonl", "some.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "teacher").symlink_to(teacher)
+    (tmp_path / "heldout").symlink_to(workspace / "heldout")
+    monkeypatch.chdir(tmp_path)
+    quick = {
+        "student": ["--layers", "2"],
+        "train": ["--max-steps", "2", "--set", "use_cpu=true", "--set", "save_strategy=no"],
+        "evaluate": ["--max-new-tokens", "4", "--seed", "1"],
+    }
+    for name in ("capture", "student", "plan", "train", "evaluate", "view", "keys"):
+        text = run(name, "--help").output
+        example = text[text.index("Example: todi ") :].splitlines()[0].split()[2:]
+        run(*example, *quick.get(name, []))
+    assert {"cache", "student", "run", "scores", "run.html", "keys.txt"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("name", HEADINGS)
+def test_the_headings_of_a_help_name_options_that_there_are(name: str) -> None:
+    text = run(name, "--help").output
+    headings = [*HEADINGS[name], RARE]
+    found = re.findall(r"^(\w.*):$", text, re.M)
+    assert [heading for heading in headings if heading in found] == found
+    listed = " ".join(HEADINGS[name].values()).split()
+    assert len(listed) == len(set(listed))
+    assert all(text.count(f"\n  {option} ") == 1 for option in re.findall(r"^  (--[\w-]+) ", text, re.M))
+
+
+def test_the_help_of_train_names_what_people_look_for_first() -> None:
+    text = run("train", "--help").output
+    names = ("--epochs", "--learning-rate", "--batch-size", "--gradient-accumulation", "--bf16", "--report-to")
+    assert all(text.index(name) < text.index("Objective:") for name in names)
+
+
+def test_the_trainer_s_own_arguments_have_options(workspace: Path, tmp_path: Path) -> None:
+    args = ("train", "--student", workspace / "student", "--cache", workspace / "cache", "--out", tmp_path / "run")
+    options = ("--batch-size", "2", "--gradient-accumulation", "2", "--epochs", "1", "--bf16", "--seed", "7")
+    others = ("--warmup-steps", "1", "--logging-steps", "1", "--save-steps", "2", "--set", "use_cpu=true")
+    assert json.loads(run(*args, *options, *others, "--json").stdout)["num_steps"] == 3
+    trainer = json.loads((tmp_path / "run" / "todi_config.json").read_text())["trainer"]
+    assert (trainer["bf16"], trainer["seed"], trainer["warmup_steps"]) == (True, 7, 1)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 def test_every_option_of_a_config_is_documented() -> None:

@@ -23,7 +23,7 @@ from todi_offline.training import train
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LENGTHS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 40}
-SMALL: dict[str, Any] = {**LENGTHS, "limit": 24, "k": 8, "tail_samples": 4, "shard_tokens": 4096}
+SMALL: dict[str, Any] = {**LENGTHS, "limit": 24, "k": 8, "tail_samples": 4, "encoding": "f16", "shard_tokens": 4096}
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,7 @@ def test_committed_shards_of_a_stopped_capture_are_not_read_again(
 
 REFUSED: dict[str, dict[str, Any]] = {
     "a k beyond the vocabulary": {"k": VOCAB + 1},
+    "nothing to keep": {"k": 0, "tail_samples": 0},
     "samples of no tail": {"k": VOCAB, "tail_samples": 1},
     "no data": {"data": "nowhere.jsonl"},
     "lengths without room": {"max_prompt_length": 96},
@@ -256,7 +257,10 @@ def test_the_shares_of_a_real_teacher_are_near_those_of_the_study() -> None:
 
 def test_the_command_prints_the_plan_and_as_json(teacher: str, tmp_path: Path) -> None:
     config = tmp_path / "capture.toml"
-    config.write_text("[data]\nlimit = 24\nmax_length = 96\nmax_prompt_length = 40\n[cache]\nk = 8\ntail_samples = 4\n")
+    config.write_text(
+        "[data]\nlimit = 24\nmax_length = 96\nmax_prompt_length = 40\n"
+        '[cache]\nk = 8\ntail_samples = 4\nencoding = "f16"\n'
+    )
     args = ["plan", "--config", str(config), "--teacher", teacher, "--probe", "4", "--student", teacher]
     result = CliRunner().invoke(cli, args, catch_exceptions=False)
     assert result.exit_code == 0, result.output

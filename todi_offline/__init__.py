@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from todi_offline.trainer import ToDiTrainer
     from todi_offline.training import TrainConfig, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cache",

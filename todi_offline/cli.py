@@ -15,6 +15,7 @@ import click
 from todi_offline import __version__
 from todi_offline.config import load_config
 from todi_offline.errors import one_line_errors
+from todi_offline.headings import HEADINGS
 from todi_offline.options import ConfigCommand, argument, given, whole_numbers
 from todi_offline.terminal import (
     cache_rows,
@@ -50,11 +51,18 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("todi-demo"), show_default=True, help="Folder.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("todi-demo"),
+    show_default=True,
+    help="Folder for all that the demo writes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def demo(out: Path, as_json: bool) -> None:
     """Capture a real teacher over real text and distil a student from it, in some minutes.
 
+    \b
     Example: todi demo --out todi-demo
     """
     from todi_offline.demo import demo
@@ -74,12 +82,17 @@ def demo(out: Path, as_json: bool) -> None:
     click.echo(f"open {out / 'index.html'} in a browser: it shows ToDi's gate at every token of the held-out text")
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.capturing.config:CaptureConfig")
+@cli.command(
+    cls=ConfigCommand,
+    config="todi_offline.capturing.config:CaptureConfig",
+    groups=HEADINGS["capture"],
+)
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
-    """Run a teacher once over a data set, and keep its sparse targets. The same command again goes on.
+    """Run a teacher once over a data set, and keep its sparse targets. A stopped capture resumes with the same command.
 
+    \b
     Example: todi capture --teacher teacher/ --data dolly.jsonl --out cache/ --k 32
     """
     from todi_offline.capturing import capture
@@ -97,8 +110,9 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
 @cli.command(
     cls=ConfigCommand,
     config=("todi_offline.costing:PlanOptions", "todi_offline.capturing.config:CaptureConfig"),
+    groups=HEADINGS["plan"],
 )
-@click.option("--out", help="A cache that is there already: what it holds is not counted. By default a new one.")
+@click.option("--out", help="An existing cache to add to: its sequences are not counted. By default a new cache.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of a capture's settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(config: Path | None, as_json: bool, **settings: Any) -> None:
@@ -106,6 +120,7 @@ def plan(config: Path | None, as_json: bool, **settings: Any) -> None:
 
     It takes the options of `todi capture`, and refuses what a capture would refuse.
 
+    \b
     Example: todi plan --teacher teacher/ --data dolly.jsonl --probe 64 --student student/
     """
     from todi_offline.costing import plan
@@ -121,9 +136,9 @@ def _shown(report: Any) -> Any:
     )
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.student:MakingConfig")
-@click.option("--from", "source", help="The teacher: a folder, hub id or GGUF file. [required]")
-@click.option("--keep", help="Or which, e.g. 0,4,8,29.")
+@cli.command(cls=ConfigCommand, config="todi_offline.student:MakingConfig", groups=HEADINGS["student"])
+@click.option("--from", "source", help="The teacher: a folder, a hub id, or a GGUF file. [required]")
+@click.option("--keep", help="The layers to keep, such as 0,4,8,29.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the student is made of as JSON.")
 def student(config: Path | None, keep: str | None, as_json: bool, **settings: Any) -> None:
@@ -141,18 +156,43 @@ def student(config: Path | None, keep: str | None, as_json: bool, **settings: An
     (print_json if as_json else print_student)(made)
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.training:TrainConfig")
-@click.option("--max-steps", type=int, help="Optimizer steps; overrides --epochs.")
-@click.option("--epochs", "num_train_epochs", type=float, help="Passes over the cache.")
-@click.option("--learning-rate", type=float, help="Peak learning rate.")
-@click.option("--batch-size", "per_device_train_batch_size", type=int, help="Sequences of a batch on a device.")
-@click.option("--set", "arguments", multiple=True, metavar="NAME=VALUE", help="Any of transformers' TrainingArguments.")
+@cli.command(
+    cls=ConfigCommand,
+    config="todi_offline.training:TrainConfig",
+    groups=HEADINGS["train"],
+)
+@click.option("--epochs", "num_train_epochs", type=float, help="Passes over the cache. [default: 3]")
+@click.option("--max-steps", type=int, help="Optimizer steps, in place of --epochs.")
+@click.option("--learning-rate", type=float, help="The peak learning rate. [default: 5e-5]")
+@click.option(
+    "--batch-size", "per_device_train_batch_size", type=int, help="Sequences in a batch on each device. [default: 8]"
+)
+@click.option(
+    "--gradient-accumulation",
+    "gradient_accumulation_steps",
+    type=int,
+    help="Batches whose gradients are added up for one optimizer step. [default: 1]",
+)
+@click.option("--bf16/--no-bf16", default=None, help="Train in bfloat16 mixed precision.")
+@click.option("--warmup-steps", type=int, help="Steps over which the learning rate rises to its peak.")
+@click.option("--seed", type=int, help="Seed of the order of the data and of dropout. [default: 42]")
+@click.option("--logging-steps", type=int, help="Steps from one line of the log to the next. [default: 10]")
+@click.option("--save-steps", type=int, help="Steps from one checkpoint to the next. [default: 500]")
+@click.option("--report-to", help="Where curves are sent: tensorboard, trackio, wandb, ... [default: none]")
+@click.option(
+    "--set",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other field of transformers' TrainingArguments, such as --set weight_decay=0.01.",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """Train a student from a cache. The teacher is not needed.
 
-    Example: todi train --student student/ --cache cache/ --out run/ --epochs 3 --learning-rate 1e-4 --set bf16=true
+    \b
+    Example: todi train --student student/ --cache cache/ --out run/ --epochs 3 --learning-rate 1e-4
     """
     from todi_offline.training import train
 
@@ -175,12 +215,17 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
         print_table("Held-out, nats", compared, ("", "before", "after"))
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.evaluation:EvaluateConfig")
+@cli.command(
+    cls=ConfigCommand,
+    config="todi_offline.evaluation:EvaluateConfig",
+    groups=HEADINGS["evaluate"],
+)
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
 
+    \b
     Example: todi evaluate --student run/ --cache heldout/ --data dolly-dev.jsonl --out scores/
     """
     from todi_offline.evaluation import evaluate
@@ -196,14 +241,19 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
         print_generation(summary.generation)
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.viewing:ViewConfig")
+@cli.command(
+    cls=ConfigCommand,
+    config="todi_offline.viewing:ViewConfig",
+    groups=HEADINGS["view"],
+)
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON.")
 def view(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Write a page that shows a student's predictions beside the teacher's, its training, and what it writes.
 
     The page is one file that opens in a browser by double click and asks the network for nothing.
 
+    \b
     Example: todi view --student run/ --cache heldout/ --run run/ --scores scores/ --out run.html
     """
     from todi_offline.viewing import view
@@ -216,12 +266,19 @@ def view(config: Path | None, as_json: bool, **settings: Any) -> None:
     click.echo("the page shows: " + ", ".join(section.title for section in page.sections))
 
 
-@cli.command(cls=ConfigCommand, config="todi_offline.data:DataConfig")
-@click.option("--tokenizer", required=True, help="The tokenizer: a folder, hub id or GGUF file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A text file, one key a line.")
+@cli.command(
+    cls=ConfigCommand,
+    config="todi_offline.data:DataConfig",
+    groups=HEADINGS["keys"],
+)
+@click.option("--tokenizer", required=True, help="The tokenizer: a folder, a hub id, or a GGUF file.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The text file to write, with one key in each line."
+)
 def keys(tokenizer: str, out: Path, **settings: Any) -> None:
-    """Write the content keys of a data set, by which `todi-cache subset --keys` finds its sequences in a cache.
+    """Write the content keys of a data set. `todi-cache subset --keys` finds its sequences in a cache by them.
 
+    \b
     Example: todi keys --data some.jsonl --tokenizer teacher/ --out keys.txt
     """
     from todi_offline.data import DataConfig, load_examples

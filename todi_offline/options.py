@@ -8,8 +8,10 @@ import textwrap
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -17,25 +19,30 @@ import click
 from todi_offline.config import flat_fields
 from todi_offline.errors import ConfigError
 
-# Options that are named otherwise than their fields: a repeated one is singular, and two of the Trainer's are short.
-_OPTION_NAMES = {
-    "temperatures": "temperature",
-    "seeds": "seed",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch-size",
-}
+_OPTION_NAMES = {"temperatures": "temperature", "seeds": "seed"}
+"""Options with another name than their fields: an option that is repeated names one value."""
+
+RARE = "Rarely needed"
+"""The heading of the options that no group names; it comes last."""
 
 
 class ConfigCommand(click.Command):
     """A command with an option for every field of some config classes, which are imported only when they are used.
 
-    An option of the command's own stands in the place of a field of the same name.
+    An option of the command's own replaces the field of the same name. The help lists the options in groups.
     """
 
-    def __init__(self, *args: Any, config: str | tuple[str, ...], **kwargs: Any) -> None:
-        """Name each class as `module:Class`."""
+    def __init__(
+        self,
+        *args: Any,
+        config: str | tuple[str, ...],
+        groups: Mapping[str, str] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
+        """Name each class as `module:Class`; `groups` are headings, each with the names of its options' fields."""
         super().__init__(*args, **kwargs)
         self._configs = (config,) if isinstance(config, str) else config
+        self._groups = groups
         self._options: list[click.Parameter] = []
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -50,6 +57,18 @@ class ConfigCommand(click.Command):
                 if field not in names and (option := _option(field, holder)) is not None
             ]
         return [*self._options, *own]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in their groups, those of no group last."""
+        own = self.get_help_option(ctx)
+        names = {param: "help" if param is own else param.name or "" for param in self.get_params(ctx)}
+        records = {name: record for param, name in names.items() if (record := param.get_help_record(ctx))}
+        for heading, listed in self._groups.items():
+            with formatter.section(heading):
+                formatter.write_dl([records.pop(name) for name in listed.split()])
+        if records:
+            with formatter.section(RARE if self._groups else "Options"):
+                formatter.write_dl(list(records.values()))
 
 
 class _JsonObject(click.ParamType[dict[str, Any]]):

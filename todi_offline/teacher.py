@@ -35,21 +35,21 @@ class TeacherConfig:
     """Which teacher, where and how it runs."""
 
     teacher: str
-    """A folder, a hub id, or a GGUF file."""
+    """The teacher: a folder, a hub id, or a GGUF file."""
     device: str = "auto"
-    """`auto` is the accelerator where there is one, else the CPU."""
+    """Device of the teacher: auto, cpu, cuda, cuda:N or mps; `auto` takes an accelerator if there is one."""
     dtype: str = "auto"
-    """`auto` is the checkpoint's."""
+    """Dtype of the weights: float32, bfloat16 or float16; `auto` keeps the dtype of the files."""
     device_map: str | None = None
-    """Passed to transformers, to spread a large teacher over several devices."""
+    """How transformers spreads a large teacher over several devices, such as `auto`."""
     attention: str | None = None
-    """Passed to transformers as `attn_implementation`."""
+    """Attention of transformers (`attn_implementation`), such as `sdpa`."""
     adapter: str | None = None
-    """A folder or hub id of a peft adapter that the teacher wears."""
+    """A peft adapter to add to the teacher: a folder or hub id."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
+    """Run code that comes with the model."""
     batch_tokens: int = 4096
-    """Tokens of a forward pass, padding included."""
+    """Tokens in one forward pass, padding included."""
 
     def __post_init__(self) -> None:
         """Refuse an empty batch."""

@@ -41,13 +41,13 @@ class StudentConfig:
     """Which student, and how it is loaded."""
 
     student: str
-    """A folder or hub id."""
+    """The student: a folder or hub id."""
     dtype: str = "float32"
-    """Of the weights. Mixed precision is `bf16 = true` under [trainer], on weights in float32."""
+    """Dtype of the weights; for mixed precision keep float32 and use --bf16."""
     attention: str | None = None
-    """Passed to transformers as `attn_implementation`."""
+    """Attention of transformers (`attn_implementation`), such as `sdpa`."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
+    """Run code that comes with the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +55,15 @@ class SelectedData:
     """Which examples of the caches are trained on; all of them by default."""
 
     data: str | None = None
-    """Train on exactly the examples of this data set, as `todi capture` names it; they are found by their content."""
+    """Train on exactly the examples of this data set, which the cache must hold; by default on all of the cache."""
     split: str | None = None
-    """The split of it."""
+    """The split of this data set."""
     limit: int | None = None
-    """Its first rows only, this many."""
+    """Only the first rows of this data set, this many."""
     max_length: int | None = None
-    """Tokens at which an example is cut; by default where the first cache's capture cut."""
+    """Cut an example after this many tokens; by default as the first cache's capture did."""
     max_prompt_length: int | None = None
-    """Tokens at which a prompt is cut; by default where the first cache's capture cut."""
+    """Cut a prompt to this many tokens; by default as the first cache's capture did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,25 +71,25 @@ class TrainConfig:
     """All that decides a training run."""
 
     out: Path
-    """The folder of the run: checkpoints and the trained student."""
+    """Folder for checkpoints and the trained student."""
     cache: tuple[str, ...]
-    """A cache to train from: a folder or URL. Of several, all sequences, those with the same content once."""
+    """A cache to train from: a folder or URL. May be repeated: a sequence that several hold is read once."""
     eval_cache: str | None = None
-    """A cache of held-out data, evaluated before and after, and as [trainer] says."""
+    """A cache of held-out data, evaluated before and after training, and as --set eval_strategy says."""
     staging: Path | None = None
-    """The folder for copies of a remote cache's shards, by default ~/.cache/todi_offline/staging."""
+    """Folder for copies of a remote cache's shards; by default ~/.cache/todi_offline/staging."""
     staging_gb: float = DEFAULT_LIMIT_GB
-    """How much these may take, in GB; three windows of shards should fit."""
+    """GB that these copies may take; three windows of shards should fit."""
     mix_teachers: bool = False
-    """Whether caches of different teachers may be used together."""
+    """Allow caches of different teachers together."""
     allow_unsealed: bool = False
-    """Whether the committed part of an unfinished cache may be used."""
+    """Allow an unfinished cache: what is committed of it is used."""
     resume: bool | None = None
-    """Whether to go on from the last checkpoint in `out`, whatever the settings, or to begin anew and delete its
-    checkpoints; by default a run of the same settings goes on, and one of others is refused."""
+    """Resume the last checkpoint in `out` whatever its settings, or delete its checkpoints and start again. By
+    default a run with the same settings resumes, and a run with other settings is refused."""
     recipe: str | None = None
-    """Settings of an experiment, for all that is not set here: `paper` (the ToDi paper's GPT-2) or `paper-lora` (its
-    TinyLlama)."""
+    """Settings of a published experiment: `paper` (the ToDi paper's GPT-2) or `paper-lora` (its TinyLlama). Your own
+    settings win."""
     student: StudentConfig
     data: SelectedData = field(default_factory=SelectedData)
     lora: LoraSettings = field(default_factory=LoraSettings)

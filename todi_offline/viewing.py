@@ -37,29 +37,29 @@ class ViewConfig:
     """What a page shows, and how."""
 
     out: Path
-    """The HTML file."""
+    """The HTML file to write."""
     student: str | None = None
-    """A student whose predictions are shown with the text: a folder, hub id or GGUF file."""
+    """A student whose predictions are shown at every token: a folder, hub id or GGUF file."""
     cache: str | None = None
-    """The cache of the text that the student reads: a held-out one, say."""
+    """The cache whose text the student reads, such as a held-out one."""
     run: tuple[Path, ...] = ()
-    """A folder of `todi train --out`, for its curves. Of several, the curves lie over each other."""
+    """A folder of `todi train --out`, for its curves. May be repeated: the curves lie over each other."""
     scores: tuple[Path, ...] = ()
-    """A folder of `todi evaluate --out`, for its distances and texts. Of several, they stand beside each other."""
+    """A folder of `todi evaluate --out`, for its distances and texts. May be repeated: they stand side by side."""
     budget: float = BUDGET_MB
-    """MB of the file that the text may take."""
+    """MB that the text may take in the file."""
     temperature: float | None = None
-    """Of both models' predictions; by default the run's own, else 1."""
+    """Temperature of both models; by default the run's own, else 1."""
     beta: float | None = None
     """Sharpness of ToDi's gate; by default the run's own, else 1."""
     device: str = "auto"
-    """Where the student runs: auto, cpu, cuda, cuda:N or mps."""
+    """Device of the student: auto, cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
-    """Of its weights; `auto` is the checkpoint's."""
+    """Dtype of the weights; `auto` keeps the dtype of the files."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
+    """Run code that comes with the model."""
     allow_unsealed: bool = False
-    """Whether the committed part of an unfinished cache may be used."""
+    """Allow an unfinished cache: what is committed of it is used."""
 
     def __post_init__(self) -> None:
         """Refuse what leaves nothing to show, and half of a pair.

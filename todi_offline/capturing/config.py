@@ -16,15 +16,15 @@ class RayConfig:
     """Actors of Ray that do the work of a capture."""
 
     ray_actors: int = 0
-    """Capture in this many actors of Ray, each with a teacher of its own; 0 is without Ray."""
+    """Actors of Ray that capture, each with its own teacher; 0 captures without Ray."""
     ray_gpus: float = 0.0
-    """GPUs of an actor."""
+    """GPUs that each actor takes."""
     ray_cpus: float = 1.0
-    """CPUs of an actor."""
+    """CPUs that each actor takes."""
     ray_address: str | None = None
-    """The cluster, such as `auto` for the one that runs here; by default one is started on this machine."""
+    """Address of the Ray cluster: `auto` finds a running one; by default one is started on this machine."""
     ray_attempts: int = 3
-    """How many actors a shard may end before the capture gives up and names it."""
+    """Attempts at a shard, each in a new actor, before the capture stops and names the shard."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense.
@@ -80,9 +80,9 @@ class CaptureConfig:
     """All that decides a capture."""
 
     out: str
-    """Where the cache is written: a folder or URL. A finished cache of other data is appended to."""
+    """The cache to write: a folder or URL. A finished cache there gets the sequences that it lacks."""
     reuse: tuple[str, ...] = ()
-    """Caches of the same teacher whose sequences are copied where their content is met, and not captured again."""
+    """A cache of the same teacher; sequences that it holds are copied instead of captured. May be repeated."""
     skip_failed: bool = False
     """Leave out an example at which the teacher fails, and say so in the cache; else it ends the capture."""
     teacher: TeacherConfig

@@ -35,51 +35,52 @@ class DataConfig:
     """Which data set, how much of it, and where its examples are cut."""
 
     data: str = "stdlib"
-    """A file (.jsonl .json .csv .parquet .arrow .txt), a folder saved by `datasets`, a hub id, or `stdlib`."""
+    """The data set: a file (.jsonl .json .csv .parquet .arrow .txt), a folder saved by `datasets`, a hub id, or
+    `stdlib`."""
 
     split: str | None = None
-    """The split to read. By default `train`, or the only one that there is."""
+    """The split to read; by default `train`, or the only split."""
 
     subset: str | None = None
-    """The configuration of a hub data set that has several."""
+    """Configuration of a hub data set that has several."""
 
     data_revision: str | None = None
-    """The branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a hub data set."""
 
     streaming: bool = False
-    """Read a hub data set as it is downloaded, and no more of it than `limit`."""
+    """Read a hub data set while it is downloaded, and only as much as `limit`."""
 
     limit: int | None = None
-    """Read the first rows only, this many."""
+    """Read only the first rows, this many."""
 
     max_length: int = 1024
-    """Tokens at which an example is cut; a longer `text` becomes several examples."""
+    """Cut an example after this many tokens; a longer `text` becomes several examples."""
 
     max_prompt_length: int | None = None
-    """Tokens that the prompt before a response may have: half of `max_length` by default. `messages` and `text` have
-    `max_length` alone."""
+    """Cut a prompt to this many tokens; by default half of `max_length`. For `messages` and `text`, only `max_length`
+    counts."""
 
     overlap: int = 0
-    """Tokens of a `text` that stand in two examples, as context in the later one."""
+    """Tokens that two neighbouring examples of a `text` share; the second reads them as context."""
 
     pack: bool = False
-    """Join short rows of `text` to examples of up to `max_length`."""
+    """Join short rows of `text` into examples of up to `max_length`."""
 
     chat_template: str | None = None
-    """A file with the chat template to use, or the template itself. By default the tokenizer's, or the training
-    template that trl publishes for it where it writes earlier turns in another way than the last."""
+    """The chat template: a file, or the template itself. By default the tokenizer's, or trl's training template for a
+    family whose own rewrites earlier turns."""
 
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"json": True})
     """Arguments of the chat template, as JSON: {"enable_thinking": false}. A column of this name adds to them."""
 
     supervise: Literal["all", "last"] = "all"
-    """Of `messages`: all turns of the assistant, or those after the last message of the user."""
+    """Turns of `messages` to supervise: all of the assistant's, or those after the user's last message."""
 
     num_proc: int = 1
-    """Processes that tokenise."""
+    """Number of processes that tokenise."""
 
     examples_dir: Path | None = None
-    """The folder that keeps large tokenised data sets, by default ~/.cache/todi_offline/examples."""
+    """Folder for large tokenised data sets; by default ~/.cache/todi_offline/examples."""
 
     def __post_init__(self) -> None:
         """Refuse lengths that leave no room for a response.

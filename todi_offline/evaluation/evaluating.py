@@ -32,45 +32,45 @@ class EvaluateConfig:
     """All that decides an evaluation."""
 
     student: str
-    """A folder, hub id or GGUF file; a folder of LoRA adapters too."""
+    """The student: a folder, a hub id, a GGUF file, or a folder of LoRA adapters."""
     cache: str | None = None
-    """A held-out cache, to measure the distance to its teacher."""
+    """A held-out cache: the distance to its teacher is measured."""
     data: str | None = None
-    """Instructions with references, to measure ROUGE-L: whatever `todi capture` takes that has responses."""
+    """A data set with responses: ROUGE-L of the student's own responses is measured."""
     split: str | None = None
-    """The split of the data. By default `train`, or the only one that there is."""
+    """The split to read; by default `train`, or the only split."""
     limit: int | None = None
     """Only the first sequences of the cache and rows of the data, this many."""
     out: Path | None = None
-    """A folder for `metrics.json` and `predictions-SEED.jsonl`; by default nothing is kept."""
+    """Folder for `metrics.json` and the predictions of each seed; by default nothing is kept."""
     batch_size: int = 8
-    """Sequences of a batch."""
+    """Sequences in a batch."""
     device: str = "auto"
-    """Where the student runs: auto, cpu, cuda, cuda:N or mps."""
+    """Device of the student: auto, cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
-    """Of its weights; `auto` is the checkpoint's."""
+    """Dtype of the weights; `auto` keeps the dtype of the files."""
     attention: str | None = None
-    """Passed to transformers as `attn_implementation`."""
+    """Attention of transformers (`attn_implementation`), such as `sdpa`."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
+    """Run code that comes with the model."""
     allow_unsealed: bool = False
-    """Whether the committed part of an unfinished cache may be used."""
+    """Allow an unfinished cache: what is committed of it is used."""
     temperature: float = 1.0
-    """Of both models in the divergences; one of those that the cache was captured at."""
+    """Temperature of both models; the cache must have been captured at it."""
     k: int | None = None
-    """Entries of the teacher kept in the lower bounds; the cache's by default."""
+    """Most probable ids to use at each position; by default all that the cache holds."""
     greedy: bool = False
-    """Whether to take the most probable token each time, once, in place of sampling with each seed."""
+    """Take the most probable token each time, instead of sampling with each seed."""
     seeds: tuple[int, ...] = SEEDS
-    """One run of sampling for each."""
+    """Seed of a run of sampling. May be repeated."""
     max_new_tokens: int = 256
-    """Tokens at which a response is stopped."""
+    """Stop a response after this many tokens."""
     max_prompt_length: int = 256
-    """Tokens at which a prompt is cut; it loses its oldest turns or its middle."""
+    """Cut a prompt to this many tokens; it loses its oldest turns or its middle."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"json": True})
     """Arguments of the chat template, as JSON: {"enable_thinking": false}."""
     no_repeat_ngram_size: int = 0
-    """Forbid n-grams of this size to occur twice, prompt included. The paper's code has 6; 0 forbids none."""
+    """Forbid n-grams of this size to occur twice, the prompt included; 0 allows all. The paper's code has 6."""
 
     def __post_init__(self) -> None:
         """Refuse what leaves nothing to do, and numbers out of range.

@@ -21,23 +21,24 @@ class DistillationConfig:
     """
 
     divergence: str | Divergence = "todi"
-    """A name in `todi_offline.losses.DIVERGENCES`, a name that an installed package registers, or `module:function`."""
+    """The divergence: a name in `todi_offline.losses.DIVERGENCES`, one that an installed package registers, or
+    `module:function`."""
     beta: float = 1.0
-    """Sharpness of ToDi's gate: -1 or more."""
+    """Sharpness of ToDi's gate, -1 or more."""
     temperature: float = 1.0
-    """The temperature of teacher and student in KD; one of the temperatures that the cache was captured at."""
+    """Temperature of teacher and student; the cache must have been captured at it."""
     k: int | None = None
-    """Entries of the teacher used a position; the cache's by default. With 0 the sampled tail is all of KD."""
+    """Most probable ids to use at each position; by default all that the cache holds. 0 uses the samples alone."""
     tail: Tail = "auto"
-    """The stand-in for the vocabulary beyond the k ids; `auto` is `sampled` where samples are stored, else `bucket`."""
+    """How the other ids enter the loss; `auto` is `sampled` if the cache has samples, else `bucket`."""
     tail_weight: float | None = None
-    """Weight of the sampled tail's term; by default the divergence's own curvature."""
+    """Weight of the sampled tail; by default it follows from the divergence (1 + beta for ToDi)."""
     head_weight: float = 1.0
-    """Weight of the part of the divergence that is inside the k kept ids; 1 changes nothing."""
+    """Weight of the divergence among the k kept ids; 1 leaves the divergence as it is."""
     mass_weight: float = 1.0
-    """Weight of the divergence between two entries, the mass of the kept ids and that of the tail."""
+    """Weight of the divergence between the mass of the kept ids and that of the tail."""
     kd_weight: float = 0.5
-    """0 is plain fine-tuning, 1 distillation alone."""
+    """Weight of distillation against cross-entropy: 0 is plain fine-tuning, 1 distillation alone."""
     kd_schedule: Schedule = "constant"
     """How kd_weight changes over the run: `linear-up` from 0, `linear-down` to 0, or `wsd`, up, stable and down."""
     positions: str = "all"

@@ -14,31 +14,31 @@ class MakingConfig:
     source: str
     """The teacher: a folder, a hub id, or a GGUF file."""
     out: Path
-    """The folder of the student."""
+    """Folder for the student."""
     layers: int | None = None
-    """How many of the teacher's layers to keep, evenly spaced."""
+    """Number of the teacher's layers to keep, evenly spaced."""
     keep: tuple[int, ...] = ()
-    """Or which."""
+    """The layers to keep, in place of a number of them."""
     hidden: int | None = None
-    """How many channels its hidden states have. Kept are those that do most, the same in every layer."""
+    """Channels of the hidden states; those that do most are kept, the same in every layer."""
     heads: int | None = None
-    """How many heads a layer has. Heads that share keys go together; where --kv-heads stays, those of each group that
-    do least."""
+    """Heads of a layer. Heads that share keys go together; where --kv-heads stays, each group loses those that do
+    least."""
     kv_heads: int | None = None
-    """How many heads of keys and values a layer has."""
+    """Heads of keys and values of a layer."""
     mlp: int | None = None
-    """How many neurons the MLP of a layer has."""
+    """Neurons of the MLP of a layer."""
     importance_data: str = "stdlib"
-    """The data that tell how much channels, heads and neurons do: what `todi capture --data` takes."""
+    """Data that show how much each channel, head and neuron does; as `todi capture --data`."""
     importance_rows: int = 32
-    """How many examples of them, the first ones."""
+    """Number of examples of this data to read, from its first."""
     importance_length: int = 512
-    """Tokens at which each is cut."""
+    """Cut each of these examples after this many tokens."""
     fresh: bool = False
-    """Random weights by the family's own initialisation instead of the teacher's, whatever the family. Sizes that are
-    not named go with --hidden. Embeddings are the teacher's: copied, or projected on fewer channels."""
+    """Begin with random weights, but with the teacher's embeddings: copied, or projected on fewer channels. Sizes that
+    are not named go with --hidden."""
     seed: int = 42
-    """Of the random weights."""
+    """Seed of the random weights."""
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other, or ask for nothing.

@@ -11,13 +11,13 @@ class LoraSettings:
     """LoRA adapters on the student; none where `lora_r` is 0."""
 
     lora_r: int = 0
-    """Rank of the adapters."""
+    """Rank of the adapters; 0 trains the whole student."""
     lora_alpha: int = 16
-    """Their scale is alpha / r."""
+    """Scale of the adapters: it is alpha / r."""
     lora_dropout: float = 0.0
-    """Dropout on their input."""
+    """Dropout on the input of the adapters."""
     lora_target_modules: tuple[str, ...] = ()
-    """Names of the modules that get one; empty leaves the choice to peft, `all-linear` takes every linear layer."""
+    """Name of a module to adapt, or `all-linear` for all linear layers. May be repeated; by default peft chooses."""
 
 
 def add_lora(model: Model, settings: LoraSettings) -> Model:

@@ -42,23 +42,23 @@ class CacheSettings:
     """What is kept of every teacher distribution, and how it is stored."""
 
     k: int = 16
-    """Entries kept a position, the most probable first; 0 for tail samples alone, which then stand for all ids."""
+    """Most probable ids to keep at each position; 0 keeps tail samples alone, drawn from all ids."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
-    """Temperatures at which the mass of everything else is kept; training may use these and no others."""
+    """A temperature that training may use. May be repeated: the tail's mass is kept at each."""
     tail_samples: int = 8
-    """Ids drawn a position from everything else; 0 for none."""
+    """Ids to draw from the others at each position; 0 draws none."""
     tail_temperature: float = 1.0
-    """The temperature at which they are drawn, best that of the loss; one of `temperatures`."""
+    """Temperature at which the tail samples are drawn: the one that training will use."""
     tail_seed: int = 0
-    """Seed of these draws."""
+    """Seed of the tail samples."""
     encoding: Literal["f16", "q8", "bf16_logit", "root8"] = "root8"
     """How log-probs are stored: the fourth roots of probabilities in a byte (`root8`, fewest bytes), half precision
     (`f16`), steps of 1/16 nat (`q8`), or the logits of a bfloat16 head (`bf16_logit`, lossless)."""
     codec: Literal["compact", "balanced", "fast"] = "compact"
-    """pcodec (fewest bytes), blosc-zstd, or blosc-lz4."""
+    """Compression: compact is pcodec (fewest bytes), balanced blosc-zstd, fast blosc-lz4."""
     shard_tokens: int = 0
-    """Tokens a shard can hold; what is not yet in a finished shard is lost when a capture is killed. 0: as many as
-    take 1 GiB in memory, at most 131,072; a cache that is there already keeps its own."""
+    """Tokens in a shard; a killed capture loses its unfinished shards. 0 takes as many as fit into 1 GiB of memory, at
+    most 131,072. An existing cache keeps its own size."""
 
     def __post_init__(self) -> None:
         """Refuse what no capture could honour, and choose the size of shards where none is given."""
