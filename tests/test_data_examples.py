@@ -40,6 +40,19 @@ def test_ids_are_row_numbers_if_the_rows_own_ids_are_not_unique_names(ids):
     assert [example.id for example in encode(rows)] == ["rows:0", "rows:1", "rows:2"]
 
 
+def test_an_id_that_a_teacher_does_not_know_is_found_wherever_it_lies():
+    rows = [np.arange(number + 1, dtype=np.uint32) for number in (3, 5, 9, 2)]
+    examples = Examples.from_list(
+        Example(str(number), "made", ids, np.zeros(len(ids), bool)) for number, ids in enumerate(rows)
+    )
+    examples.require_ids(10)
+    for known, example, unknown in ((9, 2, 9), (5, 1, 5), (3, 0, 3)):
+        with pytest.raises(
+            DataError, match=f"example '{example}' holds the id {unknown}, and the teacher knows {known}"
+        ):
+            examples.require_ids(known)
+
+
 def test_examples_are_a_sequence_of_arrays_of_the_promised_types():
     examples = encode(ROWS)
     assert len(examples) == len(list(examples)) == 3

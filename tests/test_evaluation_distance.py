@@ -257,7 +257,7 @@ def test_the_model_is_left_as_it_was(student, heldout):
 def test_what_does_not_fit_is_refused(student, heldout):
     with pytest.raises(CacheMismatchError, match="special_ids"):
         evaluate_cache(student, tiny_tokenizer(chat=False), heldout)
-    with pytest.raises(ModelError, match="knows 512 ids and the model's head only 300"):
+    with pytest.raises(ModelError, match="head has 300 ids and the cache's targets are over 512"):
         measured(llama(vocab_size=300), heldout)
     with pytest.raises(TargetsError, match="or capture 4 too"):
         measured(student, heldout, temperature=4.0)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, cohere, gemma2, gpt2, granite, llama
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._zoo import tiny_model
 from todi_offline.errors import ModelError
-from todi_offline.head import head_of, logits_difference, output_module, real_vocab_size, tried_head
+from todi_offline.head import head_of, logits_difference, output_module, require_vocabulary, tried_head
 
 TOKENS = torch.arange(3, 43).view(2, 20)
 POSITIONS = torch.tensor([0, 7, 19, 20, 33])
@@ -177,13 +176,11 @@ def test_a_model_that_drops_out_is_compared_without(caplog: pytest.LogCaptureFix
     assert model.training
 
 
-def test_ids_beyond_the_tokenizers_are_padding_of_the_embedding() -> None:
-    assert real_vocab_size(tiny_tokenizer(), llama(vocab_size=VOCAB + 64)) == VOCAB
-
-
-def test_a_model_with_fewer_ids_than_its_tokenizer_is_refused() -> None:
-    with pytest.raises(ModelError, match=rf"knows {VOCAB} ids and the model's head only 500"):
-        real_vocab_size(tiny_tokenizer(), llama(vocab_size=500))
+def test_a_student_that_lacks_ids_of_the_cache_is_refused() -> None:
+    require_vocabulary(llama(), VOCAB)
+    require_vocabulary(llama(vocab_size=VOCAB + 64), VOCAB)
+    with pytest.raises(ModelError, match=r"head has 500 ids and the cache's targets are over 512"):
+        require_vocabulary(llama(vocab_size=500), VOCAB)
 
 
 def test_a_model_without_a_head_is_refused() -> None:

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import tiny_tokenizer
-from support.tiny_models import llama, save, save_llama
+from support.tiny_models import VOCAB, llama, save, save_llama
 from torch import Tensor
 
 from todi_offline.errors import ModelError
-from todi_offline.models import evaluation_mode, load_model, load_tokenizer, resolve_device, resolve_dtype
+from todi_offline.models import (
+    evaluation_mode,
+    load_model,
+    load_tokenizer,
+    real_vocab_size,
+    resolve_device,
+    resolve_dtype,
+)
 
 TOKENS = torch.arange(3, 43).view(2, 20)
 
@@ -41,6 +48,14 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
         load_model(str(tmp_path / "nothing"))
     with pytest.raises(ModelError, match=r"there is no file .*missing\.gguf"):
         load_model(str(tmp_path / "missing.gguf"))
+
+
+def test_the_real_vocabulary_is_what_tokenizer_and_head_both_know(caplog: pytest.LogCaptureFixture) -> None:
+    """What lies beyond in the head is padding; what lies beyond in the tokenizer, as in Gemma 3's, has no logit."""
+    assert real_vocab_size(tiny_tokenizer(), VOCAB + 64) == real_vocab_size(tiny_tokenizer(), VOCAB) == VOCAB
+    assert not caplog.text
+    assert real_vocab_size(tiny_tokenizer(), VOCAB - 1) == VOCAB - 1
+    assert "the tokenizer knows 512 ids and the model's head 511; an example with one of" in caplog.text
 
 
 def test_devices_and_dtypes_go_by_their_names() -> None:

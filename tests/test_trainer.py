@@ -24,11 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks._zoo import tiny_model
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples
-from todi_offline.errors import CacheMismatchError, ConfigError, DivergedError, ModelError, TargetsError
+from todi_offline.errors import CacheMismatchError, ConfigError, DataError, DivergedError, ModelError, TargetsError
 from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
 from todi_offline.losses.schedule import scheduled
 from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
@@ -595,8 +596,26 @@ def test_a_trainer_without_a_tokenizer_is_refused(cache: Cache, tmp_path: Path) 
         ToDiTrainer(llama(), TrainingArguments(output_dir=str(tmp_path), **QUIET), cache)
 
 
+def test_a_tokenizer_with_an_id_beyond_the_heads_rows_is_refused_where_a_row_uses_it(
+    examples: Examples, tmp_path: Path
+) -> None:
+    """As Gemma 3's of 1B and 270M: 262,145 ids, and 262,144 rows."""
+    known = [example for example in examples if example.token_ids.max() < VOCAB - 1]
+    teacher = as_teacher(tiny_model("gemma3_text", vocab_size=VOCAB - 1), tiny_tokenizer())
+    capture(teacher, Examples.from_list(known), tmp_path / "cache", k=8)
+    cache = open_cache(tmp_path / "cache")
+    assert (len(cache), cache.manifest.vocab_size) == (len(known), VOCAB - 1)
+    trainer = trainer_of(tmp_path / "run", cache, tiny_model("gemma3_text", vocab_size=VOCAB - 1), max_steps=1)
+    assert trainer.train().global_step == 1
+    ids = known[1].token_ids.copy()
+    ids[3] = VOCAB - 1
+    using = Examples.from_list([known[0], dataclasses.replace(known[1], token_ids=ids)])
+    with pytest.raises(DataError, match=rf"example {known[1].id!r} holds the id 511, and the teacher knows 511 ids"):
+        capture(teacher, using, tmp_path / "other", k=8)
+
+
 def test_a_student_of_a_smaller_vocabulary_is_refused(cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="head only 500"):
+    with pytest.raises(ModelError, match="head has 500 ids"):
         trainer_of(tmp_path, cache, llama(vocab_size=500))
 
 

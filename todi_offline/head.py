@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model, Tokenizer, evaluation_mode
+from todi_offline.models import Model, evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -213,19 +213,17 @@ def logits_difference(found: Tensor, expected: Tensor) -> str | None:
     return None if off <= tolerance else f"they are off by {off:.1%} of the largest"
 
 
-def real_vocab_size(tokenizer: Tokenizer, model: Model) -> int:
-    """Return the number of ids that mean something: the tokenizer's; what lies beyond pads the embedding.
+def require_vocabulary(model: Model, vocab_size: int) -> None:
+    """Refuse a student whose head lacks ids that a cache holds.
 
     Raises:
-        ModelError: the tokenizer knows ids that the model's head does not have.
+        ModelError: with both numbers.
     """
-    known, num_ids = int(max(tokenizer.get_vocab().values())) + 1, head_of(model).num_ids
-    if known > num_ids:
+    if (num_ids := head_of(model).num_ids) < vocab_size:
         raise ModelError(
-            f"the tokenizer knows {known} ids and the model's head only {num_ids}: they do not belong together, "
-            "or the embeddings were not resized after tokens were added"
+            f"the student's head has {num_ids} ids and the cache's targets are over {vocab_size}: they do not belong "
+            "together, or the embeddings were not resized after tokens were added"
         )
-    return known
 
 
 def output_module(model: Model) -> nn.Module:

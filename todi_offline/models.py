@@ -4,6 +4,7 @@ Everything here serves teacher and student alike. What transformers knows is lef
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from todi_offline.checkpoint import locate
 from todi_offline.errors import ModelError, first_line
+
+logger = logging.getLogger(__name__)
 
 Model = Any  # transformers.PreTrainedModel, or one wrapped by peft, DDP or FSDP
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase
@@ -80,6 +83,22 @@ def load_model(
     if "gguf_file" in options:
         model = _without_quantization(model)
     return model if device_map else model.to(resolve_device(device))
+
+
+def real_vocab_size(tokenizer: Tokenizer, num_ids: int) -> int:
+    """Return how many ids the tokenizer and a head of `num_ids` rows both know; rows beyond pad the embedding.
+
+    Of a tokenizer that knows more, as Gemma 3's knows one, the others have no logit; `Examples.require_ids` refuses an
+    example that holds one.
+    """
+    known = int(max(tokenizer.get_vocab().values())) + 1
+    if known > num_ids:
+        logger.warning(
+            "the tokenizer knows %s ids and the model's head %s; an example with one of the others will be refused",
+            f"{known:,}",
+            f"{num_ids:,}",
+        )
+    return min(known, num_ids)
 
 
 @contextlib.contextmanager

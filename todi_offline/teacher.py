@@ -23,8 +23,8 @@ from todi_offline.checkpoint import (
 )
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
-from todi_offline.head import Head, real_vocab_size, tried_head
-from todi_offline.models import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer
+from todi_offline.head import Head, tried_head
+from todi_offline.models import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer, real_vocab_size
 from todi_offline.target_rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Teacher:
     model: Model
     tokenizer: Tokenizer
     vocab_size: int
-    """Ids that the tokenizer knows; logits beyond pad the embedding and are dropped."""
+    """Ids that tokenizer and head know; logits beyond pad the embedding and are dropped."""
     head: Head
     checkpoint: tuple[str, str | None] | None = None
     """The paths of the model and of its adapter, which identify it; None where the model was handed over in memory."""
@@ -92,7 +92,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
 
 def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
     """Make a teacher of a model that is already loaded; its weights in memory identify it."""
-    return Teacher(model, tokenizer, real_vocab_size(tokenizer, model), tried_head(model))
+    head = tried_head(model)
+    return Teacher(model, tokenizer, real_vocab_size(tokenizer, head.num_ids), head)
 
 
 def padded_length(num_tokens: int, num_positions: int | None = None) -> int:

@@ -18,7 +18,7 @@ from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerp
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
-from todi_offline.head import Head, real_vocab_size
+from todi_offline.head import Head, require_vocabulary
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.losses.schedule import scheduled
 from todi_offline.meters import FiniteLosses, Meter
@@ -78,7 +78,8 @@ class ToDiTrainer(Trainer):
         """
         refuse_ignored(vars(args) | kwargs)
         self.distillation = distillation or DistillationConfig()
-        self._tokenizer = _student_tokenizer(processing_class, model)
+        self._tokenizer = _student_tokenizer(processing_class)
+        self._student = model
         self._cache: Cache | None = None
         train_dataset, eval_dataset = self._datasets(train_dataset), self._datasets(eval_dataset)
         args.remove_unused_columns = False  # a batch is no row of a table
@@ -282,6 +283,7 @@ class ToDiTrainer(Trainer):
         if not isinstance(cache, Cache):
             raise ConfigError(f"{type(cache).__name__} is no cache; ToDiTrainer reads what `open_cache` returns")
         require_same_tokenizer(self._tokenizer, cache.manifest, "the student")
+        require_vocabulary(self._student, cache.manifest.vocab_size)
         self._cache = self._cache or cache
         _require_alike(cache, self._cache)
         require_targets(cache, self.distillation)
@@ -317,11 +319,10 @@ def _router_coefficient(model: Any) -> float:
     )
 
 
-def _student_tokenizer(tokenizer: Tokenizer | None, model: Model) -> dict[str, str]:
-    """Return the fingerprint of a student's tokenizer; refuse a student without one, or of too small a vocabulary."""
+def _student_tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Return the fingerprint of a student's tokenizer; refuse a student without one."""
     if tokenizer is None:
         raise ModelError("ToDiTrainer needs processing_class, the student's tokenizer: it is compared with the cache's")
-    real_vocab_size(tokenizer, model)
     return tokenizer_fingerprint(tokenizer)
 
 

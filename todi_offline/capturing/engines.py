@@ -19,7 +19,7 @@ class TeacherDescription:
     """What a cache records of its teacher."""
 
     vocab_size: int
-    """Ids that the tokenizer knows."""
+    """Ids that the tokenizer and the teacher's head know."""
     teacher: dict[str, Any]
     """The teacher's fingerprint."""
     tokenizer: dict[str, Any]

@@ -32,7 +32,9 @@ class Job:
 
         Raises:
             TargetsError: the vocabulary has no such targets.
+            DataError: an example holds an id that the teacher does not know.
         """
+        examples.require_ids(described.vocab_size)
         at = settings.tail_temperature if settings.tail_samples else None
         check_capture(described.vocab_size, settings.k, settings.temperatures, at)
         keys = examples.content_keys()

@@ -13,7 +13,7 @@ from todi_offline.capturing.engines import TeacherDescription, recorded_versions
 from todi_offline.checkpoint import checkpoint_fingerprint
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, first_line
-from todi_offline.models import Tokenizer, load_tokenizer
+from todi_offline.models import Tokenizer, load_tokenizer, real_vocab_size
 from todi_offline.teacher import TeacherConfig, tokenizer_json
 from todi_offline.vllm_teacher.client import Client
 from todi_offline.vllm_teacher.runners import minor_version
@@ -39,8 +39,9 @@ class VllmEngine:
         """
         _require_usable(teacher)
         tokenizer = load_tokenizer(teacher.teacher, trust_remote_code=teacher.trust_remote_code)
-        vocab_size = int(max(tokenizer.get_vocab().values())) + 1
-        options = {"dtype": _dtype(teacher), "trust_remote_code": teacher.trust_remote_code} | engine.engine_set
+        config = _config(teacher)
+        vocab_size = real_vocab_size(tokenizer, config.get_text_config().vocab_size)
+        options = {"dtype": _dtype(teacher, config), "trust_remote_code": teacher.trust_remote_code} | engine.engine_set
         fingerprint = checkpoint_fingerprint(teacher.teacher)
         client = Client(
             teacher.teacher,
@@ -102,20 +103,29 @@ def _require_usable(teacher: TeacherConfig) -> None:
         )
 
 
-def _dtype(teacher: TeacherConfig) -> str:
-    """Return the dtype to ask of vLLM; `auto` is the checkpoint's, where vLLM itself would halve float32.
+def _config(teacher: TeacherConfig) -> Any:
+    """Return the teacher's config.
 
     Raises:
-        ModelError: the teacher has no config, or none that names a dtype.
+        ModelError: there is none.
     """
-    if teacher.dtype != "auto":
-        return teacher.dtype
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(teacher.teacher, trust_remote_code=teacher.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{teacher.teacher} has no config that can be read: {first_line(error)}") from error
+    return config
+
+
+def _dtype(teacher: TeacherConfig, config: Any) -> str:
+    """Return the dtype to ask of vLLM; `auto` is the checkpoint's, where vLLM itself would halve float32.
+
+    Raises:
+        ModelError: the config names no dtype.
+    """
+    if teacher.dtype != "auto":
+        return teacher.dtype
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if dtype is None:
         raise ModelError(f"the config of {teacher.teacher} names no dtype; choose one, such as --dtype bfloat16")

@@ -247,6 +247,24 @@ class Examples:
             counts.append(marks[ends] - marks[ends - lengths])
         return np.concatenate(counts)
 
+    def require_ids(self, vocab_size: int) -> None:
+        """Refuse an example with an id that the teacher does not know.
+
+        Raises:
+            DataError: names the first.
+        """
+        before = 0
+        for chunk in self.dataset.data.column("token_ids").chunks:
+            ids = chunk.flatten().to_numpy()
+            if len(beyond := np.flatnonzero(ids >= vocab_size)):
+                ends = np.cumsum([len(row) for row in chunk])
+                number = before + int(np.searchsorted(ends, beyond[0], "right"))
+                raise DataError(
+                    f"example {self[number].id!r} holds the id {ids[beyond[0]]}, and the teacher knows {vocab_size:,} "
+                    "ids: the tokenizer has more; take the example out, or the token out of its text"
+                )
+            before += len(chunk)
+
     def content_keys(self) -> ContentKeys:
         """Return the keys that identify the examples in a cache."""
         return ContentKeys.from_column(self.dataset.data.column("key"))

@@ -40,7 +40,7 @@ from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.evaluation.tally import Group, Tally
-from todi_offline.head import Head, real_vocab_size, tried_head
+from todi_offline.head import Head, require_vocabulary, tried_head
 from todi_offline.losses import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
@@ -96,10 +96,11 @@ def evaluate_cache(
     memory does not grow with the cache but for an index.
 
     Raises:
+        ModelError: the student's head lacks ids that the cache holds.
         CacheMismatchError: the tokenizer is not the one whose ids the cache holds.
         TargetsError: the temperature was not captured, or k is out of range.
     """
-    real_vocab_size(tokenizer, model)
+    require_vocabulary(model, cache.manifest.vocab_size)
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
     total = len(cache) if limit is None else min(limit, len(cache))
     batches = prefetch(_batches(cache, total, batch_size))

@@ -30,8 +30,8 @@ from todi_offline.data.questions import without_answer
 from todi_offline.data.sources import open_source
 from todi_offline.data.tokens import Dropped
 from todi_offline.errors import ConfigError, DataError
-from todi_offline.head import head_of, real_vocab_size
-from todi_offline.models import Model, Tokenizer, evaluation_mode
+from todi_offline.head import head_of
+from todi_offline.models import Model, Tokenizer, evaluation_mode, real_vocab_size
 
 Progress = Callable[[int, int], None]
 
@@ -143,6 +143,7 @@ def evaluate_generation(
 
     Raises:
         ConfigError: rouge-score is not installed.
+        DataError: a prompt holds an id that the student's head lacks.
     """
     score, prompts = rouge_l_scorer(), questions.prompts
     settings = _generation_settings(model, tokenizer, prompts)
@@ -207,10 +208,14 @@ def _generation_settings(model: Model, tokenizer: Tokenizer, prompts: Sequence[P
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(prompt.end_id for prompt in prompts)}
     ends |= set(own if isinstance(own, list) else [] if own is None else [own])
+    num_ids = head_of(model).num_ids
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids)) >= num_ids:
+            raise DataError(f"prompt {prompt.id!r} holds the id {largest}, and the student's head has {num_ids} ids")
     return GenerationConfig(
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        suppress_tokens=list(range(real_vocab_size(tokenizer, model), head_of(model).num_ids)) or None,
+        suppress_tokens=list(range(real_vocab_size(tokenizer, num_ids), num_ids)) or None,
     )
 
 

@@ -10,7 +10,7 @@ from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
-from todi_offline.head import head_of, real_vocab_size
+from todi_offline.head import head_of, require_vocabulary
 from todi_offline.losses.entries import student_entries
 from todi_offline.models import Model, Tokenizer, evaluation_mode
 from todi_offline.pages.tokens import TEACHER_ENTRIES, StudentRows
@@ -26,7 +26,7 @@ def read_sequences(
     Raises:
         CacheMismatchError: the tokenizer is not the one whose ids the cache holds.
     """
-    real_vocab_size(tokenizer, model)
+    require_vocabulary(model, cache.manifest.vocab_size)
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
     collate, device = Collator(pack=False), model.get_input_embeddings().weight.device
     with evaluation_mode(model):

@@ -56,7 +56,7 @@ class Manifest:
 
     settings: CacheSettings
     vocab_size: int
-    """Ids that the tokenizer knows; a padded embedding may be larger."""
+    """Ids that the tokenizer and the teacher's head know; a padded embedding may be larger."""
     teacher: Mapping[str, Any]
     """Fingerprint: hashes of config and weights, dtype, adapters, and a few facts for people."""
     tokenizer: Mapping[str, str]
