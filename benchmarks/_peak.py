@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(step: Callable[[], object]) -> float:
-    """Return it in bytes: of what is made during the step, not of what it is given or a matrix library works in."""
+    """Return the peak in bytes, without the step's inputs and the working memory of matrix libraries."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -1,4 +1,4 @@
-"""What a step is given in, the steps of the public libraries that are installed out; `loss` says what each computes."""
+"""The inputs of a step in, the steps of the installed public libraries out; `loss` describes each."""
 
 import importlib
 import importlib.metadata
@@ -20,7 +20,7 @@ Step = Callable[[], object]
 Losses = dict[str, Callable[[], Any]]
 
 FORMS: dict[str, dict[str, object]] = {"": {"compiled": False}, ", by 128": {"compiled": False, "chunk_size": 128}}
-"""How the losses that go by chunks are called: by their own 1,024 targets, and by fewer."""
+"""Arguments of the losses that go by chunks: their own 1,024 targets, and fewer."""
 COMPILED: dict[str, dict[str, object]] = {", compiled": {"compiled": True}} if shutil.which("g++") else {}
 
 

@@ -1,4 +1,4 @@
-"""The name of a grid in, the arms of the study out: what a student is trained on, from which start, with which seed."""
+"""The name of a grid in, the arms of the study out: the targets, the start and the seed of each training run."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from todi_offline.losses.divergences import resolve
 LOSSES = ("todi", "forward_kl", "reverse_kl", "js", "skew_forward_kl", "adaptive_kl")
 WEIGHTS = (0.3, 0.5, 0.7)
 NUM_DRAWS = 12
-"""Of random-sampling KD."""
+"""Ids drawn for random-sampling KD."""
 
 
 def matched(kd_weight: float, loss: str = "forward_kl") -> float:
@@ -24,7 +24,7 @@ def matched(kd_weight: float, loss: str = "forward_kl") -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One training run; with its start and seed a row of the CSV."""
+    """One training run: a row of the CSV."""
 
     start: Literal["warm", "cold"] = "warm"
     seed: int = 0
@@ -38,17 +38,17 @@ class Arm:
     temperature: float = 1.0
     kd_weight: float = 0.5
     tail_weight: float = 0.0
-    """Of the sampled tail; 0 is the divergence's own."""
+    """Weight of the sampled tail; 0 is the divergence's own."""
     encoding: str = "f16"
-    """Of what is cached."""
+    """The encoding of the cache."""
     drawn_at: float = 1.0
-    """The temperature of the samples."""
+    """The temperature at which the samples are drawn."""
     settings: str = ""
     """Other settings of the objective, as `name=value`, separated by spaces."""
 
     @property
     def label(self) -> str:
-        """What a person calls it, start and seed apart."""
+        """The name of the arm in tables, without start and seed."""
         if self.targets == "none":
             return "SFT"
         of = {"dense": "dense", "renormalised": f"top {self.k} renormalised", "random": f"{self.samples} random draws"}
@@ -64,7 +64,7 @@ class Arm:
 
 
 def cached(k: int, samples: int = 0, loss: str = "todi", **settings: Any) -> Arm:
-    """Return an arm that learns from a cache: with samples if there are any, else with a bucket."""
+    """Return an arm that learns from a cache: with the sampled tail if there are samples, else with a bucket."""
     tail: Any = "sampled" if samples else "bucket"
     return Arm(**{"targets": "cached", "loss": loss, "k": k, "tail": tail, "samples": samples} | settings)
 
@@ -78,12 +78,12 @@ REFERENCES = [
     Arm(targets="random", samples=NUM_DRAWS, kd_weight=matched(0.5)),
 ]
 BARS = {(64, 8): 0.97, (16, 8): 0.92, (8, 4): 0.88}
-"""Share recovered that is asked of K kept ids and S samples, for a vocabulary of 4,096 or more."""
+"""The least share that K kept ids and S samples must recover, for a vocabulary of 4,096 or more."""
 BARS_OF_SMALL_VOCABULARY = {(8, 4): 0.98}
 
 
 def arms_of(grid: str, seeds: int) -> list[Arm]:
-    """Return the arms of a grid, the seeds outermost: what is measured first compares the most."""
+    """Return the arms of a grid, the seeds outermost, so that the first rows compare all arms."""
     starts: dict[str, list[Arm]] = {
         "quick": [*_each(_quick(), "warm"), *_each([SFT, DENSE, cached(16, 8), cached(8)], "cold")],
         "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *DENSE_FORWARD_KL], "warm"),
@@ -105,7 +105,7 @@ def _quick() -> Iterator[Arm]:
 
 
 def _choice() -> Iterator[Arm]:
-    """What tells which k, tail, temperature, weight and divergence to choose, one of them varied at a time."""
+    """Yield arms that vary k, tail, temperature, weight and divergence, one at a time."""
     yield from (SFT, DENSE, *(cached(*key) for key in BARS))
     yield from (cached(k, samples) for k in (4, 8, 16, 32, 64) for samples in (0, 4, 8))
     yield from (cached(k, tail="none") for k in (8, 64))
@@ -142,7 +142,7 @@ def _full() -> Iterator[Arm]:
 
 
 def _knobs() -> Iterator[Arm]:
-    """What each setting of the objective adds to ToDi from a cache of K = 16 with 8 samples, one of them at a time."""
+    """Yield ToDi from a cache of K = 16 with 8 samples, and one changed setting of the objective at a time."""
     base = functools.partial(cached, 16, 8, encoding="root8")
     yield from (SFT, base(), DENSE, base(loss="forward_kl", kd_weight=matched(0.5)))
     yield cached(0, 12, "forward_kl", encoding="root8", kd_weight=matched(0.5))

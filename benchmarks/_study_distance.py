@@ -1,4 +1,4 @@
-"""A student and its teacher, whole, in; how far they are apart on held-out text, with standard errors, out."""
+"""A student and its teacher's kept logits in; their distance on held-out text, with standard errors, out."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def _measures(logits: Tensor, batch: Batch, teacher: KeptTeacher) -> dict[str, T
 
 
 def estimates(values: dict[str, Any], sequences: Any, num_resamples: int = 200) -> dict[str, float]:
-    """Return the means over targets, the calibration error, and the standard errors of all: a bootstrap's."""
+    """Return the means over targets, the calibration error, and the bootstrap standard errors of all."""
     confidence, right = values.pop("confidence"), values.pop("right")
     bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
     num_sequences = int(sequences.max()) + 1

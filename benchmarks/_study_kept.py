@@ -1,8 +1,8 @@
-"""A teacher and examples in; a cache, and beside it all that the teacher said at its targets, whole, out.
+"""A teacher and examples in; a cache, and beside it the teacher's whole logits at the targets, out.
 
-Kept are the teacher's last hidden states: times its head they are its logits, in float32 and of every id, and take
-d / vocabulary of their bytes (576 numbers a target for 49,152). So an arm that learns from dense logits needs no
-teacher, and what it learns from is not rounded.
+The teacher's last hidden states are kept. Multiplied by the teacher's head they are its logits, in float32 and of every
+id, in d / vocabulary of the bytes (576 numbers a target for 49,152). So an arm that learns from dense logits needs no
+teacher, and its logits are not rounded.
 """
 
 import dataclasses
@@ -42,13 +42,13 @@ class KeptTeacher:
 
 
 def open_kept(place: Path) -> KeptTeacher:
-    """Return what `keep` left beside the cache `place`."""
+    """Return the logits that `keep` left beside the cache `place`."""
     hidden, weight = np.load(_beside(place), mmap_mode="c"), np.load(place.parent / "head.npy", mmap_mode="c")
     return KeptTeacher(torch.from_numpy(hidden), torch.from_numpy(weight))
 
 
 def keep(teacher: Teacher, examples: Examples, place: Path, **settings: Any) -> None:
-    """Capture examples into the cache `place`, and keep what the teacher's head reads beside it; once.
+    """Capture examples into the cache `place` once, and keep the inputs of the teacher's head beside it.
 
     Raises:
         ModelError: the teacher's logits are not hidden states times a matrix.
@@ -77,7 +77,7 @@ def numbered(cache: Cache) -> list[CachedSequence]:
 
 @dataclass(frozen=True, slots=True)
 class _Recording(Head):
-    """A teacher's head that keeps what it reads of every sequence."""
+    """A teacher's head that keeps its inputs of every sequence."""
 
     recorded: dict[bytes, Array] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ class _Recording(Head):
         return hidden
 
     def read_at(self, sequence: CachedSequence) -> Array:
-        """Return what was read at the targets of a sequence; a batch's last position is repeated, to fill up."""
+        """Return the inputs at the targets of a sequence; a batch is filled up with its last position."""
         return self.recorded[_content(sequence.token_ids)][: len(sequence.targets)]
 
 

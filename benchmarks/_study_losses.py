@@ -1,4 +1,4 @@
-"""An arm of the study and what it reads in, the losses that its student takes steps on out."""
+"""An arm of the study and its targets in, the losses of its training steps out."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ TeacherLogits = Callable[[Batch], Tensor]
 def losses_of(
     student: Any, sequences: Any, drawn: Iterable[Sequence[int]], loss: Loss, vocab_size: int, dtype: Any = None
 ) -> Iterator[Tensor]:
-    """Yield the loss of each batch of sequence numbers that is drawn; `dtype` is autocast's, none for float32."""
+    """Yield the loss of each drawn batch of sequence numbers; `dtype` is autocast's, none for float32."""
     collate = Collator()
     for indices in drawn:
         batch = on_device(collate([sequences[index] for index in indices]), student)
@@ -98,7 +98,7 @@ def bytes_per_target(arm: Arm, cache: Cache) -> float:
 
 
 def renormalised(targets: SparseTargets) -> SparseTargets:
-    """Return targets whose kept ids have all of the mass."""
+    """Return targets whose kept ids are renormalised to sum to one."""
     empty = torch.full_like(targets.tail_logsumexp, -torch.inf)
     return dataclasses.replace(targets, logprobs=targets.logprobs.log_softmax(-1), tail_logsumexp=empty)
 
@@ -130,14 +130,14 @@ def bytes_of_draws(ids: npt.NDArray[np.uint32]) -> float:
 
 
 def with_ids(sequence: CachedSequence, ids: npt.NDArray[np.uint32]) -> CachedSequence:
-    """Return a sequence whose targets are ids alone, of whatever number and meaning."""
+    """Return a sequence whose targets are ids alone, any number of any meaning."""
     nothing = np.zeros(ids.shape, np.float32)
     targets = dataclasses.replace(sequence.targets, ids=ids, logprobs=nothing, tail_ids=None, tail_logprobs=None)
     return dataclasses.replace(sequence, targets=targets)
 
 
 def random_draws_loss(arm: Arm, logits: Tensor, batch: Batch) -> Tensor:
-    """Return the loss of an arm to which ids that were drawn stand for the teacher, each as likely as its share."""
+    """Return the loss of an arm whose teacher is the drawn ids, each as likely as its share of the draws."""
     logprobs = logits.float().log_softmax(-1)
     ce = -logprobs.gather(-1, batch["labels"][:, None]).mean()
     kd = -logprobs.gather(-1, batch["ids"].long()).mean()
@@ -152,6 +152,6 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 def on_device(batch: Batch, model: Any) -> Batch:
-    """Return a batch where a model is."""
+    """Return a batch on the device of a model."""
     device = model.get_input_embeddings().weight.device
     return {name: values.to(device) for name, values in batch.items()}

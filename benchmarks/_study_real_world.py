@@ -1,4 +1,4 @@
-"""Settings in; the text of the study of a real teacher, all that the teacher says of it, and the students out."""
+"""Settings in; the text of the study of a real teacher, the teacher's logits on it, and the students out."""
 
 import contextlib
 import fcntl
@@ -32,7 +32,7 @@ K, SAMPLES = 64, 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """All that decides a row beside its arm."""
+    """The settings that decide a row beside its arm."""
 
     teacher: str = ""
     """A folder, hub id or GGUF file; by default SmolLM2-135M-Instruct is fetched."""
@@ -53,7 +53,7 @@ class Settings:
 
 
 def prepare(settings: Settings, folder: Path) -> None:
-    """Make what all arms share, once: the teacher's words over train and held-out text, and the students."""
+    """Make the parts that all arms share, once: the teacher's logits on train and held-out text, and the students."""
     parts: dict[str, Callable[[], None]] = {
         "train": lambda: _keep("train", settings, folder),
         "warm": lambda: _make_students(settings, folder),
@@ -120,7 +120,7 @@ def _shuffled(examples: Sequence[Example]) -> list[Example]:
 
 
 def _up_to(examples: Sequence[Example], num_targets: int) -> list[Example]:
-    """Return the first examples, no more targets than that."""
+    """Return the first examples whose targets stay within a number."""
     totals = np.cumsum([example.target_mask.sum() for example in examples])
     return list(examples[: max(1, int(np.searchsorted(totals, num_targets, side="right")))])
 

@@ -42,7 +42,7 @@ def arm_of(row: Row) -> Arm:
 
 
 def summarise(rows: Sequence[Row], names: Sequence[str] = MEASURED, share_of: str = "forward_kl") -> list[Row]:
-    """Return the means and deviations over seeds of what is named, and the share recovered.
+    """Return the means and deviations over seeds of the named measures, and the share recovered.
 
     That is of what dense ToDi gains over SFT in `share_of`, by seed and averaged; seeds of which either is missing
     count for the other measures alone.
@@ -106,7 +106,7 @@ def _bars(means: Sequence[Row], bars: dict[tuple[int, int], float]) -> list[str]
 
 
 def draw(means: Sequence[Row], file: Path, measures: Sequence[str] = ("forward_kl",)) -> None:
-    """Draw measures against bytes a target, a panel a start: a line for each tail over K, what is dense as levels.
+    """Draw measures against bytes a target, a panel a start: a line for each tail over K, a level for each dense arm.
 
     Only arms of ToDi at T = 1 and w = 0.5, and the references of the field; the table has the others.
     """
@@ -154,7 +154,7 @@ def _draw_panel(panel: Any, means: Sequence[Row], measure: str) -> None:
 
 
 def _series(means: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return what is drawn as one line or as one point, by name, K rising."""
+    """Return the rows of each line or point that is drawn, by name, K rising."""
     found: dict[str, list[Row]] = defaultdict(list)
     for mean in sorted(means, key=lambda mean: mean["arm"].k):
         arm: Arm = mean["arm"]

@@ -1,4 +1,4 @@
-"""Settings in; a teacher, the students that start out, and the text that all of them read out."""
+"""Settings in; a teacher, the students before training, and the text that all of them read out."""
 
 import copy
 import math
@@ -27,20 +27,20 @@ NUM_TRAIN, NUM_HELDOUT = 640, 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What the world is, and how long a student learns in it: all that decides a row beside its arm."""
+    """The teacher, the text, the students and the length of training: all that decides a row beside its arm."""
 
     teacher: str = ON_THE_SPOT
     """A folder, hub id or GGUF file; or a small Llama that is trained here."""
     data: str = "stdlib"
-    """What a given teacher reads; the one trained on the spot reads `stdlib` in blocks of 128 tokens."""
+    """The text of a given teacher; the one trained on the spot reads `stdlib` in blocks of 128 tokens."""
     heldout: str = "stdlib"
     vocab: int = 4096
-    """Of the tokenizer that is trained on the spot."""
+    """Ids of the tokenizer that is trained on the spot."""
     teacher_steps: int = 300
     warm_steps: int = 200
     """Steps of plain fine-tuning that make the warm student."""
     layers: int = 10
-    """Of the student that is cut from a given teacher."""
+    """Layers of the student that is cut from a given teacher."""
     steps: int = 120
     batch_sequences: int = 8
     learning_rate: float = 1e-3
@@ -57,12 +57,12 @@ class World:
     heldout: Examples
 
     def student(self, start: str) -> Model:
-        """Return a copy of a student as it starts."""
+        """Return a copy of a student before training."""
         return copy.deepcopy(self.students[start])
 
 
 def make_world(settings: Settings, work: Path) -> World:
-    """Make a world, or load what an earlier run made of it in `work`."""
+    """Make a world, or load the parts that an earlier run made in `work`."""
     return _on_the_spot(settings, work) if settings.teacher == ON_THE_SPOT else _around_teacher(settings, work)
 
 
@@ -79,7 +79,7 @@ def optimise(model: Model, losses: Iterator[Tensor], steps: int, learning_rate: 
 
 
 def batches(num_sequences: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of sequence numbers without end; what is left over of an epoch is passed over."""
+    """Yield batches of sequence numbers without end; an incomplete batch at the end of an epoch is dropped."""
     order = ShuffledOrder(num_sequences, seed)
     while True:
         indices = list(order)

@@ -56,9 +56,9 @@ from todi_offline.teacher import TeacherConfig, load_teacher, teacher_fingerprin
 
 KEPT = CacheSettings(k=64, tail_samples=8)
 SHAPES = [(64, 0), (32, 8), (16, 8), (16, 0), (8, 4)]
-"""k and tail samples of what is stored."""
+"""k and tail samples that are stored."""
 BARS = {(64, 0): (115.0, 2e-4), (16, 8): (54.0, 2e-4), (8, 4): (29.0, 2e-4)}
-"""Of the encoding with the fewest bytes: bytes a target, and nats lost at T = 1, at most."""
+"""Limits of the encoding with the fewest bytes: bytes a target, and nats lost at T = 1."""
 FACTS = ("model_type", "num_parameters", "dtype")
 COLUMNS = {
     "ids": ("topk_ids",),
@@ -73,15 +73,15 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stored:
-    """What a way to store targets makes of them."""
+    """Targets before and after one way to store them."""
 
     num_bytes: dict[str, int]
-    """By array."""
+    """Bytes by array."""
     given: TargetRows
     back: TargetRows
-    """As they are read."""
+    """The targets as they are read back."""
     targets_per_second: float | None = None
-    """At which they are read."""
+    """Targets read a second."""
 
 
 def run(
@@ -133,7 +133,7 @@ def _captured(folder: str, data: str, limit: int) -> tuple[list[SequenceRows], i
 
 
 def _counts(sequences: list[SequenceRows], vocab_size: int) -> dict[str, Any]:
-    """Return what there is, and the bytes a target of what is counted apart."""
+    """Return the numbers of sequences, tokens and targets, and the bytes a target of the parts counted apart."""
     num_targets = sum(len(each.targets) for each in sequences)
     tokens = np.concatenate([each.token_ids for each in sequences])
     mask = np.concatenate([each.target_mask for each in sequences])
@@ -191,7 +191,7 @@ def _ours(targets: TargetRows, settings: CacheSettings, vocab_size: int) -> Stor
 
 
 def _in_bf16(targets: TargetRows) -> TargetRows:
-    """Return targets whose logits are the nearest that bfloat16 has, their log-partition being made up."""
+    """Return targets whose logits are rounded to bfloat16, with an invented log-partition."""
     log_partition = np.full(len(targets), 20, np.float32)
     bits = (targets.logprobs + log_partition[:, None]).view(np.uint32)
     logits = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).astype(np.uint32).view(np.float32)
@@ -236,7 +236,7 @@ def _parquet(targets: TargetRows) -> tuple[dict[str, int], npt.NDArray[Any]]:
 
 
 def _without_tail(targets: TargetRows, logprobs: npt.NDArray[Any]) -> TargetRows:
-    """Return what can be had of kept entries alone: at T = 1 the tail is what they leave."""
+    """Return targets of the kept entries alone: at T = 1 the tail has the mass that they leave."""
     rest = 1 - np.exp(logprobs.astype(np.float32)).sum(axis=1, keepdims=True)
     tail = np.log(np.maximum(rest, 1e-9)).astype(np.float32)
     return dataclasses.replace(targets, logprobs=logprobs.astype(np.float32), tail_logsumexp=tail, temperatures=(1.0,))
@@ -255,7 +255,7 @@ def _measured(stored: Stored) -> dict[str, Any]:
 
 
 def _lost(given: TargetRows, back: TargetRows, temperature: float) -> float:
-    """Return the mean KL of the entries given from those that come back."""
+    """Return the mean KL of the entries read back from the entries that were stored."""
     p, q = _entries(given, temperature), _entries(back, temperature)
     with np.errstate(invalid="ignore"):
         terms = np.where(np.isneginf(p), 0, np.exp(p) * (p - q))

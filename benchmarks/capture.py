@@ -6,8 +6,8 @@ Compared are, in one process and in turns, over the same examples in the same ba
     capture         `capture()`: the same, the targets taken from the logits, encoded, written, committed and sealed
 
 The teacher has the shape of SmolLM2-135M and random weights, and reads Python's own documentation through a tokenizer
-made on the spot; `--set teacher=FOLDER` takes a real one. The fingerprint of the teacher is computed once a capture,
-however long that is, so it is also shown alone.
+made on the spot; `--set teacher=FOLDER` takes a real one. The fingerprint of the teacher is computed once a capture of
+any length, so its time is also shown alone.
 
 Not claimed: anything of a GPU, where the teacher is faster and the same encoding must keep up with it.
 """

@@ -55,7 +55,7 @@ def run(quick: bool) -> None:
 
 
 def examine(family: str) -> dict[str, str]:
-    """Return what each check says of a family."""
+    """Return the result of each check of a family."""
     return {name: _outcome(check, _padded(family)) for name, check in CHECKS.items()}
 
 
@@ -129,7 +129,7 @@ CHECKS: dict[str, Callable[[Any], str]] = {
 
 
 def _padded(family: str) -> Any:
-    """Return a model of a family whose ids beyond the tokenizer's are likely: who counts them sees it."""
+    """Return a model of a family whose ids beyond the tokenizer's are likely, so that counting them shows."""
     model = tiny_model(family, vocab_size=PADDED)
     with torch.no_grad():
         model.get_output_embeddings().weight[VOCAB:] *= 3

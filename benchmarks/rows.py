@@ -1,6 +1,6 @@
 """How long does a capture of 200,000 conversations take to begin, and how long when it goes on after a kill?
 
-Conversations of two turns are captured by `todi capture`, with a teacher so small that what is measured is the rest.
+Conversations of two turns are captured by `todi capture`, with a teacher so small that its own time hardly counts.
 The first run is killed once its first shards are committed, and the same command is given again:
 
     tokenised       seconds from the start of the first run until its tokenised rows are kept
@@ -26,7 +26,7 @@ from typing import Any
 from todi_offline.stdlib_corpus import stdlib_pairs
 
 MORE_SHARDS = 3
-"""That the second run commits after its first, before it is stopped."""
+"""Shards that the second run commits after its first one before it is stopped."""
 
 CHATML = (
     "{% for message in messages %}"

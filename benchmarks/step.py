@@ -88,7 +88,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one method took for each step of a round but the first."""
+    """The time and memory of one method for each step of a round but the first."""
 
     seconds: list[float]
     teacher_seconds: list[float]

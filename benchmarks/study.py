@@ -4,13 +4,13 @@ One teacher, one text, one student: every arm starts from the same weights, read
 for as many steps, and is trained on (1 - w) CE + w KD. Compared are
 
     SFT                   w = 0
-    dense                 ToDi and forward KL with the teacher itself beside the student: what an online run has
-    K = k+s, k bucket,    what `capture` kept: k ids and s tail samples, the tail as a bucket, or no tail; read back
+    dense                 ToDi and forward KL with the teacher itself beside the student, as in an online run
+    K = k+s, k bucket,    targets of `capture`: k ids and s tail samples, the tail as a bucket, or no tail; read back
     k no tail             through `open_cache` and `stream`, so that bytes a target are those on the disk
     top k renormalised    forward KL to the top k made to sum to one
     s random draws        random-sampling KD: ids drawn from the whole teacher distribution stand for it
-    w = 0.6               forward KL as strong, near q = p, as ToDi at 0.5: what ToDi gains beyond strength;
-                          so is 0.391 beside 0.3, and 0.778 beside 0.7
+    w = 0.6               forward KL as strong, near q = p, as ToDi at 0.5; the same holds for 0.391 and 0.3, and
+                          for 0.778 and 0.7
 
 Measured on held-out text, at T = 1 over the whole vocabulary: forward and reverse KL, cross-entropy, and the expected
 calibration error of the most likely token (15 bins). `share recovered` is (SFT - arm) / (SFT - dense ToDi) in
@@ -20,7 +20,7 @@ predictions; for random draws, of their different ids and how often each was dra
     --quick               a teacher trained on the spot, one seed, some of the arms: 8 min 49 s on two cores
     --set grid=bars       the same teacher, three seeds, those arms with bars of the project: 21 runs
     --set grid=knobs      the same teacher, one setting of the objective at a time: 22 runs a seed
-    --set grid=choice     the same teacher, what tells which settings to choose: 61 runs a seed (--set seeds=1)
+    --set grid=choice     the same teacher, all other settings one at a time: 61 runs a seed (--set seeds=1)
     (neither)             1,812 runs: for a GPU. Name a teacher with --set teacher=FOLDER, else SmolLM2-135M-Instruct
                           is fetched, and text with --set data=FILE and heldout=FILE, else Python's documentation
     --set vocab=512       another tokenizer for the teacher that is trained on the spot
@@ -29,8 +29,8 @@ With the teacher that is trained on the spot a run takes half a minute on one co
 Rows are written as they are measured; the same command again goes on where it was stopped. results/ holds the CSV, the
 table and the picture of each grid. It needs matplotlib: pip install 'todi-offline[benchmarks]'.
 
-Not claimed: that what holds for a small teacher, one text and a few hundred steps holds for others; and forward KL, the
-measure, is nearer to what forward KL trains on than to ToDi.
+Not claimed: that a result with a small teacher, one text and a few hundred steps holds for others. The measure, forward
+KL, is nearer to the objective of forward KL than to ToDi.
 """
 
 import csv
@@ -134,7 +134,7 @@ def measure(arm: Arm, world: World, folder: Path) -> dict[str, float]:
 
 
 def _prepared(arm: Arm, world: World, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
-    """Return what an arm reads, its bytes a target, and the loss that it is trained on."""
+    """Return the sequences of an arm, their bytes a target, and the training loss."""
     teacher = functools.partial(_teacher_logits, world)
     if arm.targets == "random":
         sequences, num_bytes = random_draws(_captured(world, folder, "train"), teacher, arm.samples, arm.seed)

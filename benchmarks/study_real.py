@@ -1,9 +1,9 @@
 """The same question as `study`, of a real teacher with a real vocabulary: SmolLM2-135M-Instruct, 49,152 ids.
 
 The student is 10 of the teacher's 30 layers. Warm, it was fine-tuned first, on other text, and is the same for all
-arms; cold, it is as it was cut. Every arm starts from the same weights, reads the same batches in the same order, once,
-and is trained on (1 - w) CE + w KD. The teacher reads the text once: all that it says is kept (`_study_kept.py`), so
-that what is dense needs no teacher beside the student, and its cache (K = 64, 8 samples, f16) is narrowed for the arms
+arms; cold, it is untrained since the cut. Every arm starts from the same weights, reads the same batches once, in the
+same order, and is trained on (1 - w) CE + w KD. The teacher reads the text once: all its logits are kept (`_study_kept.py`), so
+that a dense arm needs no teacher beside the student, and its cache (K = 64, 8 samples, f16) is narrowed for the arms
 as `todi-cache subset` does. Arms that learn from a cache read it with the project's own reader and loss.
 
 Measured on held-out text, at T = 1 and over the whole vocabulary, with standard errors over sequences: forward and
@@ -60,7 +60,7 @@ from todi_offline.models import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 NUM_DRAWS = 150
-"""Of random-sampling KD: as many as take the bytes of K = 16 with 8 samples."""
+"""Ids drawn for random-sampling KD: they take the bytes of K = 16 with 8 samples."""
 NEW_TOKENS = 64
 
 MAIN = [
@@ -103,7 +103,7 @@ def run(
 
 
 def arms_of(seeds: int) -> list[Arm]:
-    """Return the arms, those that tell the most first."""
+    """Return the arms, the most informative first."""
     main = [dataclasses.replace(arm, seed=seed) for seed in range(1, seeds) for arm in MAIN]
     return [*MAIN, *OTHERS, *main, *COLD]
 
@@ -122,7 +122,7 @@ def _shown(settings: Settings) -> dict[str, Any]:
 
 
 def measure_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
-    """Measure the arms that are not yet, but for those that another process is at."""
+    """Measure the arms that are not yet measured and that no other process is measuring."""
     for number, arm in enumerate(arms):
         with claimed(folder / f"{name_of(arm)}.lock") as free:
             if free and not _done(arm, folder / "rows.csv"):
@@ -146,7 +146,7 @@ def measure(arm: Arm, settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
-    """Return what an arm reads, its bytes a target, and the loss that it is trained on."""
+    """Return the sequences of an arm, their bytes a target, and the training loss."""
     teacher = open_kept(folder / "train").logits
     if arm.targets in ("none", "dense"):
         return numbered(open_cache(folder / "train")), 0.0, functools.partial(dense_loss, arm, teacher)
@@ -158,7 +158,7 @@ def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, 
 
 
 def write_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
-    """Let the students that were kept answer the held-out prompts, greedily and sampled, but for those that did."""
+    """Let the kept students answer the held-out prompts, greedily and sampled, if they have not yet."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     config = DataConfig(data=settings.data, max_length=settings.max_length, max_prompt_length=settings.max_length // 2)
     questions = load_prompts(config, tokenizer)
@@ -193,7 +193,7 @@ def name_of(arm: Arm) -> str:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return what was measured so far."""
+    """Return the rows measured so far."""
     if not file.exists():
         return []
     with file.open(newline="") as opened:
