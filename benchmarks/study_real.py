@@ -2,9 +2,10 @@
 
 The student is 10 of the teacher's 30 layers. Warm, it was fine-tuned first, on other text, and is the same for all
 arms; cold, it is untrained since the cut. Every arm starts from the same weights, reads the same batches once, in the
-same order, and is trained on (1 - w) CE + w KD. The teacher reads the text once: all its logits are kept (`_study_kept.py`), so
-that a dense arm needs no teacher beside the student, and its cache (K = 64, 8 samples, f16) is narrowed for the arms
-as `todi-cache subset` does. Arms that learn from a cache read it with the project's own reader and loss.
+same order, and is trained on (1 - w) CE + w KD. The teacher reads the text once and all its logits are kept
+(`_study_kept.py`), so that a dense arm needs no teacher beside the student. Its cache (K = 64, 8 samples, f16) is
+narrowed for the arms as `todi-cache subset` does. Arms that learn from a cache read it with the project's own reader
+and loss.
 
 Measured on held-out text, at T = 1 and over the whole vocabulary, with standard errors over sequences: forward and
 reverse KL, top-1 agreement with the teacher, cross-entropy, calibration error of the most likely token (15 bins; its

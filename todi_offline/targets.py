@@ -203,10 +203,10 @@ def teacher_targets(
     return targets, label_logprobs.to(targets.logprobs.dtype).squeeze(-1)
 
 
-def check_narrowing(k: int, stored: int, least: int = 1) -> None:
+def check_narrowing(k: int, stored: int) -> None:
     """Raise TargetsError unless k of `stored` columns can be kept."""
-    if not least <= k <= stored:
-        raise TargetsError(f"k is {k}, but these targets hold the top {stored}; choose {least} to {stored}")
+    if not 1 <= k <= stored:
+        raise TargetsError(f"k is {k}, but these targets hold the top {stored}; choose 1 to {stored}")
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from torch import Tensor
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
+from todi_offline.errors import TargetsError
 from todi_offline.evaluation.tally import Group, Tally
 from todi_offline.head import Head, require_vocabulary, tried_head
 from todi_offline.losses import DistillationConfig
@@ -98,8 +99,13 @@ def evaluate_cache(
     Raises:
         ModelError: the student's head lacks ids that the cache holds.
         CacheMismatchError: the tokenizer is not the one whose ids the cache holds.
-        TargetsError: the temperature was not captured, or k is out of range.
+        TargetsError: the temperature was not captured, k is out of range, or the cache holds samples alone.
     """
+    if not cache.manifest.settings.k or k == 0:
+        raise TargetsError(
+            f"without kept ids ({cache.root}, k = 0) the teacher's most probable id is unknown; evaluate on a held-out "
+            "cache that was captured with k of 1 or more, and with k of 1 or more"
+        )
     require_vocabulary(model, cache.manifest.vocab_size)
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
     total = len(cache) if limit is None else min(limit, len(cache))

@@ -130,7 +130,8 @@ class Entries:
 
     def narrow(self, k: int) -> "Entries":
         """Return the first k entries, the others moved into the tail, without samples: they are of the old tail."""
-        check_narrowing(k, self.kept.shape[1], least=0)
+        if k:  # with 0 everything becomes the tail
+            check_narrowing(k, self.kept.shape[1])
         if k == self.kept.shape[1]:
             return Entries(self.kept, self.tail)
         return Entries(self.kept[:, :k], torch.logaddexp(self.tail, self.kept[:, k:].logsumexp(-1)))
