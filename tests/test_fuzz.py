@@ -156,9 +156,14 @@ def _status(name: str) -> int:
 
 def fuzz(check: Callable[..., None], count: int, *strategies: Any) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=checks)(
+    is_few = count < FROM_A_NEW_SEED
+    settings(max_examples=count, derandomize=is_few, database=None, deadline=None, suppress_health_check=checks)(
         given(*strategies)(check)
     )()
+
+
+FROM_A_NEW_SEED = 100
+"""From so many examples on every run draws others, and a failure names its seed; fewer are the same each time."""
 
 
 few_or_many = pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from support.fake_cache import sequence
 from support.make_golden import CACHES, DATA, NUM_SHARDS, PER_SHARD, values_of, write_golden
 from support.tools import run
 
+from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.format.narrow import narrow
 from todi_offline.cache.reader import open_cache
@@ -154,6 +156,22 @@ def test_an_append_to_a_cache_of_format_1_is_one_step(old_cache: Callable[..., P
         append(root, [7, 8])
     assert set(found) == {4, 6}
     assert found == sorted(found)
+
+
+def test_an_append_of_format_1_that_claims_2_31_shards_costs_no_memory(old_cache: Callable[..., Path]) -> None:
+    root = old_cache("f16-fast")
+    group = json.loads((root / "zarr.json").read_text())["attributes"]["todi_offline"]
+    group["parts"].append(group["parts"][0] | {"content": "d", "num_shards": 2**31 - 1})
+    (root / "append.json").write_text(json.dumps({"attributes": {"todi_offline": group}}))
+    verify_cache(root)  # imports zarr
+    tracemalloc.start()
+    found = verify_cache(root)
+    assert len(open_cache(root, allow_unsealed=True)) == len(open_cache(root)) == 4
+    assert repair_cache(root, dry_run=True).remaining == ()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [problem.is_note for problem in found] == [True]  # a capture that has not finished
+    assert peak < 2**24
 
 
 def test_a_cache_of_format_1_is_subset_merged_and_narrowed(old_cache: Callable[..., Path], tmp_path: Path) -> None:

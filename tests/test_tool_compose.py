@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from todi_offline.cache.convert.merge import merge_caches
 from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import ENCODINGS, CacheSettings
 from todi_offline.cache.format.narrow import narrow
+from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.objects import read_root
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store import open_store
@@ -205,6 +207,24 @@ def test_the_mean_kl_of_two_caches_is_that_of_their_distributions(tmp_path: Path
         expected = sum(p[n] * np.log(p[n] / q[n]) for n in shared) + rest_p * np.log(rest_p / rest_q)
         assert kl == pytest.approx(expected, rel=1e-4)
     assert bucketed_kl(first, first) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_memory_of_a_comparison_does_not_grow_with_the_square_of_k() -> None:
+    num_targets, k = 64, 8192
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(k, dtype=np.uint32), (num_targets, 1)), axis=1)
+    rows = TargetRows(
+        ids=ids,
+        logprobs=np.full((num_targets, k), -np.log(2 * k), np.float32),
+        tail_logsumexp=np.full((num_targets, 1), -np.log(2), np.float32),
+        label_logprob=np.full(num_targets, -9, np.float32),
+        temperatures=(1.0,),
+    )
+    tracemalloc.start()
+    kl = bucketed_kl(rows, dataclasses.replace(rows, ids=ids[:, ::-1]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kl == pytest.approx(0, abs=1e-9)
+    assert peak < 2**25
 
 
 def test_an_encoding_that_needs_what_the_cache_has_not_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from todi_offline.cache.format.sequences import CachedSequence, SequenceRows
 from todi_offline.cache.planning import plan_capture
 from todi_offline.cache.reader import Cache
 from todi_offline.cache.reuse import open_reusable
-from todi_offline.cache.store import LocalStore
+from todi_offline.cache.store import open_store
 from todi_offline.cache.writer import CacheWriter
 
 # Numbers of fake sequences by how their content keys end; found by search, one key in 256 ends in a zero byte.
@@ -121,10 +121,10 @@ def digest_of(numbers: Sequence[int]) -> str:
 
 
 def capture_into(
-    root: Path,
+    root: Path | str,
     numbers: Sequence[int],
     chosen: CacheSettings,
-    reuse: Sequence[Path] = (),
+    reuse: Sequence[Path | str] = (),
     stop_after: int | None = None,
     stretch: int = 1,
 ) -> None:
@@ -139,7 +139,7 @@ def capture_into(
         recipe={"source": "fake"}, content=keys.digest(), num_sequences=len(numbers), num_shards=0, versions={"v": "0"}
     )
     lengths = np.array([min(length_of(number) * stretch, chosen.shard_tokens) for number in numbers])
-    plan = plan_capture(LocalStore(root), dataclasses.replace(bare, parts=(part,)), keys, lengths)
+    plan = plan_capture(open_store(root), dataclasses.replace(bare, parts=(part,)), keys, lengths)
     places = np.full(len(keys), -1) if reused is None else reused.content_keys.find(keys)
     with CacheWriter(root, plan.manifest) as writer:
         missing = set(writer.missing_shards())
