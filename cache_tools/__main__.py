@@ -1,4 +1,4 @@
-"""Command lines in, calls of the tools out: `todi-cache COMMAND`. A command is imported when it is used."""
+"""A command line in, the call of a tool out: `todi-cache COMMAND`. A command is imported when it is used."""
 
 from importlib import import_module
 
@@ -8,17 +8,17 @@ from todi_offline import __version__
 from todi_offline.errors import one_line_errors
 
 _COMMANDS = {
-    "inspect": "Show what a cache holds, and what it costs.",
+    "inspect": "Show the contents and the size of a cache.",
     "view": "Write a page that shows a cache in a browser.",
     "verify": "Check every checksum and every invariant of a cache.",
-    "repair": "Delete what is damaged, so that the same capture recomputes just that.",
-    "diff": "Compare two caches: what they say, and what they hold.",
-    "subset": "Write some sequences of a cache, with less of each, or stored otherwise.",
-    "merge": "Write one cache of the sequences of several.",
+    "repair": "Delete damaged shards, so that the same capture writes just these again.",
+    "diff": "Compare two caches: their manifests, sequences and targets.",
+    "subset": "Write some sequences of a cache, with fewer entries or in another encoding.",
+    "merge": "Write one cache with the sequences of several.",
     "export": "Write a cache as Parquet, for other trainers too.",
-    "import": "Make a cache of targets that come from elsewhere.",
+    "import": "Make a cache from the targets of another program.",
 }
-_MODULES = {"import": "import_"}  # a keyword
+_MODULES = {"import": "import_"}  # `import` is a keyword of Python
 
 
 class _Lazy(click.Group):
@@ -44,7 +44,7 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy)
 @click.version_option(__version__)
 def cli() -> None:
-    """Look into caches of teacher targets, check and mend them, and make new ones of them.
+    """Inspect, check and mend caches of teacher targets, and make new caches from them.
 
     Example: todi-cache inspect cache/
     """

@@ -1,4 +1,4 @@
-"""`todi-cache diff`: two caches in, how they differ out."""
+"""`todi-cache diff`: two caches in, their differences out."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from todi_offline.cache.reader import open_cache
 @click.option("--allow-unsealed", is_flag=True, help="Compare the committed parts of unfinished caches.")
 @click.option("--json", "as_json", is_flag=True, help="Print the differences as JSON.")
 def command(first: str, second: str, allow_unsealed: bool, as_json: bool) -> None:
-    """Compare two caches: what they say of themselves, and what they hold. Exit code 1 where they differ.
+    """Compare the manifests, sequences and targets of two caches. Exit code 1 if they differ.
 
     Example: todi-cache diff monday/ tuesday/
     """
@@ -43,7 +43,7 @@ def _print(found: dict[str, Any]) -> None:
     click.echo(f"in both: {found['shared']:,} sequences, {targets['differing']:,} of them with other targets")
     if targets["differing"]:
         click.echo(
-            f"    {targets['other_ids']:.2%} of ids are others than those of the same rank; where they are the same, "
-            f"log-probs are at most {targets['largest_difference']:.3g} nats apart; mean KL of first to second "
-            f"{targets['mean_kl']:.3g} nats"
+            f"    {targets['other_ids']:.2%} of ids differ from those of the same rank; log-probs of equal ids are at "
+            f"most {targets['largest_difference']:.3g} nats apart; mean KL of first to second {targets['mean_kl']:.3g} "
+            "nats"
         )

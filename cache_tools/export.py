@@ -14,14 +14,14 @@ from todi_offline.cache.reader import open_cache
 @click.argument("cache")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The Parquet file.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="plain", show_default=True, help="Which columns.")
-@click.option("--temperature", type=float, default=1.0, help="Of the log-probs for axolotl: its kd_temperature.")
+@click.option("--temperature", type=float, default=1.0, help="For axolotl: its kd_temperature.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(cache: str, out: Path, layout: str, temperature: float, as_json: bool) -> None:
-    """Write a cache as Parquet, a row a sequence.
+    """Write a cache as Parquet, with a row for each sequence.
 
     plain: id, source, input_ids, target_mask, target_ids, target_logprobs, tail_logsumexp, label_logprob, tail_ids,
-    tail_logprobs, log_partition; `todi-cache import` reads it. axolotl: the columns of its offline distillation, of
-    its releases from 0.11; set kd_normalize_topk: false, for what is not kept has its mass.
+    tail_logprobs, log_partition; `todi-cache import` reads this layout. axolotl: the columns of axolotl's offline
+    distillation, releases 0.11 and later; set kd_normalize_topk: false, because the other ids keep their mass.
 
     Example: todi-cache export cache/ --out targets.parquet
     """

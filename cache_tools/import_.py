@@ -18,19 +18,21 @@ from todi_offline.cache.reader import open_cache
 @click.option("--out", required=True, help="Where the cache is written: a folder or URL.")
 @click.option("--teacher", help="The teacher's name; a table of `todi-cache export` brings it.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="The folder of the teacher's tokenizer.")
-@click.option("--k", type=int, help="Entries of a target. [default: what the shortest has]")
-@click.option("--temperature", "temperatures", type=float, multiple=True, help="Those of tail_logsumexp. [default: 1]")
+@click.option("--k", type=int, help="Entries of a target. [default: those of the shortest]")
+@click.option(
+    "--temperature", "temperatures", type=float, multiple=True, help="Temperatures of tail_logsumexp. [default: 1]"
+)
 @click.option("--tail-samples", type=int, help="Samples of a target. [default: 0]")
 @click.option("--encoding", type=click.Choice(ENCODINGS), help="How log-probs are stored.")
 @click.option("--codec", type=click.Choice(CODECS), help="How arrays are compressed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(table: Path, out: str, teacher: str | None, tokenizer: Path | None, as_json: bool, **settings: Any) -> None:
-    """Make a cache of targets that come from elsewhere, e.g. the top log-probs of a serving engine.
+    """Make a cache from the targets of another program, e.g. the top log-probs of a serving engine.
 
-    The table has a row a sequence with input_ids and target_mask (true at t where the prediction made at t, for token
-    t + 1, is given; or `positions`, the numbers t) and, for every true one, target_ids and target_logprobs (natural
-    logs; k of them, in any order, and the label's where it is not among those); tail_logsumexp and label_logprob where
-    they are known. Without tail_logsumexp the tail is what the kept leave of 1, as far as their rounding lets it tell.
+    The table has a row for each sequence. input_ids: the tokens. target_mask: true at t if the prediction made at t,
+    for token t + 1, is given; or `positions`, the numbers t. target_ids and target_logprobs (natural logs): a list of k
+    entries in any order for each prediction, and the label's entry if it is not among these. Optional are
+    tail_logsumexp and label_logprob. Without tail_logsumexp the tail is 1 less the kept mass, up to its rounding.
 
     Example: todi-cache import targets.parquet --teacher my-70b --tokenizer tokenizer/ --k 20 --out cache/
     """

@@ -1,4 +1,4 @@
-"""`todi-cache inspect`: a cache in, what it holds and what that costs out."""
+"""`todi-cache inspect`: a cache in, its contents and its size out."""
 
 import json
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ LEFT_OUT = 10  # examples that are named; --json has all
     metavar="N",
     help="Show N targets, always the same ones; 0 for none.",
 )
-@click.option("--allow-unsealed", is_flag=True, help="Look at the committed part of an unfinished cache.")
+@click.option("--allow-unsealed", is_flag=True, help="Show the committed shards of an unfinished cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(cache: str, rows: int, allow_unsealed: bool, as_json: bool) -> None:
-    """Show the manifest, the arrays, the bytes a target by array, the mass of the first k entries, and some targets.
+    """Show the manifest, the arrays with their bytes a target, the mass of the first k entries, and some targets.
 
-    Targets are shown with their text where the cache holds the teacher's tokenizer, else by their ids.
+    Targets show text if the cache holds the teacher's tokenizer, and ids if not.
 
     Example: todi-cache inspect cache/
     """
@@ -44,10 +44,10 @@ def command(cache: str, rows: int, allow_unsealed: bool, as_json: bool) -> None:
 
 
 def _text_of(cache: Cache) -> TextOf | None:
-    """Return what gives ids their text, or None where the cache holds no tokenizer.
+    """Return the function from ids to text, or None if the cache holds no tokenizer.
 
     Raises:
-        CacheError: what it holds is no tokenizer; says how to look at the rest.
+        CacheError: the tokenizer cannot be read; names the option that does without.
     """
     try:
         texts = cache_texts(cache)

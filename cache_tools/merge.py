@@ -14,9 +14,9 @@ from todi_offline.cache.convert.merge import merge_caches
 @click.option("--out", required=True, help="Where the merged cache is written: a folder or URL.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(caches: tuple[str, ...], out: str, as_json: bool) -> None:
-    """Write one cache of all sequences of some; of those with the same content, the first.
+    """Write one cache with all sequences of some caches; of sequences with the same content, the first.
 
-    They must be of the same teacher and settings. Whole shards are hard-linked where the file system can.
+    The caches must have the same teacher and settings. Complete shards are hard-linked if the file system can.
 
     Example: todi-cache merge a/ b/ --out both/
     """
@@ -27,4 +27,4 @@ def command(caches: tuple[str, ...], out: str, as_json: bool) -> None:
         return
     click.echo(f"{out} holds {summary.num_sequences:,} sequences, {summary.num_targets:,} targets")
     click.echo(f"shards: {summary.num_shards_linked} linked, {summary.num_shards_rewritten} written anew")
-    click.echo(f"left out: {summary.num_duplicates:,} sequences whose content was there already")
+    click.echo(f"left out: {summary.num_duplicates:,} sequences with the content of an earlier one")

@@ -1,4 +1,4 @@
-"""Progress in, a bar on a terminal out; nothing elsewhere."""
+"""Progress in, a bar on a terminal out; no output elsewhere."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ from todi_offline.cache.progress import Progress
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """Yield what moves a bar on stderr."""
+    """Yield the function that moves a bar on stderr."""
     with click.progressbar(length=1, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:

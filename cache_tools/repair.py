@@ -1,4 +1,4 @@
-"""`todi-cache repair`: a damaged cache in, the same without what is damaged out."""
+"""`todi-cache repair`: a damaged cache in, the cache without its damaged shards out."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ _PAST = ("gave up", "deleted", "wrote")
 
 @click.command()
 @click.argument("cache")
-@click.option("--abandon", is_flag=True, help="Give up a capture that has begun to add to the cache, and its shards.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--abandon", is_flag=True, help="Give up an unfinished capture that adds to the cache.")
+@click.option("--dry-run", is_flag=True, help="Show the work, and change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the work as JSON.")
 def command(cache: str, abandon: bool, dry_run: bool, as_json: bool) -> None:
-    """Take damaged shards out of a cache, so that the same capture again redoes just those.
+    """Take damaged shards out of a cache, so that the same capture, run again, writes just these.
 
-    A whole cache is left as it is, and so is every file that is not part of it. Exit code 1 where something is wrong
-    that only a copy can mend.
+    A whole cache stays as it is, and so does every file that is not part of it. Exit code 1 if a problem remains that
+    only a copy can mend.
 
     Example: todi-cache repair cache/ --dry-run
     """
@@ -38,7 +38,7 @@ def command(cache: str, abandon: bool, dry_run: bool, as_json: bool) -> None:
 
 
 def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
-    """Yield what was done, what is wrong still, and what is to be run."""
+    """Yield the work that was done, the problems that remain, and the captures to run again."""
     give_up, delete, write = ("would give up", "would delete", "would write") if dry_run else _PAST
     for part in repair.abandoned:
         yield f"{give_up} the capture of {describe_part(part)}"
@@ -50,7 +50,7 @@ def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
         yield f"not mended: {problem.where}: {problem.what}\n    {problem.remedy.text}"
     if repair.parts:
         shards = ", ".join(map(str, repair.lost))
-        what = f"redoes shard{'s' * (len(repair.lost) > 1)} {shards}" if shards else "finishes the cache"
-        yield f"run again what captured {'; '.join(map(describe_part, repair.parts))}: it {what}"
+        effect = f"writes shard{'s' * (len(repair.lost) > 1)} {shards}" if shards else "finishes the cache"
+        yield f"run again the capture of {'; '.join(map(describe_part, repair.parts))}: it {effect}"
     elif repair.is_whole:
         yield f"{cache} {'would be' if dry_run and repair.renewed else 'is'} whole"

@@ -23,21 +23,22 @@ _CONDITIONS = ("ids", "keys", "like", "expression", "limit")
 @click.option(
     "--keys", type=click.Path(path_type=Path), help="A file of content keys, one a line: `todi keys` makes it."
 )
-@click.option("--like", help="Another cache: the sequences with the content of its.")
+@click.option("--like", help="Another cache, whose sequences are kept.")
 @click.option("--where", "expression", help="A condition, e.g. 'teacher_nll < 2.5 and topk_mass > 0.9'.")
-@click.option("--limit", type=click.IntRange(1), help="Keep at most this many of the chosen sequences, the first ones.")
+@click.option("--limit", type=click.IntRange(1), help="Keep at most this many sequences, the first ones.")
 @click.option("--k", type=int, help="Entries kept a position.")
 @click.option("--temperature", "temperatures", type=float, multiple=True, help="Temperatures kept.")
 @click.option("--tail-samples", type=int, help="Samples kept a position.")
 @click.option("--encoding", type=click.Choice(ENCODINGS), help="How log-probs are stored.")
 @click.option("--codec", type=click.Choice(CODECS), help="How arrays are compressed.")
 @click.option("--shard-tokens", type=int, help="Tokens a shard can hold.")
-@click.option("--allow-unsealed", is_flag=True, help="Take the committed part of an unfinished cache.")
+@click.option("--allow-unsealed", is_flag=True, help="Take the committed shards of an unfinished cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(cache: str, out: str, allow_unsealed: bool, as_json: bool, **options: Any) -> None:
-    """Write some sequences of a cache to another, with fewer entries, or stored otherwise.
+    """Write some sequences of a cache to another, with fewer entries or in another encoding.
 
-    Conditions add up. Columns for --where: id, source, num_tokens, num_targets, teacher_nll, topk_mass.
+    A sequence must meet all conditions. Columns for --where: id, source, num_tokens, num_targets, teacher_nll,
+    topk_mass.
 
     Example: todi-cache subset cache/ --where "teacher_nll < 2.5" --k 16 --out small/
     """
@@ -55,4 +56,4 @@ def command(cache: str, out: str, allow_unsealed: bool, as_json: bool, **options
     click.echo(f"{size['bytes_per_target']:.1f} bytes a target")
     before, after = opened.manifest.settings.encoding, written.manifest.settings.encoding
     if before != after:
-        click.echo(f"log-probs are rounded twice, as {before} and as {after}; all else is exact")
+        click.echo(f"log-probs are rounded twice, as {before} and as {after}; all other numbers are exact")

@@ -1,4 +1,4 @@
-"""`todi-cache verify`: a cache in, everything that is wrong with it out."""
+"""`todi-cache verify`: a cache in, its problems out."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from todi_offline.cache.reader import open_cache
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
 def command(cache: str, as_json: bool) -> None:
-    """Check every checksum and every invariant; list what is wrong, and exit with 1 if anything is.
+    """Check every checksum and every invariant; list all problems, and exit with 1 if there is damage.
 
     Example: todi-cache verify cache/
     """

@@ -1,4 +1,4 @@
-"""`todi-cache view`: a cache in, a page to look at it out."""
+"""`todi-cache view`: a cache in, a page that shows it out."""
 
 import json
 from pathlib import Path
@@ -19,15 +19,15 @@ from todi_offline.pages.choosing import BUDGET_MB
 @click.option("--ids", type=click.Path(path_type=Path), help="Show these sequences: a file of ids, one a line.")
 @click.option("--where", "expression", help="Show sequences that meet a condition, e.g. 'teacher_nll > 4'.")
 @click.option("--budget", default=BUDGET_MB, show_default=True, help="MB of the file that the text may take.")
-@click.option("--allow-unsealed", is_flag=True, help="Look at the committed part of an unfinished cache.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON, too.")
+@click.option("--allow-unsealed", is_flag=True, help="Show the committed shards of an unfinished cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON too.")
 def command(
     cache: str, out: Path, ids: Path | None, expression: str | None, budget: float, allow_unsealed: bool, as_json: bool
 ) -> None:
-    """Write a page that shows a cache: what it holds, what that costs, and the text with the teacher's predictions.
+    """Write a page that shows a cache: its contents, its size, and text with the teacher's predictions.
 
-    The page is one file that opens in a browser by double click and asks the network for nothing. It shows a random
-    sample, the sequences of the highest teacher NLL and those of the least kept mass.
+    The page is one file that opens in a browser without a network. It shows a random sample, the sequences with the
+    highest teacher NLL, and those with the least kept mass.
 
     Example: todi-cache view cache/ --out cache.html
     """

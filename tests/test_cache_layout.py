@@ -64,7 +64,7 @@ def test_a_vocabulary_whose_keys_do_not_fit_32_bits_is_refused() -> None:
     array_specs(settings(encoding="root8"), 2**23)
     array_specs(settings(), 2**23 + 1)
     for encoding in ("bf16_logit", "root8"):
-        with pytest.raises(ConfigError, match=f"{encoding} takes vocabularies of up to 8,388,608 ids, not 8,388,609"):
+        with pytest.raises(ConfigError, match=f"has 8,388,609 ids, but {encoding} takes at most 8,388,608"):
             array_specs(settings(encoding=encoding), 2**23 + 1)
 
 

@@ -176,7 +176,7 @@ def test_a_lock_that_is_let_go_of_while_it_is_looked_at_is_not_waited_for(
 ) -> None:
     store = RemoteStore(memory)
     monkeypatch.setattr(store, "create", lambda key, data: False)
-    with pytest.raises(CacheLockedError, match="just let go"):
+    with pytest.raises(CacheLockedError, match="just released"):
         store.lock().__enter__()
 
 
@@ -261,7 +261,7 @@ def test_what_fails_once_is_tried_again(proxy: Proxy, tmp_path: Path, fault: Fau
         ("fail", "cannot fetch {store}/a: We encountered an internal error"),
         ("refuse", "cannot fetch {store}/a: Access Denied; mend the URL, its credentials or the network"),
         ("cut", "cannot fetch {store}/a: Response payload is not completed"),
-        ("shorten", "500 bytes of {store}/a arrived, and it has 1,000; run it again, or look at the network"),
+        ("shorten", "500 bytes of {store}/a arrived, expected 1,000; run the command again, or check the network"),
     ],
 )
 def test_what_always_fails_is_one_line_and_leaves_nothing(
@@ -290,7 +290,9 @@ def test_a_creation_whose_answer_is_lost_has_succeeded(proxy: Proxy, tmp_path: P
 def test_an_object_that_vanishes_while_training_is_named(captured: str, tmp_path: Path) -> None:
     cache = copied(open_cache(captured), f"s3://bucket{tmp_path}")
     RemoteStore(cache.root).delete("topk_ids/c/0/0")
-    what = rf"sequence 'fake:0' \(number 0\): {cache.root} lacks topk_ids/c/0/0; `todi-cache verify` lists all"
+    what = (
+        rf"sequence 'fake:0' \(number 0\): {cache.root} lacks topk_ids/c/0/0; `todi-cache verify` lists every missing"
+    )
     with pytest.raises(CacheIncompleteError, match=what):
         cache[0]
     assert [problem.where for problem in verify_cache(cache.store)] == ["topk_ids/c/0/0"]
@@ -335,7 +337,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_url_that_pathlib_has_shortened_is_no_folder() -> None:
-    with pytest.raises(ConfigError, match="s3:/bucket/c is no folder, and a URL has two slashes; give it as a string"):
+    with pytest.raises(ConfigError, match="s3:/bucket/c looks like a URL with one slash; give the URL as a string"):
         open_store(Path("s3://bucket/c"))
 
 

@@ -110,7 +110,7 @@ RECORD_DAMAGE: list[tuple[Callable[[str], str], str]] = [
     (lambda text: text.replace('"topk_ids/c/0/0"', '"../../etc/passwd"'), "not the key of an object"),
     (lambda text: text.replace('"topk_ids/c/0/0"', '"/etc/passwd"'), "not the key of an object"),
     (lambda text: text.replace('"topk_ids/c/0/0"', '"topk_ids/c/1/0"'), "not the commit record of shard 0"),
-    (lambda text: text.replace('"shard": 0', '"shard": 1'), "says that it is of shard 1"),
+    (lambda text: text.replace('"shard": 0', '"shard": 1'), "describes shard 1"),
     (lambda text: text.replace('"num_tokens"', '"number"'), "its fields are"),
     (lambda text: re.sub(r'"num_tokens": \d+', '"num_tokens": -1', text), "is not a count"),
     (lambda text: re.sub(r'"num_tokens": \d+', f'"num_tokens": {10**30}', text), "is not a count"),

@@ -107,7 +107,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(
         real(descriptor, operation)
 
     monkeypatch.setattr(locks.fcntl, "flock", late)
-    with pytest.raises(CacheLockedError, match="just let go"):
+    with pytest.raises(CacheLockedError, match="just released"):
         FolderLock(tmp_path).__enter__()
     with pytest.raises(CacheLockedError, match="is being written by"):
         FolderLock(tmp_path).__enter__()

@@ -213,7 +213,7 @@ def test_what_no_sequence_owns_must_be_zero(tmp_path: Path, name: str) -> None:
     with_surplus_row(root, name)
     (found,) = problems(root)
     assert found.where.startswith(f"{name}/c/0")
-    assert "that no sequence owns are not 0" in found.what
+    assert "that belong to no sequence are not 0" in found.what
 
 
 def with_surplus_row(root: Path, name: str) -> None:
@@ -262,7 +262,7 @@ def test_a_table_that_disagrees_with_rows_or_record_is_found_behind_right_checks
     [
         ("token_ids", 0, 300, "token ids beyond the vocabulary of 300"),
         ("token_ids", 0, 299, "do not give its content key"),
-        ("target_mask", 0, 2, "other values than 0 and 1"),
+        ("target_mask", 0, 2, "values beside 0 and 1"),
         ("target_mask", 0, 0, "positions, the table has"),
         ("target_mask", len(sequence(0, settings()).token_ids) - 1, 1, "supervises the last position"),
     ],

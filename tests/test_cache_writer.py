@@ -192,9 +192,9 @@ def with_ids_from(first: int) -> TargetRows:
 
 SEQUENCES: list[tuple[Callable[[], list[SequenceRows]], str]] = [
     (list, "no sequence"),
-    (lambda: [sequence(1, settings(k=5))], "keeps"),
-    (lambda: [sequence(1, settings(tail_samples=0))], "keeps"),
-    (lambda: [sequence(1, settings(temperatures=(1.0,)))], "keeps"),
+    (lambda: [sequence(1, settings(k=5))], "k, temperatures and samples"),
+    (lambda: [sequence(1, settings(tail_samples=0))], "k, temperatures and samples"),
+    (lambda: [sequence(1, settings(temperatures=(1.0,)))], "k, temperatures and samples"),
     (lambda: [rows_of(1, token_ids=rows_of(1).token_ids + np.uint32(300))], "beyond the vocabulary of 300"),
     (
         lambda: [rows_of(1, targets=with_ids_from(300))],

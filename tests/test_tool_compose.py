@@ -120,7 +120,7 @@ def test_a_subset_holds_less_of_each_target_and_other_shards(tmp_path: Path, enc
 
 def test_nothing_chosen_and_more_than_is_held_are_refused(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
-    with pytest.raises(CacheMismatchError, match=r"of the 24 sequences of .* none is chosen"):
+    with pytest.raises(CacheMismatchError, match=r"none of the 24 sequences of .* is chosen"):
         run("subset", root, "--where", "num_tokens < 0", "--out", tmp_path / "small")
     with pytest.raises(CacheMismatchError, match="6 entries, 7 asked for"):
         run("subset", root, "--k", 7, "--out", tmp_path / "small")
@@ -264,7 +264,7 @@ def test_the_tools_work_in_an_object_store(tmp_path: Path, monkeypatch: pytest.M
     store.write("topk_ids/c/0/0", b"nothing")
     store.write("stray", b"")
     assert "topk_ids/c/0/0" in run("verify", f"{place}/b", code=1).output
-    assert "run again what captured" in run("repair", f"{place}/b").output
+    assert "run again the capture of" in run("repair", f"{place}/b").output
     run("merge", f"{place}/a", root, "--out", f"{place}/b")
     assert "is whole: 24 sequences" in run("verify", f"{place}/b").output
     run("export", f"{place}/b", "--out", tmp_path / "rows.parquet")

@@ -178,7 +178,7 @@ def test_a_table_that_is_none_or_not_described_is_refused(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="brings no manifest"):
         import_table(table, str(tmp_path / "cache"))
     two = imported_manifest(settings(tail_samples=0), VOCAB, "elsewhere", {})
-    with pytest.raises(DataError, match="temperature 1 is all that can be had of it, not 1, 2"):
+    with pytest.raises(DataError, match="which the temperatures 1, 2 need"):
         import_table(table, str(tmp_path / "cache"), two)
     narrow = write_rows(tmp_path / "narrow.parquet", [{"input_ids": [1]}])
     with pytest.raises(DataError, match="lacks the columns target_mask, target_ids, target_logprobs"):

@@ -63,7 +63,7 @@ def test_what_is_not_finished_is_no_damage(tmp_path: Path) -> None:
     repair = repair_cache(root)
     assert (repair.deleted, repair.renewed, repair.shards, repair.lost) == ((), (), (), ())
     assert files_in(root) == begun
-    assert run("repair", root).output == "run again what captured source fake: it finishes the cache\n"
+    assert run("repair", root).output == "run again the capture of source fake: it finishes the cache\n"
 
 
 FOREIGN = (".git/HEAD", "README.md", "run/model.safetensors", "commits/0.json", "topk_ids/notes.txt", "x.tmp")
@@ -139,8 +139,9 @@ def test_a_repair_says_what_is_run_again(tmp_path: Path) -> None:
     assert {**planned, "dry_run": False} == found
     assert said[0] == "would delete commits/000001.json"
     assert [line.removeprefix("would delete ") for line in said if "delete" in line] == found["deleted"]
-    assert [line.split()[2] for line in said if "write" in line] == found["renewed"] == ["cache.json", "zarr.json"]
-    assert said[-1] == "run again what captured source fake: it redoes shard 1"
+    assert [line.split()[2] for line in said if line.startswith("would write")] == found["renewed"]
+    assert found["renewed"] == ["cache.json", "zarr.json"]
+    assert said[-1] == "run again the capture of source fake: it writes shard 1"
     assert found["shards"] == [1]
     assert run("repair", root).output == f"{said[-1]}\n"
 

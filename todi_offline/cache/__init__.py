@@ -2,11 +2,11 @@
 
 Rooms, and in each the order in which to read:
 
-    format/     what is on the disk, without touching it: names, keys, layout, rows, encoding, sequences, codecs, shard,
-                records, manifest, root, version_1; fingerprint and narrow
-    store/      where it lies: base, local, locks, remote, staging
+    format/     the bytes of a cache, without input or output: names, keys, layout, rows, encoding, sequences,
+                codecs, shard, records, manifest, root, version_1; fingerprint and narrow
+    store/      the place of a cache, a folder or a URL: base, local, locks, remote, staging
 
-    objects         a store -> its parsed objects, compared with their sums
+    objects         a store -> its objects, parsed and compared with their sums
     shard_file      one Zarr shard file -> decoded rows
     stored          one cache -> its sequences
     reader          caches, or a part of one -> sequences in any order: `open_cache`, `union`, `select`
@@ -16,6 +16,6 @@ Rooms, and in each the order in which to read:
     writer          a plan -> a cache: lock, begin, seal
     reuse           earlier caches -> rows of a new one
 
-    check/      what is wrong with a cache: invariants, problems, contents, verify, repair; diff, summary
-    convert/    caches out of caches and tables: subset, merge, export, importing and what they need
+    check/      a cache -> the problems that it has: invariants, problems, contents, verify, repair; diff, summary
+    convert/    caches and tables -> other caches and tables: subset, merge, export, importing, and their helpers
 """

@@ -28,7 +28,7 @@ from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheIncomp
 
 
 def read_root(store: Store) -> Root:
-    """Return what a cache says that it is, one of format 1 too.
+    """Return the root of a cache; of a format 1 cache, the root that it would have today.
 
     Raises:
         CacheFormatError: the place holds no cache, or one of an unknown format version.
@@ -58,12 +58,15 @@ def _copy_in(group: bytes | None, store: Store) -> Root | None:
 
 
 def has_cache(store: Store) -> bool:
-    """Whether a place holds a cache, or what is left of one."""
+    """Whether a place holds a cache or the remains of one."""
     return store.size(ROOT_KEY) is not None or store.size(GROUP_KEY) is not None
 
 
 def derived_metadata(root: Root) -> Mapping[str, bytes]:
-    """Return the metadata for other readers of Zarr, by key: they follow from the root, pending parts left out."""
+    """Return the metadata objects for other readers of Zarr, by key.
+
+    They follow from the root without its pending parts.
+    """
     manifest = root.manifest
     arrays = {
         name: array_metadata(spec, manifest.settings.codec, manifest.num_shards)
@@ -124,11 +127,11 @@ def read_record(store: Store, manifest: Manifest, shard: int, expected: ObjectSu
 
 
 def _record_problem(record: CommitRecord, manifest: Manifest, shard: int) -> str | None:
-    """Return what a record says that cannot be true of a shard of this cache."""
+    """Return why a record cannot be that of a shard of this cache, or None."""
     rows = {"token": record.num_tokens, "target": record.num_targets}
     expected = {sequences_key(shard), *(spec.object_key(shard) for spec in manifest.arrays.values())}
     if record.shard != shard:
-        return f"it says that it is of shard {record.shard}"
+        return f"it describes shard {record.shard}"
     if record.objects.keys() != expected:
         return f"it names {', '.join(sorted(record.objects.keys() ^ expected))}"
     if max(record.num_sequences, *rows.values()) > manifest.settings.shard_tokens or not record.num_sequences:
@@ -144,14 +147,14 @@ def read_table(store: Store, record: CommitRecord) -> pa.Table:
     """Return the sequence table of a committed shard.
 
     Raises:
-        CacheError: it is not what its commit record says.
+        CacheError: the table cannot be read, or contradicts its commit record.
     """
     key = sequences_key(record.shard)
     return parse_table(read_object(store, key, record.objects[key]), record, f"{store}/{key}")
 
 
 def open_shard(store: Store, manifest: Manifest, objects: Mapping[str, ObjectSum], name: str, shard: int) -> ShardFile:
-    """Return the object of an array in a shard; `objects` are those that its commit record names."""
+    """Return the file of an array in a shard; `objects` are those that the shard's commit record names."""
     spec = manifest.arrays[name]
     key = spec.object_key(shard)
     return ShardFile(store.local(key), spec, manifest.settings.codec, objects[key].chunks)

@@ -1,4 +1,4 @@
-"""A data set and what its cache holds already in; the shards that are to be captured out, before the teacher runs.
+"""A data set and the sequences that its cache already holds in; the shards to capture out.
 
 A shard holds `shard_tokens` tokens and as many targets; a sequence never crosses a shard. Sequences keep the order of
 the data set, so the plan follows from the lengths alone, and every shard can be captured by itself.
@@ -61,22 +61,22 @@ def plan_shards(num_tokens: Sequence[int], shard_tokens: int) -> list[ShardPlan]
 
 @dataclass(frozen=True, slots=True)
 class CapturePlan:
-    """What the capture of a data set makes of a cache."""
+    """A cache as the capture of a data set will leave it, and the shards of that capture."""
 
     manifest: Manifest
-    """Of the cache when the capture is finished."""
+    """The manifest of the cache when the capture is finished."""
     sequences: npt.NDArray[np.int64]
-    """Which sequences of the data set the part of this capture has: all that no earlier part holds."""
+    """The numbers, in the data set, of the sequences that this capture adds: those that no earlier part holds."""
     shards: list[ShardPlan]
-    """Which of `sequences` lie in which shard of the cache."""
+    """The shards of this capture; their examples count through `sequences`."""
 
 
 def plan_capture(store: Store, fresh: Manifest, keys: ContentKeys, num_tokens: npt.NDArray[np.int64]) -> CapturePlan:
     """Plan the capture of a data set whose sequences have these content keys and lengths.
 
-    `fresh` is the manifest of the cache that it would make by itself; the counts of its only part are filled in here.
-    Where the cache has a part of the same data, finished or begun, the plan goes on with that part. A cache that is
-    there keeps the size of its shards. Content that the data set has twice stays twice, unless an earlier part has it.
+    `fresh` is the manifest of a new cache of this data set; this function fills in the counts of its only part. Where
+    the cache already has a part of the same data, finished or begun, the plan continues that part. An existing cache
+    keeps the size of its shards. Content that occurs twice in the data set stays twice, unless an earlier part has it.
 
     Raises:
         CacheMismatchError: the cache was begun with another teacher, tokenizer or other settings, or the capture of
@@ -110,18 +110,18 @@ def require_same_identity(store: Store, found: Manifest, wanted: Manifest) -> No
     """Refuse to write rows of one teacher, tokenizer, vocabulary or settings into a cache of another.
 
     Raises:
-        CacheMismatchError: with all that differs, side by side.
+        CacheMismatchError: the two manifests differ; the message shows every difference.
     """
     lines = identity_differences(found, wanted, ("in the cache", "now"))
     if lines:
         raise CacheMismatchError(
-            f"{store} was begun otherwise: {'; '.join(lines)}; go on with the command that began it, or choose another "
-            "folder"
+            f"{store} was begun with other settings: {'; '.join(lines)}; repeat the command that began it, or choose "
+            "another folder"
         )
 
 
 def describe_part(part: Part) -> str:
-    """Return for people what a part was captured from."""
+    """Describe the data of a part in words."""
     return describe_recipe(part.recipe)
 
 
@@ -157,6 +157,6 @@ def _held(store: Store, root: Root, parts: Iterable[Part]) -> ContentKeys:
                 table = read_table(store, read_record(store, root.manifest, shard, commit))
             except CacheIncompleteError as error:
                 what = describe_part(part)
-                raise CacheIncompleteError(f"{error}; capture {what} again first: it mends that") from error
+                raise CacheIncompleteError(f"{error}; capture {what} again first: that restores it") from error
             keys.append(ContentKeys.from_column(table["content_key"]))
     return ContentKeys.concatenate(keys)

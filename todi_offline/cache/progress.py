@@ -1,10 +1,10 @@
-"""How long work says how far it is."""
+"""The function that long work calls to report its progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with the number done so far and all of them."""
+"""Called with the number of steps done and the number of all steps."""
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """Say nothing."""
+    """Report to nobody."""

@@ -1,4 +1,4 @@
-"""Caches in, their sequences out, in any order: all of one, all of several, or some of them. Nothing is copied.
+"""Caches in, their sequences out, in any order: all sequences of one or several caches, or some. Nothing is copied.
 
 open_cache  one cache
 union       all sequences of several caches, each content once
@@ -26,27 +26,27 @@ from todi_offline.errors import CacheError, CacheMismatchError
 
 
 def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "Cache":
-    """Open a cache for reading; what is opened stays as it is, whatever is added to the cache meanwhile.
+    """Open a cache for reading. A cache that is open does not change, whatever a capture adds to it in the meantime.
 
-    `allow_unsealed` admits one that is not finished: its committed shards are read.
+    With `allow_unsealed` an unfinished cache opens too: its committed shards are read.
 
     Raises:
-        CacheFormatError: the folder is no cache, or one of an unknown format version.
-        CacheIncompleteError: it is not finished, or a part of it is missing.
-        CacheCorruptError: the root, a record or a sequence table is not what was written.
+        CacheFormatError: the folder is no cache, or its format version is unknown.
+        CacheIncompleteError: the cache is not finished, or an object is missing.
+        CacheCorruptError: the root, a record or a sequence table has changed since it was written.
     """
     stored = open_stored(open_store(place), allow_unsealed=allow_unsealed)
     return Cache([stored], stored.manifest, np.arange(len(stored)))
 
 
 class Cache:
-    """A sequence of `CachedSequence`. Safe to fork and to share between threads: it holds no open file."""
+    """A sequence of `CachedSequence`. Holds no open file, so it may be forked and shared between threads."""
 
     def __init__(self, members: Sequence[StoredCache], manifest: Manifest, places: npt.NDArray[np.int64]) -> None:
         """Use `open_cache`, `union` and `select`; `places` count through the sequences of all members."""
         self.members = members
         self.manifest = manifest
-        """Its settings say what every row holds; its parts are those of all members."""
+        """The settings hold for every row; the parts are those of all members."""
         self._places = places
         self._starts = np.cumsum([0, *map(len, members)])
         self._holds_more = [holds(member.manifest.settings) != holds(manifest.settings) for member in members]
@@ -70,7 +70,7 @@ class Cache:
     @overload
     def __getitem__(self, index: slice) -> "Cache": ...
     def __getitem__(self, index: int | slice) -> "CachedSequence | Cache":
-        """Read a sequence, narrowed to what all members hold; or return a cache of some of the sequences.
+        """Read a sequence, narrowed to the settings of this cache; or, for a slice, return a cache of these sequences.
 
         Raises:
             CacheCorruptError, CacheIncompleteError: naming member, sequence, file and chunk.
@@ -87,7 +87,7 @@ class Cache:
         rows = sequence.targets
         if self._holds_more[number]:
             rows = narrow(rows, self.manifest.settings, member.content_keys[inside])
-        if not self._is_alike:  # of `bf16_logit` alone, and not needed to read rows
+        if not self._is_alike:  # only `bf16_logit` has it, and reading rows needs it no more
             rows = dataclasses.replace(rows, log_partition=None)
         return dataclasses.replace(sequence, targets=rows)
 
@@ -124,20 +124,20 @@ class Cache:
 
     @cached_property
     def sequences(self) -> pa.Table:
-        """The sequence table, with its text; places are those within the members."""
+        """The sequence table with its texts; `shard` and starts count within each member."""
         if self._is_whole:
             return self.members[0].sequences
         return pa.concat_tables([member.sequences for member in self.members]).take(self._places)
 
     @property
     def store(self) -> Store:
-        """The store of the first member that is no folder, or else of the first: it decides how shards are read."""
+        """The store of the first remote member, or of the first member; it decides in which order shards are read."""
         stores = [member.store for member in self.members]
         return next((store for store in stores if not isinstance(store, LocalStore)), stores[0])
 
     @cached_property
     def bytes_by_array(self) -> Mapping[str, int]:
-        """Bytes of all members by array, whatever of them is chosen."""
+        """Bytes of all members by array; sequences that are left out count too."""
         sums: dict[str, int] = {}
         for member in self.members:
             for name, num_bytes in member.bytes_by_array.items():
@@ -151,7 +151,7 @@ class Cache:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether it is all of one member, in order: then nothing of its table need be copied."""
+        """Whether the cache is all of one member, in order; then its table need not be copied."""
         return len(self.members) == 1 and np.array_equal(self._places, np.arange(len(self.members[0])))
 
     @cached_property
@@ -160,10 +160,10 @@ class Cache:
 
 
 def union(caches: Sequence[Cache], settings: CacheSettings | None = None, *, mix_teachers: bool = False) -> Cache:
-    """Return all sequences of several caches; of those with the same content the first.
+    """Return all sequences of several caches; of sequences with the same content, the first.
 
-    Rows are narrowed to `settings`, or else to what all caches hold: the fewest entries, the temperatures that all
-    have, and the fewest tail samples.
+    Rows are narrowed to `settings`, by default to the most that all caches hold: the fewest entries, the common
+    temperatures, and the fewest tail samples.
 
     Raises:
         CacheMismatchError: they are of different teachers, tokenizers or vocabularies, have no temperature in common,
@@ -191,9 +191,8 @@ def select(cache: Cache, indices: npt.NDArray[np.int64]) -> Cache:
 
 
 def require_alike(caches: Sequence[Cache], *, mix_teachers: bool = False) -> None:
-    """Refuse caches of different tokenizers, vocabularies or, unless they are to be mixed, teachers."""
+    """Refuse caches of different tokenizers or vocabularies and, unless `mix_teachers`, of different teachers."""
     names = ("tokenizer", "vocab_size") if mix_teachers else ("tokenizer", "vocab_size", "teacher")
-
     for cache in caches[1:]:
         where = (f"in {cache.root}", f"in {caches[0].root}")
         lines = identity_differences(cache.manifest, caches[0].manifest, where, names)
@@ -206,7 +205,7 @@ def require_alike(caches: Sequence[Cache], *, mix_teachers: bool = False) -> Non
 
 
 def common_settings(caches: Sequence[Cache]) -> CacheSettings:
-    """Return what all caches hold; see `union`."""
+    """Return the settings of the rows that all caches can give; see `union`."""
     first, *others = (cache.manifest.settings for cache in caches)
     shared = [t for t in first.temperatures if all(t in settings.temperatures for settings in others)]
     samples = min(settings.tail_samples for settings in (first, *others))
@@ -225,11 +224,10 @@ def _require_same(caches: Sequence[Cache], name: str) -> None:
     if len(set(values)) > 1:
         shown = ", ".join(f"{value} in {cache.root}" for cache, value in zip(caches, values, strict=True))
         raise CacheMismatchError(
-            f"the rows of these caches cannot be read alike: their {name} are {shown}; use caches that agree, or "
-            "capture again"
+            f"these caches cannot be read as one: their {name} are {shown}; use caches that agree, or capture again"
         )
 
 
 def holds(settings: CacheSettings) -> tuple[int, tuple[float, ...], int]:
-    """Return what decides the shape of a row: its entries, temperatures and samples."""
+    """Return the settings that decide the shape of a row: entries, temperatures and samples."""
     return settings.k, settings.temperatures, settings.tail_samples

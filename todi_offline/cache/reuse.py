@@ -1,4 +1,4 @@
-"""Caches that were captured earlier and what a capture asks for in; one cache whose rows may be copied out."""
+"""Earlier caches and the manifest of a capture in; one cache out, whose rows the capture may copy."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from todi_offline.errors import CacheMismatchError
 
 
 def open_reusable(places: Sequence[str], wanted: Manifest) -> Cache | None:
-    """Open caches whose rows, narrowed to its settings, may stand in a cache with this manifest; None without any.
+    """Return all sequences that a capture with this manifest may copy, narrowed to its settings; None without a place.
 
-    Of an unfinished one its committed shards serve. Where several hold a sequence, one with exactly these settings is
-    taken before one that holds more: narrowing rounds the tail's mass.
+    Of an unfinished cache the committed shards are used. Where several caches hold a sequence, one with exactly these
+    settings goes before one that holds more, because narrowing rounds the mass of the tail.
 
     Raises:
-        CacheMismatchError: one is of another teacher, tokenizer, vocabulary or encoding, or holds less.
+        CacheMismatchError: a cache has another teacher, tokenizer, vocabulary or encoding, or holds too little.
     """
     caches = [open_cache(place, allow_unsealed=True) for place in places]
     for cache in caches:
@@ -24,7 +24,7 @@ def open_reusable(places: Sequence[str], wanted: Manifest) -> Cache | None:
 
 
 def _require_serving(cache: Cache, wanted: Manifest) -> None:
-    """Refuse a cache whose rows are not what the teacher would say here, or hold less of it."""
+    """Refuse a cache of another teacher, tokenizer, vocabulary or encoding, and one that holds too little."""
     found, asked = cache.manifest.settings, wanted.settings
     lines = identity_differences(cache.manifest, wanted, ("there", "here"), ("teacher", "tokenizer", "vocab_size"))
     serves = {

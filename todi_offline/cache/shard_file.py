@@ -33,14 +33,14 @@ class ShardFile:
     spec: ArraySpec
     codec: str
     sums: bytes | None = None
-    """The sums of its stored chunks, as its commit record has them; None: any chunks will do."""
+    """The sums of the stored chunks, from the commit record; None accepts any intact chunk."""
 
     def read_rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `start` to `stop` of the shard.
 
         Raises:
             CacheIncompleteError: the file is missing.
-            CacheCorruptError: a chunk's bytes are not those that were written; names the file and the chunk.
+            CacheCorruptError: the bytes of a chunk have changed; names the file and the chunk.
             CacheError: the disk cannot read it.
         """
         if start == stop:
@@ -88,10 +88,10 @@ class ShardFile:
 
     def _open(self) -> int:
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would make it wait
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait
         except FileNotFoundError as error:
             raise CacheIncompleteError(
-                f"the cache lacks {self.path}; `todi-cache verify` lists all that is missing"
+                f"the cache lacks {self.path}; `todi-cache verify` lists every missing object"
             ) from error
         except OSError as error:
             raise CacheError(f"cannot open {self.path}: {error.strerror}") from error
@@ -111,7 +111,7 @@ class ShardFile:
 
 @lru_cache(maxsize=4096)
 def _read_index(path: Path, spec: ArraySpec, file_size: int, _modified_ns: int) -> Index:
-    """Read the index of a shard; kept for a file of this size and age."""
+    """Read the index of a shard; the result is kept for a file of this size and age."""
     with path.open("rb") as file:
         file.seek(max(file_size - index_bytes(spec), 0))
         data = file.read(index_bytes(spec))

@@ -1,8 +1,8 @@
-"""Rows of a shard in, its objects and its commit record out; without a lock, so that any process can do it.
+"""The rows of a shard in, its objects and its commit record out. It takes no lock, so any process can run it.
 
-An object is created and never replaced. Where another attempt at the same shard has left an object with other bytes,
-and no commit record, that object makes way, but only while the capture's lock is still the one that began it: so a
-process that stood still cannot touch what another one has committed since.
+An object is created and never replaced, with one exception. An earlier attempt at the same shard may have left an
+object with other bytes and no commit record. Such an object makes way while the capture still holds its lock.
+Therefore a stalled process cannot touch the objects that its successor has committed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,19 +34,20 @@ class ShardWriter:
 
     store: Store
     manifest: Manifest
-    """Of the cache when all its parts are finished."""
+    """The manifest of the cache when all its parts are finished."""
     token: str
-    """Of the lock under which the shards are written."""
+    """The token of the lock under which the shards are written."""
 
     def write(
         self, shard: int, sequences: Sequence[SequenceRows], left_out: Mapping[str, str] = MappingProxyType({})
     ) -> CommitRecord:
-        """Write the objects of a shard, then its commit record; until then the shard does not exist.
+        """Write the objects of a shard, then its commit record. A shard without a record does not exist.
 
-        `left_out` has the ids of the examples that were to be in the shard and are not, each with the reason.
+        `left_out` has the ids of the planned examples that are not in the shard, each with the reason.
 
         Raises:
-            DataError: there is no sequence, or one has ids beyond the vocabulary or other settings than the cache.
+            DataError: there is no sequence, or a sequence has ids beyond the vocabulary or does not have the cache's
+                settings.
             TargetsError: a number cannot be stored.
             CacheLockedError: another process has taken over, or has committed this shard with other bytes.
             CacheError: the store cannot be written.
@@ -64,9 +65,9 @@ class ShardWriter:
             return self._commit(shard, sequence_table(shard, sequences, encoded, settings, left_out), objects)
 
     def link(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
-        """Take over a committed shard of a cache with the same settings, without moving its bytes where possible.
+        """Take over a committed shard of a cache with the same settings; link its objects where possible.
 
-        `record` and `table` are its commit record and sequence table there. The same errors as `write`.
+        `record` and `table` are the shard's commit record and sequence table in that cache. Raises as `write`.
         """
         require_held(self.store, self.token)
         objects = {}
@@ -119,7 +120,7 @@ class ShardWriter:
                 raise self._taken(shard)
 
     def _require_uncommitted(self, shard: int) -> None:
-        """Refuse to replace an object unless it is what an attempt that was never committed has left behind."""
+        """Refuse to replace an object of a committed shard, or without the lock."""
         require_held(self.store, self.token)
         if self.store.size(record_key(shard)) is not None:
             raise self._taken(shard)
@@ -128,14 +129,14 @@ class ShardWriter:
         holder = read_holder(self.store)
         who = holder if holder is not None and holder.token != self.token else "another process"
         return CacheLockedError(
-            f"shard {shard} of {self.store} was written by {who} meanwhile, and is left as it is; run the command "
-            "again: it goes on from there"
+            f"shard {shard} of {self.store} was written by {who} in the meantime and stays as it is; run the "
+            "command again: it continues from there"
         )
 
     def _require_rows(self, shard: int, sequences: Sequence[SequenceRows]) -> None:
-        """Refuse rows that the reader would refuse."""
+        """Refuse rows that a reader of the cache would refuse."""
         if not sequences:
-            raise DataError(f"shard {shard} of {self.store} would have no sequence; leave it out of the plan")
+            raise DataError(f"shard {shard} of {self.store} would have no sequence; leave the shard out of the plan")
         settings, vocab_size = self.manifest.settings, self.manifest.vocab_size
         for name in ("token_ids", "targets"):
             num_rows = sum(len(getattr(sequence, name)) for sequence in sequences)
@@ -150,7 +151,8 @@ class ShardWriter:
             samples = 0 if rows.tail_ids is None else rows.tail_ids.shape[1]
             if (found := (rows.ids.shape[1], rows.temperatures, samples)) != expected:
                 raise DataError(
-                    f"sequence {sequence.id!r} has k, temperatures and samples {found}; {self.store} keeps {expected}"
+                    f"sequence {sequence.id!r} has k, temperatures and samples {found}; expected {expected}, as "
+                    f"{self.store} has"
                 )
             numbers = [sequence.token_ids, rows.ids, *([] if rows.tail_ids is None else [rows.tail_ids])]
             if (largest := max(int(ids.max(initial=0)) for ids in numbers)) >= vocab_size:

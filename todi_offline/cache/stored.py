@@ -1,4 +1,4 @@
-"""The place of one cache in, its sequences out, in any order and at its own settings."""
+"""The store of one cache in, its sequences out, in any order and with all that they hold."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def open_stored(store: Store, *, allow_unsealed: bool = False) -> "StoredCache":
-    """Open a cache for reading, as it is at this instant; see `reader.open_cache`."""
+    """Open a cache for reading as it is now; see `reader.open_cache`."""
     root = read_root(store)
     if not allow_unsealed:
         _require_whole(store, root)
@@ -43,47 +43,47 @@ def open_stored(store: Store, *, allow_unsealed: bool = False) -> "StoredCache":
 def _require_whole(store: Store, root: Root) -> None:
     if lost := root.lost_shards:
         raise CacheIncompleteError(
-            f"{store} has lost the shards {', '.join(map(str, lost))}: run again what captured them, or open it with "
-            "allow_unsealed (--allow-unsealed) to use the others"
+            f"{store} has lost the shards {', '.join(map(str, lost))}: run again the capture that wrote them, or open "
+            "the cache with allow_unsealed (--allow-unsealed) to use the other shards"
         )
     if not root.commits:
         raise CacheIncompleteError(
-            f"{store} is not finished: run the same `todi capture` again to go on, or open it with allow_unsealed "
-            "(--allow-unsealed) to use the part that is committed"
+            f"{store} is not finished: run the same `todi capture` again to finish it, or open the cache with "
+            "allow_unsealed (--allow-unsealed) to use its committed shards"
         )
 
 
 def _map(read: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-    """Read many small objects at once: an object store takes its time over each."""
+    """Read many small objects at once: an object store answers each request slowly."""
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(read, *arguments))
 
 
 class StoredCache:
-    """The sequences of one cache. Safe to fork and to share between threads: it holds no open file."""
+    """The sequences of one cache. Holds no open file, so it may be forked and shared between threads."""
 
     def __init__(self, store: Store, manifest: Manifest, records: Sequence[CommitRecord]) -> None:
         """Use `open_stored`."""
         if not records:
-            raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again to go on")
+            raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again")
         self.store = store
         self.manifest = manifest
         with ThreadPoolExecutor(_READERS) as pool:
             self.content_keys, self.columns = _joined(pool.map(partial(_read_columns, store, self.manifest), records))
-        pa.default_memory_pool().release_unused()  # what the threads leave behind is as much again
+        pa.default_memory_pool().release_unused()  # the threads leave as much again behind
         self._records = records
         self._objects = {key: found for record in records for key, found in record.objects.items()}
 
     content_keys: ContentKeys
     columns: Mapping[str, npt.NDArray[Any]]
-    """The numbers of the sequence table, [sequence] each; with the keys 52 bytes a sequence in memory."""
+    """The numbers of the sequence table, [sequence] each; with the keys they take 52 bytes a sequence in memory."""
 
     def __len__(self) -> int:
         """Return the number of sequences."""
         return len(self.content_keys)
 
     def read(self, index: int) -> CachedSequence:
-        """Read a sequence; every chunk that is touched is compared with its checksum.
+        """Read a sequence; compare the checksum of every chunk that it touches.
 
         Raises:
             CacheCorruptError, CacheIncompleteError: naming sequence, file and chunk.
@@ -103,7 +103,7 @@ class StoredCache:
             raise type(error)(f"{self._name(index)}: {error}") from error
 
     def _read_rows(self, name: str, shard: int, start: int, stop: int) -> npt.NDArray[Any]:
-        """Read rows of a shard; where a local copy of it is damaged or gone, from another copy."""
+        """Read rows of a shard; if the local copy of a remote object is damaged or gone, fetch another one."""
         try:
             return open_shard(self.store, self.manifest, self._objects, name, shard).read_rows(start, stop)
         except CacheError:
@@ -119,18 +119,19 @@ class StoredCache:
         token_ids, mask = arrays.pop("token_ids"), arrays.pop("target_mask").astype(np.bool_)
         if mask[-1:].any():
             raise CacheCorruptError(
-                f"it supervises its last position in {self.store}, which no token follows; run `todi-cache verify`"
+                f"its mask supervises the last position in {self.store}, which no token follows; run "
+                "`todi-cache verify`"
             )
         if mask.sum() != (num_targets := len(arrays["label_logprob"])):
             raise CacheCorruptError(
-                f"it supervises {mask.sum()} positions in {self.store} and has {num_targets} targets; run "
+                f"its mask supervises {mask.sum()} positions in {self.store}, but it has {num_targets} targets; run "
                 "`todi-cache verify`"
             )
         rows = decode_rows(arrays, settings.encoding, settings.temperatures, settings.tail_temperature)
         return CachedSequence(token_ids, mask, rows)
 
     def _name(self, index: int) -> str:
-        """Return how messages call a sequence; its id is read from the table of its shard."""
+        """Return the name of a sequence for messages: its id, read from the table of its shard, and its number."""
         ends = np.cumsum([record.num_sequences for record in self._records])
         number = int(np.searchsorted(ends, index, side="right"))
         try:
@@ -141,18 +142,18 @@ class StoredCache:
 
     @cached_property
     def sequences(self) -> pa.Table:
-        """The sequence table, with its text; it is read when it is first asked for."""
+        """The sequence table with its texts; read on first use."""
         return pa.concat_tables(_map(partial(read_table, self.store), self._records))
 
     def records(self) -> Mapping[int, CommitRecord]:
-        """Return the commit records of the shards that are open, by shard."""
+        """Return the commit records of the open shards, by shard."""
         return {record.shard: record for record in self._records}
 
     def prepare(self, shard: int) -> None:
-        """Fetch what an object store holds of a shard, so that reading it soon need not wait.
+        """Fetch the objects of a shard from an object store, so that a later read need not wait.
 
         Raises:
-            CacheIncompleteError, CacheError: it cannot be fetched.
+            CacheIncompleteError, CacheError: an object cannot be fetched.
         """
         for spec in self.manifest.arrays.values():
             self.store.prepare(spec.object_key(shard))
@@ -179,7 +180,7 @@ def _read_columns(
 def _joined(
     parts: Iterable[tuple[ContentKeys, dict[str, npt.NDArray[Any]]]],
 ) -> tuple[ContentKeys, dict[str, npt.NDArray[Any]]]:
-    """Join columns as they come: many small arrays, kept until the end, would leave holes in the memory."""
+    """Join columns one part after the other; many small arrays, kept until the end, would fragment the memory."""
     columns: dict[str, npt.NDArray[Any]] = {}
     keys, length = [], 0
     for part_keys, part in parts:

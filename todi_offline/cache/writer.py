@@ -1,12 +1,12 @@
-"""A plan in, a cache out: takes the lock, begins the cache, lets shards be written, and makes them part of it.
+"""A manifest and rows in, a cache out: takes the lock, begins the cache, and seals it when all shards are written.
 
-with CacheWriter(place, manifest) as writer:      # begins the cache, or goes on with it
+with CacheWriter(place, manifest) as writer:      # begins the cache, or continues it
     for shard in writer.missing_shards():
         writer.write_shard(shard, rows)           # or, in any process: writer.shards.write(shard, rows)
     writer.seal()
 
-The root is written twice: when the cache is begun, with the new parts as pending, and when it is sealed, with all
-shards in it. A reader finds the cache as it was until then.
+The root is written twice: at the beginning, with the new parts as pending, and at the seal, with all shards in it.
+Until the seal a reader finds the old cache.
 """
 
 import contextlib
@@ -48,14 +48,14 @@ from todi_offline.cache.store.base import Lock
 from todi_offline.cache.store.locks import naming_successor, require_held
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, CacheMismatchError
 
-_READERS = 16  # threads; each waits for a store
+_READERS = 16  # threads; each waits for the store
 
 
 class CacheWriter:
     """The place of a cache, locked for writing."""
 
     def __init__(self, place: str | Path | Store, manifest: Manifest, tokenizer_json: str | None = None) -> None:
-        """Name what the cache is to be; `tokenizer_json` lets the tools show text without the teacher."""
+        """Name the place and the manifest of the finished cache; `tokenizer_json` lets the tools show text."""
         self.store = open_store(place)
         self.manifest = manifest
         self._tokenizer_json = tokenizer_json
@@ -64,12 +64,12 @@ class CacheWriter:
         self._root = Root(manifest=manifest)
 
     def __enter__(self) -> "CacheWriter":
-        """Lock the place, and begin the cache or check that it is the one to go on with.
+        """Lock the place; begin the cache, or check that the cache there is the one to continue.
 
         Raises:
-            CacheLockedError: another process writes to it.
-            CacheMismatchError: it was begun with other settings, data, teacher or tokenizer.
-            CacheError: the place is not empty and no cache, or cannot be written.
+            CacheLockedError: another process writes to the place.
+            CacheMismatchError: the cache was begun with other settings, data, teacher or tokenizer.
+            CacheError: the place holds something else than a cache, or cannot be written.
         """
         require_place(self.store)
         with contextlib.ExitStack() as stack:
@@ -88,12 +88,12 @@ class CacheWriter:
 
     @property
     def shards(self) -> ShardWriter:
-        """What writes shards, here or in other processes, while this one holds the lock."""
+        """The writer of shards. Other processes may use it too while this one holds the lock."""
         assert self._lock is not None, "the place is locked on entering"
         return ShardWriter(self.store, self.manifest, self._lock.token)
 
     def missing_shards(self) -> list[int]:
-        """Return the shards that are still to be written."""
+        """Return the shards that have not been written yet."""
         committed = set(committed_shards(self.store)) if self._root.pending else set[int]()
         pending = range(len(self._root.commits), self.manifest.num_shards)
         return [*self._missing_of_finished(), *(shard for shard in pending if shard not in committed)]
@@ -110,21 +110,21 @@ class CacheWriter:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether the cache has all its parts, whole."""
+        """Whether the cache has all shards of all its parts."""
         return not self._root.pending and not self._root.lost_shards
 
     def seal(self) -> Root:
-        """Make all shards part of the cache, in one step, and renew the metadata for other readers of Zarr.
+        """Make all shards part of the cache in one step; then renew the metadata for other readers of Zarr.
 
         Raises:
-            CacheIncompleteError: a shard is not committed, or one of its objects is gone or of another size.
+            CacheIncompleteError: a shard is not committed, or one of its objects is missing or has another size.
             CacheLockedError: another process has taken over.
         """
         assert self._lock is not None, "the place is locked on entering"
         if missing := self.missing_shards():
             whose = "; ".join(map(describe_part, parts_of(self.manifest.parts, missing)))
             raise CacheIncompleteError(
-                f"{self.store} cannot be sealed: shards {missing} are not committed; run again what captured {whose}"
+                f"{self.store} cannot be sealed: shards {missing} are not committed; run again the capture of {whose}"
             )
         if not self.is_sealed:
             commits = dict(enumerate(self._root.commits))
@@ -160,24 +160,24 @@ class CacheWriter:
         return left_out_of(read_object(self.store, key, record.objects[key]))
 
     def _commit(self, shard: int) -> tuple[ObjectSum, int]:
-        """Return the sum of a shard's record and its number of sequences, after a look at the sizes of its objects."""
+        """Return the sum of a shard's record and its number of sequences after checking the sizes of its objects."""
         record = read_record(self.store, self.manifest, shard, None)
         for key, expected in record.objects.items():
             found = self.store.size(key)
             if found != expected.num_bytes:
                 raise CacheIncompleteError(
                     f"{self.store}/{key} has {'no' if found is None else found} bytes, expected {expected.num_bytes}; "
-                    "`todi-cache verify` lists what is damaged"
+                    "`todi-cache verify` lists all damage"
                 )
         return ObjectSum.of(self.store.read(record_key(shard))), record.num_sequences
 
     def _missing_of_finished(self) -> list[int]:
-        """Return the lost shards of finished parts that were not written again yet."""
+        """Return the lost shards of finished parts that have not been written again."""
         lost = self._root.lost_shards
         return [shard for shard in lost if self.store.size(record_key(shard)) is None]
 
     def _begin(self) -> None:
-        """Write down what the cache is to be, unless that stands there already."""
+        """Write the root of a new cache, or the pending parts into the root that is there."""
         is_new = not has_cache(self.store)
         if is_new:
             _require_no_strays(self.store, 0)
@@ -197,16 +197,16 @@ class CacheWriter:
         if begun.tokenizer is None or read_if_there(self.store, TOKENIZER_KEY) is None:
             begun = dataclasses.replace(begun, tokenizer=self._tokenizer_sum())
             self._write_tokenizer()
-        if begun != found or self.store.size(ROOT_KEY) is None:  # or it is of format 1
+        if begun != found or self.store.size(ROOT_KEY) is None:  # a cache of format 1 has no root
             self._swap(begun)
         else:
             self._root = begun
 
     def _going_on(self, found: Root) -> Root:
-        """Return the root of a cache that goes on towards the manifest.
+        """Return the root of a cache that has begun the missing parts of the manifest.
 
         Raises:
-            CacheMismatchError: its parts are others, or it has begun others.
+            CacheMismatchError: the cache holds other parts, or has begun other ones.
         """
         finished, wanted = found.manifest.parts, self.manifest.parts
         if not _are_same(finished, wanted[: len(finished)]):
@@ -243,19 +243,19 @@ class CacheWriter:
 
 
 def replace_root(store: Store, root: Root, before: Root | None = None) -> None:
-    """Replace the root of a cache in one step; one of format 1 gets a root, and is of format 2 from then on.
+    """Replace the root of a cache in one step; a cache of format 1 becomes one of format 2.
 
-    `before` is the root that the change is based on, by default the one that is there.
+    `before` is the root on which the change is based, by default the present one.
 
     Raises:
-        CacheLockedError: another process has replaced it meanwhile.
+        CacheLockedError: another process has replaced the root in the meantime.
     """
     old = read_if_there(store, ROOT_KEY)
     if old is not None and before is not None:
         old = before.to_bytes()
     data = root.to_bytes()
     if not (store.create(ROOT_KEY, data) if old is None else store.swap(ROOT_KEY, data, old)):
-        raise CacheLockedError(f"another process has changed {store} meanwhile; run the command again")
+        raise CacheLockedError(f"another process has changed {store} in the meantime; run the command again")
     if old is None:
         write_derived_metadata(store, root)
         for key in (SEALED_KEY, APPEND_KEY):
@@ -263,9 +263,9 @@ def replace_root(store: Store, root: Root, before: Root | None = None) -> None:
 
 
 def write_derived_metadata(store: Store, root: Root) -> None:
-    """Write the metadata for other readers of Zarr where it is not what follows from the root.
+    """Write the metadata objects for other readers of Zarr that do not follow from the root.
 
-    What another process replaces meanwhile is left to it: it follows from a newer root.
+    An object that another process replaces in the meantime stays: it follows from a newer root.
     """
     for key, data in derived_metadata(root).items():
         found = read_if_there(store, key)
@@ -276,7 +276,7 @@ def write_derived_metadata(store: Store, root: Root) -> None:
 
 
 def _are_same(found: Sequence[Part], wanted: Sequence[Part]) -> bool:
-    """Whether parts are of the same data, laid out alike; other versions of the libraries may have made them."""
+    """Whether parts hold the same data in the same layout, whatever versions of the libraries made them."""
 
     def facts(part: Part) -> tuple[object, ...]:
         part = part.planned
@@ -286,7 +286,7 @@ def _are_same(found: Sequence[Part], wanted: Sequence[Part]) -> bool:
 
 
 def _with_versions(part: Part, begun: Part) -> Part:
-    """Return a part with the versions of the libraries of all runs that worked on it."""
+    """Return a part with the library versions of all runs that worked on it."""
     versions = {
         name: ", ".join(dict.fromkeys([*begun.versions.get(name, version).split(", "), version]))
         for name, version in part.versions.items()
@@ -295,7 +295,7 @@ def _with_versions(part: Part, begun: Part) -> Part:
 
 
 def _require_no_strays(store: Store, first: int) -> None:
-    """Refuse to append where commit records lie that the root does not name: they would pass for this capture's."""
+    """Refuse to append beside commit records that the root does not name: the capture would take them for its own."""
     strays = [record_key(shard) for shard in committed_shards(store) if shard >= first]
     if strays:
         raise CacheMismatchError(
@@ -305,17 +305,17 @@ def _require_no_strays(store: Store, first: int) -> None:
 
 
 def _remove_temporaries(store: Store) -> None:
-    """Remove what killed writers left under temporary names: only folders have them."""
+    """Remove the temporary files of killed writers; only folders have such files."""
     if isinstance(store, LocalStore):
         for key in filter(is_temporary, store.find()):
             store.delete(key)
 
 
 def require_place(store: Store) -> None:
-    """Refuse a place that holds other files than a cache, or what an interrupted creation of one has left.
+    """Refuse a place with files that neither a cache nor an interrupted creation of one can have left.
 
     Raises:
-        CacheError: it holds others.
+        CacheError: the place holds foreign files and no cache.
     """
     if not has_cache(store) and any(not (is_own(key) or is_temporary(key)) for key in store.find()):
         raise CacheError(f"{store} is not empty and holds no cache; choose another folder")

@@ -1,1 +1,1 @@
-"""What is wrong with a cache, and how two caches differ: verify, repair, diff and summary."""
+"""Problems of a cache and differences of two: verify, repair, diff and summary."""

@@ -1,4 +1,4 @@
-"""A committed shard in, what is wrong with what it holds out: its table, its tokens, its targets."""
+"""A committed shard in, the problems of its table, its tokens and its targets out."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ from todi_offline.errors import CacheError
 
 
 def content_problems(store: Store, manifest: Manifest, table: pa.Table, record: CommitRecord) -> Iterator[Problem]:
-    """Yield what is wrong with a shard whose objects are those that were written.
+    """Yield the problems of a shard whose objects are intact.
 
     Raises:
         CacheError: an object cannot be read.
@@ -34,7 +34,7 @@ def content_problems(store: Store, manifest: Manifest, table: pa.Table, record: 
 
 
 def _table_problems(store: Store, manifest: Manifest, table: pa.Table, record: CommitRecord) -> Iterator[Problem]:
-    """Sequences must lie end to end from the beginning of the shard, and be as many as the record says."""
+    """Sequences must lie end to end from the beginning of the shard, in the numbers of the record."""
     shard, where = record.shard, sequences_key(record.shard)
     try:
         require_places(str(store), table, manifest.settings.shard_tokens, shard)
@@ -56,7 +56,7 @@ def _table_problems(store: Store, manifest: Manifest, table: pa.Table, record: C
 
 
 def _row_problems(store: Store, manifest: Manifest, table: pa.Table, record: CommitRecord) -> Iterator[Problem]:
-    """Look at what a shard holds: its tokens at once, its targets a chunk at a time."""
+    """Check the tokens of a shard at once, its targets one chunk at a time."""
     shard = record.shard
     files = {name: open_shard(store, manifest, record.objects, name, shard) for name in manifest.arrays}
     token_ids, mask = (_stored_rows(files.pop(name)) for name in ("token_ids", "target_mask"))
@@ -67,7 +67,7 @@ def _row_problems(store: Store, manifest: Manifest, table: pa.Table, record: Com
 
 
 def _stored_rows(file: ShardFile) -> npt.NDArray[Any]:
-    """Return the rows of all chunks that are stored: what a shard could hold besides is not believed."""
+    """Return the rows of the stored chunks; the settings may claim any number of others."""
     return file.read_rows(0, len(file.read_sums()) // CRC_BYTES * file.spec.chunk_rows)
 
 
@@ -88,7 +88,7 @@ def _target_problems(
         stored = {name: file.read_chunk(chunk) for name, file in files.items()}
         for name, values in stored.items():
             if values[len(owners) :].any():
-                what = f"rows of chunk {chunk} that no sequence owns are not 0"
+                what = f"rows of chunk {chunk} that belong to no sequence are not 0"
                 yield Problem(manifest.arrays[name].object_key(shard), what, redo(shard))
         used = {name: values[: len(owners)] for name, values in stored.items()}
         rows = decode_rows(used, settings.encoding, settings.temperatures, settings.tail_temperature)
@@ -101,7 +101,7 @@ def _target_problems(
             sums[index] += np.bincount(owners, weights=weights, minlength=len(table))
     for what, sequences in found.items():
         others = f", and {len(sequences) - 1} more targets of shard {shard}" if len(sequences) > 1 else ""
-        yield Problem(_name(table, sequences[0]), f"{what}: a target of it{others}", redo(shard))
+        yield Problem(_name(table, sequences[0]), f"{what}: in one of its targets{others}", redo(shard))
     yield from _mean_problems(table, shard, sums)
 
 
@@ -113,7 +113,7 @@ def _token_problems(
     used = int(num_tokens.sum())
     for name, values in (("token_ids", token_ids), ("target_mask", mask)):
         if values[used:].any():
-            what = "rows that no sequence owns are not 0"
+            what = "rows that belong to no sequence are not 0"
             yield Problem(manifest.arrays[name].object_key(shard), what, redo(shard))
     rows = zip(
         stops - num_tokens, stops, table["content_key"].to_pylist(), table["num_targets"].to_pylist(), strict=True
@@ -129,7 +129,7 @@ def _sequence_problems(
     if (token_ids >= vocab_size).any():
         yield f"it has token ids beyond the vocabulary of {vocab_size}"
     if (mask > 1).any() or mask[-1:].any():
-        yield "its mask has other values than 0 and 1, or supervises the last position, which no token follows"
+        yield "its mask has values beside 0 and 1, or supervises the last position, which no token follows"
     if content_key(token_ids, mask.astype(np.bool_)) != key:
         yield "its tokens and mask do not give its content key"
     if np.count_nonzero(mask) != num_targets:
@@ -149,7 +149,7 @@ def _mean_problems(table: pa.Table, shard: int, sums: npt.NDArray[np.float64]) -
     for name, wrong in differs.items():
         for index in np.flatnonzero(wrong & (num_targets > 0)):
             rows = f"NLL {-most_label[index]:.5f}, mass {most[index]:.5f}"
-            what = f"its {name} in the table is not that of its rows ({rows})"
+            what = f"its {name} in the table does not follow from its rows ({rows})"
             yield Problem(_name(table, int(index)), what, redo(shard))
 
 

@@ -1,4 +1,4 @@
-"""Two caches in, how they differ out: what they say of themselves, and what they hold."""
+"""Two caches in, their differences out: of the manifests, the sequences and the targets."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.reader import Cache
 
 SHOWN_IDS = 5
-_BLOCK_ENTRIES = 2**17  # of targets that are compared at once
+_BLOCK_ENTRIES = 2**17  # entries that are compared at once
 
 
 def compare_caches(first: Cache, second: Cache, progress: Progress = no_progress) -> dict[str, Any]:
-    """Return the differences of two caches; targets are compared where both hold the same content."""
+    """Return the differences of two caches; targets are compared for sequences with the same content."""
     places = second.content_keys.find(first.content_keys)
     only_second = np.flatnonzero(first.content_keys.find(second.content_keys) < 0)
     shared = np.flatnonzero(places >= 0)
@@ -35,9 +35,10 @@ def _ids(cache: Cache, indices: Any) -> list[str]:
 
 
 def _targets(first: Cache, second: Cache, pairs: list[tuple[int, int]], progress: Progress) -> dict[str, Any]:
-    """Compare the targets of shared sequences, rank by rank: how many ids differ, and how far the log-probs of others.
+    """Compare the targets of shared sequences rank by rank.
 
-    `mean_kl` is that of the first's distributions to the second's.
+    `other_ids` is the share of ids that differ, `largest_difference` that of the log-probs where ids agree, in nats,
+    and `mean_kl` the mean KL of the first cache's distributions to the second's.
     """
     found: dict[str, Any] = {"sequences": len(pairs), "differing": 0, "other_ids": 0.0, "largest_difference": 0.0}
     num_ids = num_other = num_targets = 0
@@ -60,9 +61,9 @@ def _targets(first: Cache, second: Cache, pairs: list[tuple[int, int]], progress
 
 
 def bucketed_kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64]:
-    """Return KL(first || second) of each target at temperature 1, over the ids that both keep and one for all others.
+    """Return KL(first || second) of each target at temperature 1, over the shared ids and one entry for all other ids.
 
-    Both are normalised: what is stored is rounded.
+    Both distributions are normalised first, because stored numbers are rounded.
     """
     size = max(_BLOCK_ENTRIES // max(first.ids.shape[1], second.ids.shape[1], 1), 1)
     blocks = [_kl(first[start : start + size], second[start : start + size]) for start in range(0, len(first), size)]
@@ -71,7 +72,7 @@ def bucketed_kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64
 
 
 def _kl(first: TargetRows, second: TargetRows) -> npt.NDArray[np.float64]:
-    """Return `bucketed_kl` of a few targets: it takes some ten times their memory."""
+    """Return `bucketed_kl` of a few targets; it takes some ten times their memory."""
     order = np.argsort(second.ids, axis=1)
     places = _places(first.ids, np.take_along_axis(second.ids, order, axis=1))
     is_shared = places >= 0
@@ -94,7 +95,7 @@ def _places(wanted: npt.NDArray[Any], ids: npt.NDArray[Any]) -> npt.NDArray[np.i
     if not k:
         return np.full(wanted.shape, -1)
     width = int(max(wanted.max(initial=0), ids.max(initial=0))) + 1
-    keys = (rows * width + ids.astype(np.int64)).ravel()  # rows one above the other: one sorted list of all
+    keys = (rows * width + ids.astype(np.int64)).ravel()  # all rows as one sorted list
     asked = rows * width + wanted.astype(np.int64)
     found = np.searchsorted(keys, asked).clip(max=num_targets * k - 1)
     places: npt.NDArray[np.int64] = np.where(keys[found] == asked, found - rows * k, -1)

@@ -1,7 +1,7 @@
-"""Decoded rows in, what cannot be true of a teacher's targets out.
+"""Decoded rows in, the faults that no teacher's targets can have out.
 
-A stored log-prob stands for all between two bounds, which its encoding gives; something is wrong with a row where no
-choice within them would do.
+A stored log-prob stands for every number between two bounds, which its encoding gives. A row has a fault if no choice
+of numbers within the bounds is possible for a teacher.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ from todi_offline.cache.format.encoding import Bounds, bounds, logprob_bounds
 from todi_offline.cache.format.rows import TargetRows
 
 SLACK = 1e-4
-"""What float32 may lose in a softmax over 10^5 ids; in nats or in mass."""
+"""Rounding error of a float32 softmax over 10^5 ids, in nats or in mass."""
 
 Rows = npt.NDArray[np.bool_]
-"""[target]: where it is wrong."""
+"""[target]: True where the row has a fault."""
 Numbers = npt.NDArray[np.float64]
 
 
-@np.errstate(all="ignore")  # whatever is stored is looked at
+@np.errstate(all="ignore")  # the rows may hold any numbers
 def faults(rows: TargetRows, labels: npt.NDArray[np.uint32], encoding: str, vocab_size: int) -> dict[str, Rows]:
-    """Return everything that can be wrong with rows, and for each of it the rows [target] with which it is.
+    """Return every fault that rows can have, and for each fault the rows [target] that have it.
 
     `labels` [target] are the tokens that follow.
     """
@@ -77,10 +77,10 @@ def _mass_faults(rows: TargetRows, within: dict[str, Bounds], encoding: str) -> 
 
 
 def _narrowing_error(mass: Numbers, encoding: str) -> Numbers:
-    """Return by how much a tail's mass may be off because entries were moved into it that the encoding had rounded.
+    """Return the error of a tail's mass after rounded entries have moved into the tail.
 
-    Of `root8` the error of n entries that hold a mass m is at most n^(1/4) m^(3/4) / 64; 64 of them may all be rounded
-    to the same side, and more than that cancel out. Each narrowing also rounds the tail to 1/64 of itself.
+    In `root8` the error of n entries of mass m together is at most n^(1/4) m^(3/4) / 64. As many as 64 entries may all
+    be rounded to the same side; the errors of more cancel out. Each narrowing also rounds the tail to 1/64 of itself.
     """
     if encoding == "root8":
         error: Numbers = (64**0.25 * mass**0.75 + 2 * mass) / 64
@@ -105,8 +105,8 @@ def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], within: dict
 def _tail_faults(rows: TargetRows, vocab_size: int, within: dict[str, Bounds]) -> dict[str, Rows]:
     if rows.tail_ids is None or rows.tail_logprobs is None:
         return {}
-    drawn = ~np.isneginf(rows.tail_logprobs)  # where the tail has no mass, its samples stand for nothing
-    samples: Any = rows.tail_ids.T  # one after the other: all at once would take [target, sample, k]
+    drawn = ~np.isneginf(rows.tail_logprobs)  # samples of a tail without mass mean nothing
+    samples: Any = rows.tail_ids.T  # one sample at a time: all at once would take [target, sample, k]
     among_kept: Any = np.stack([(ids[:, None] == rows.ids).any(axis=1) for ids in samples], axis=1)
     least, last_kept = within["tail_logprobs"][0], _most_of_last(within["logprobs"][1])
     return {

@@ -1,4 +1,4 @@
-"""What is wrong with a cache, and what mends it: the nouns of `verify` and `repair`."""
+"""Problems of a cache and their remedies: the nouns of `verify` and `repair`."""
 
 from dataclasses import dataclass
 
@@ -7,34 +7,34 @@ from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError,
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """What mends a problem."""
+    """The way to mend a problem."""
 
     text: str
     drop: tuple[str, ...] = ()
-    """The objects that `todi-cache repair` deletes for it."""
+    """The objects that `todi-cache repair` deletes."""
     shard: int | None = None
-    """The shard that repair takes out of the cache, so that the capture makes it anew."""
+    """The shard that `repair` takes out of the cache, so that the capture writes it again."""
     renews: bool = False
-    """Whether repair writes the object again, from what the cache still has."""
+    """Whether `repair` writes the object again, from the other objects of the cache."""
     by_hand: bool = False
-    """Whether neither repair nor a capture can mend it."""
+    """Whether neither `repair` nor a capture can mend the problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is wrong with a cache; or, as a note, something to know about its place."""
+    """Damage to a cache; or, as a note, a fact about its place that is no damage."""
 
     where: str
     """An object, or a sequence."""
     what: str
-    """What was found, and what was expected."""
+    """The state that was found, and the expected one."""
     remedy: Remedy
     is_note: bool = False
-    """Whether the cache is whole in spite of it."""
+    """Whether the cache is whole all the same."""
 
 
 NOTHING = Remedy("nothing needs to be done")
-GO_ON = Remedy("run the same capture again: it goes on")
+GO_ON = Remedy("run the same capture again: it continues")
 RENEW = Remedy("`todi-cache repair` writes it again", renews=True)
 RESTORE = Remedy("bring it back from a copy, or capture into another folder", by_hand=True)
 READ_AGAIN = Remedy(
@@ -42,7 +42,7 @@ READ_AGAIN = Remedy(
     "`todi-cache repair`",
     by_hand=True,
 )
-"""An object that cannot be read may be whole, so repair leaves it where it is."""
+"""An object that cannot be read may be whole, so `repair` leaves it where it is."""
 
 
 def redo(shard: int) -> Remedy:
@@ -56,6 +56,6 @@ def drop(key: str) -> Remedy:
 
 
 def remedy_of(error: CacheError, if_damaged: Remedy) -> Remedy:
-    """Return what mends an object whose reading raised an error: only damage and loss are damage."""
+    """Return the remedy for an error of reading: `if_damaged` for damage and loss, else to read again."""
     is_damaged = isinstance(error, CacheCorruptError | CacheFormatError | CacheIncompleteError)
     return if_damaged if is_damaged else READ_AGAIN

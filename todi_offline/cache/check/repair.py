@@ -1,4 +1,4 @@
-"""A damaged cache in, the same without what is damaged out, so that the capture that wrote it redoes just that."""
+"""A damaged cache in, the cache without its damaged shards out; the capture that wrote them then writes them again."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,40 +30,40 @@ from todi_offline.errors import CacheError, CacheMismatchError
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What a repair did, or would do."""
+    """The work of a repair: done, or planned in a dry run."""
 
     deleted: tuple[str, ...] = ()
-    """The objects that it deleted."""
+    """The deleted objects."""
     renewed: tuple[str, ...] = ()
-    """The objects that it wrote again."""
+    """The objects that were written again."""
     shards: tuple[int, ...] = ()
-    """The shards that it took out of the cache."""
+    """The shards that were taken out of the cache."""
     abandoned: tuple[Part, ...] = ()
-    """The captures that had begun to add to the cache and that it gave up."""
+    """The unfinished captures that were given up."""
     parts: tuple[Part, ...] = ()
-    """The captures that are to be run again: they have lost a shard, or are not finished."""
+    """The captures to run again: they have lost a shard, or are not finished."""
     lost: tuple[int, ...] = ()
-    """The shards that they redo."""
+    """The shards that these captures will write again."""
     remaining: tuple[Problem, ...] = ()
-    """The problems that neither a repair nor a capture mends."""
+    """The problems that neither a repair nor a capture can mend."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the cache is finished and sound as it is now."""
+        """Whether the cache is now finished and sound."""
         return not self.parts and not self.remaining
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A repair, and what it leads to."""
+    """A repair, and the objects that it will write."""
 
     repair: Repair
     root: Root | None = None
-    """The root that the cache then has, where it changes."""
+    """The new root, if the root changes."""
     metadata: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    """The metadata for other readers that are to be written."""
+    """The metadata for other readers to write."""
     is_restored: bool = False
-    """Whether the root that is there is damaged or lost."""
+    """Whether the present root is damaged or lost."""
 
 
 def repair_cache(
@@ -73,17 +73,17 @@ def repair_cache(
     dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> Repair:
-    """Take what is damaged out of a cache, so that the same capture again redoes just that; the rest is left as it is.
+    """Take the damaged shards out of a cache; the same capture, run again, then writes just these shards.
 
-    Only objects that a cache itself writes are ever deleted: those that `verify_cache` names. A damaged root is
-    restored from its copy in `zarr.json`. `abandon` gives up a capture that has begun to add to the cache, with the
-    shards that it has committed. A repair that was interrupted ends the same when it is run again.
+    A repair deletes only objects of the cache, those that `verify_cache` names; it leaves all other files alone. It
+    restores a damaged root from the copy in `zarr.json`. `abandon` gives up an unfinished capture and its committed
+    shards. An interrupted repair can be run again, with the same result.
 
     Raises:
         CacheFormatError: the place holds no cache, or one of an unknown format version.
-        CacheLockedError: a capture is writing to it.
+        CacheLockedError: a capture is writing to the cache.
         CacheMismatchError: the capture to be given up is the one that began the cache.
-        CacheError: something cannot be read, written or deleted.
+        CacheError: an object cannot be read, written or deleted.
     """
     store = open_store(place)
     if dry_run:
@@ -96,7 +96,7 @@ def repair_cache(
 
 
 def _plan(store: Store, abandon: bool, progress: Progress) -> _Plan:
-    """Return what is to be done; nothing where the root is lost."""
+    """Return the work to do; none if the root is lost."""
     root, problems = examine(store, progress)
     remaining = tuple(problem for problem in problems if problem.remedy.by_hand)
     if root is None:
@@ -124,7 +124,7 @@ def _plan(store: Store, abandon: bool, progress: Progress) -> _Plan:
 def _abandoned(store: Store, root: Root) -> tuple[Part, ...]:
     if root.pending and not root.commits:
         raise CacheMismatchError(
-            f"the capture that is not finished has begun {store}, so nothing would be left; delete the folder instead"
+            f"the unfinished capture is the only one of {store}, so nothing would be left; delete the folder instead"
         )
     return root.pending
 
@@ -141,12 +141,12 @@ def _without(root: Root, shards: Sequence[int], abandoned: Sequence[Part], *, ha
 def _deleted(
     store: Store, root: Root, shards: Sequence[int], abandoned: Sequence[Part], dropped: set[str], is_changed: bool
 ) -> tuple[str, ...]:
-    """Return the objects that are to go: damaged shards, leftovers, and the shards of abandoned parts."""
+    """Return the objects to delete: damaged shards, leftovers, and the shards of abandoned parts."""
     found = set(store.find())
     gone = {*shards, *(shard for shard in root.lost_shards if record_key(shard) not in found)}
     begun = range(len(root.commits), len(root.commits) + sum(part.num_shards for part in abandoned))
     keys = dropped | {key for shard in gone for key in (record_key(shard), *object_keys(root, shard))}
-    if is_changed and is_version_1(store):  # it becomes one of format 2
+    if is_changed and is_version_1(store):  # the cache becomes one of format 2
         keys |= {SEALED_KEY, APPEND_KEY}
     deleted = {key for key in found if key in keys or ((shard := shard_of(key)) is not None and shard in begun)}
     assert all(is_own(key) or is_temporary(key) for key in deleted), "nothing else is ever deleted"
@@ -154,7 +154,7 @@ def _deleted(
 
 
 def _outdated(store: Store, after: Root, is_changed: bool) -> dict[str, bytes]:
-    """Return the metadata for other readers that are not what the root leads to."""
+    """Return the metadata for other readers that do not follow from the root."""
     if not after.commits:
         return {}
     expected = derived_metadata(after) if is_changed else expected_metadata(store, after)
@@ -171,8 +171,8 @@ def _holds(store: Store, key: str, data: bytes) -> bool:
 def _carry_out(store: Store, plan: _Plan) -> None:
     """Delete the records of damaged shards, then change the root, then delete the objects.
 
-    A shard without a record does not exist, so no capture takes a damaged shard for a whole one, wherever this stops.
-    Abandoned shards go before the root forgets them: a second run then still knows whose they were.
+    A shard without a record does not exist. So wherever this stops, no capture takes a damaged shard for a whole one.
+    Abandoned shards go before the root forgets them, so that a second run still knows them.
     """
     num_shards = len(plan.root.commits) if plan.root is not None else 0
     is_early = {

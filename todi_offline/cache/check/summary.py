@@ -1,4 +1,4 @@
-"""A cache in, what it holds and what that costs out, and some of its rows for people to look at."""
+"""A cache in, its contents and its size in numbers out, and some of its rows for people to read."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +15,11 @@ _SHOWN_IDS = 5
 _CONTEXT_TOKENS = 12  # shown before a label
 
 TextOf = Callable[[list[int]], str]
-"""Returns the text of ids."""
+"""Returns the text of some ids."""
 
 
 def summarise_cache(cache: Cache, num_rows: int = 0, text_of: TextOf | None = None) -> dict[str, Any]:
-    """Return what a cache holds and what that costs, as JSON knows it; with `num_rows` of its targets."""
+    """Return the contents and the size of a cache as JSON-able values, with `num_rows` of its targets."""
     manifest, num_targets = cache.manifest, int(cache.num_targets.sum())
     num_bytes = cache.bytes_by_array
     nll = np.average(cache.columns["teacher_nll"], weights=cache.num_targets)
@@ -48,7 +48,7 @@ def summarise_cache(cache: Cache, num_rows: int = 0, text_of: TextOf | None = No
 
 
 def size_of(cache: Cache) -> dict[str, Any]:
-    """Return how many sequences and targets a cache holds, and the bytes that a target takes."""
+    """Return the numbers of sequences and targets of a cache, and the bytes of a target."""
     num_targets = int(cache.num_targets.sum())
     num_bytes = sum(cache.bytes_by_array.values())
     return {"sequences": len(cache), "targets": num_targets, "bytes_per_target": num_bytes / num_targets}
@@ -71,7 +71,7 @@ def coverage(cache: Cache) -> dict[int, float]:
 
 
 def sample_rows(cache: Cache, count: int, text_of: TextOf | None) -> Iterator[dict[str, Any]]:
-    """Yield `count` targets, drawn at random from all of them but the same ones each time, in their order."""
+    """Yield `count` targets in order: a random draw from all targets, the same one each time."""
     ends = np.cumsum(cache.num_targets, dtype=np.int64)
     total = int(ends[-1])
     for number in sorted(np.random.default_rng(0).choice(total, min(count, total), replace=False).tolist()):

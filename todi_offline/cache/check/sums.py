@@ -1,4 +1,4 @@
-"""An object and its sum in, how the object differs out, and which of its chunks and sequences are damaged."""
+"""An object and its sum in, its difference out, with the damaged chunks and the sequences that lie in them."""
 
 from dataclasses import dataclass
 
@@ -20,21 +20,21 @@ _SHOWN_NAMES = 4
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How an object differs from what was written."""
+    """How an object differs from the bytes that were written."""
 
     what: str
     is_unreadable: bool = False
-    """Whether nothing is known of its bytes, because the store cannot read them."""
+    """Whether the store cannot read the object, so that its bytes may be intact."""
 
 
 def difference(store: Store, key: str, expected: ObjectSum) -> Difference | None:
-    """Return how an object differs from what was written; a damaged local copy of a remote object is fetched again."""
+    """Return how an object differs from its sum; a damaged local copy of a remote object is fetched again."""
     found = _difference_here(store, key, expected)
     return _difference_here(store, key, expected) if found and store.discard_copy(key) else found
 
 
 def object_difference(store: Store, manifest: Manifest, record: CommitRecord, key: str) -> Difference | None:
-    """Return how an object of a shard differs from what its commit record describes: as a whole, or in its chunks."""
+    """Return how an object of a shard differs from its commit record: as a whole, or in its chunks."""
     if found := difference(store, key, record.objects[key]):
         return found
     name = key.partition("/")[0]
@@ -50,7 +50,7 @@ def object_difference(store: Store, manifest: Manifest, record: CommitRecord, ke
 
 
 def damaged_chunks(store: Store, manifest: Manifest, record: CommitRecord, key: str, table: pa.Table | None) -> str:
-    """Return which chunks of a damaged object are damaged, and whose; nothing where that cannot be told."""
+    """Return, in words, the damaged chunks of an object and their sequences; an empty text if that is unknown."""
     spec = manifest.arrays.get(key.partition("/")[0])
     try:
         if spec is None or store.size(key) is None:
@@ -89,7 +89,7 @@ def _owners(manifest: Manifest, record: CommitRecord, spec: ArraySpec, chunks: l
 
 
 def _difference_here(store: Store, key: str, expected: ObjectSum) -> Difference | None:
-    """Return how an object, or the local copy of it, differs from what was written, reading it in blocks."""
+    """Return how an object, or its local copy, differs from its sum; read it in blocks."""
     try:
         path = store.local(key)
         num_bytes, crc = path.stat().st_size, 0
@@ -106,7 +106,7 @@ def _difference_here(store: Store, key: str, expected: ObjectSum) -> Difference 
 
 
 def _failure(store: Store, key: str, error: CacheError | OSError) -> Difference:
-    """Return what it means that an object could not be read: it is gone, or the store failed."""
+    """Return the difference of an object that could not be read: it is missing, or the store has failed."""
     why = error.strerror if isinstance(error, OSError) else str(error)
     try:
         if isinstance(error, CacheIncompleteError | FileNotFoundError | NotADirectoryError) and store.size(key) is None:

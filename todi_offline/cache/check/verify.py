@@ -1,8 +1,8 @@
-"""A cache in, everything that is wrong with it out; memory grows with a shard, not with the cache.
+"""A cache in, its problems out; memory grows with a shard, not with the cache.
 
-Three rounds: the root and what follows from it, the objects of every shard (as their records describe them), and what
-the shards hold (`contents`). A shard with a damaged object is not looked into further than to say which of its chunks
-are damaged. What cannot be read is a problem like any other, and does not end the search.
+Three rounds: the root and the metadata that follow from it; the objects of every shard, against its commit record; and
+the contents of the shards (`contents`). Of a shard with a damaged object only the damaged chunks are named. An object
+that cannot be read is a problem like any other, and does not end the search.
 """
 
 import json
@@ -60,17 +60,17 @@ _STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value") 
 
 
 def verify_cache(place: str | Path | Store, progress: Progress = no_progress) -> list[Problem]:
-    """Return everything that is wrong with a cache and, as notes, what lies in its place and is no part of it.
+    """Return all problems of a cache; foreign files in its place are notes.
 
     Raises:
         CacheFormatError: the place holds no cache, or one of an unknown format version.
-        CacheError: the store cannot tell what is there.
+        CacheError: the store cannot say whether there is a cache.
     """
     return examine(open_store(place), progress)[1]
 
 
 def examine(store: Store, progress: Progress = no_progress) -> tuple[Root | None, list[Problem]]:
-    """Return the root of a cache and all problems; of a damaged root its copy, or None where there is none.
+    """Return the root of a cache and all problems; for a damaged root its copy, or None if there is no copy.
 
     Raises as `verify_cache`.
     """
@@ -90,7 +90,7 @@ def examine(store: Store, progress: Progress = no_progress) -> tuple[Root | None
 
 
 def require_cache(store: Store) -> None:
-    """Refuse a place where there is nothing of a cache."""
+    """Refuse a place that holds no object of a cache."""
     if not has_cache(store) and not committed_shards(store):
         raise CacheFormatError(
             f"{store} is not a cache: it has no {ROOT_KEY}; name the folder that `todi capture` wrote"
@@ -98,12 +98,12 @@ def require_cache(store: Store) -> None:
 
 
 def is_version_1(store: Store) -> bool:
-    """Whether a cache is still of format 1: it has no root of its own, and no copy of one."""
+    """Whether a cache is of format 1: it has neither a root nor a copy of one."""
     return store.size(ROOT_KEY) is None and read_root_copy(store) is None
 
 
 def _root_problem(store: Store, error: CacheError, copy: Root | None) -> Problem:
-    """Return the problem of a root that cannot be read; raise where it is sound and of another version, or is none."""
+    """Return the problem of a root that cannot be read; raise if it is sound and of another version, or no root."""
     if isinstance(error, CacheFormatError) and copy is None and not committed_shards(store):
         raise error
     where = GROUP_KEY if store.size(ROOT_KEY) is None and copy is None else ROOT_KEY
@@ -124,7 +124,7 @@ def _problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]
     for where, problems in rounds.items():
         try:
             yield from problems
-        except CacheError as error:  # the store cannot list what is there
+        except CacheError as error:  # the store cannot list its objects
             yield Problem(where, str(error), READ_AGAIN)
 
 
@@ -132,7 +132,7 @@ def _state_problems(store: Store, root: Root) -> Iterator[Problem]:
     if root.pending and not root.commits:
         yield Problem(ROOT_KEY, "the capture has not finished", GO_ON)
     elif root.pending:
-        yield Problem(ROOT_KEY, "a capture has begun to add to the cache, and has not finished", GO_ON, is_note=True)
+        yield Problem(ROOT_KEY, "a capture that adds to the cache has not finished", GO_ON, is_note=True)
     for shard in root.lost_shards:
         done = "captured again but not sealed" if store.size(record_key(shard)) else "not captured again"
         yield Problem(record_key(shard), f"the shard was lost, and is {done} yet", GO_ON)
@@ -140,7 +140,7 @@ def _state_problems(store: Store, root: Root) -> Iterator[Problem]:
 
 def _tokenizer_problems(store: Store, root: Root) -> Iterator[Problem]:
     if root.tokenizer is not None and (found := difference(store, TOKENIZER_KEY, root.tokenizer)):
-        text = "`todi-cache repair`, then the same capture again: it writes it anew"
+        text = "`todi-cache repair`, then the same capture again: it writes the tokenizer"
         yield Problem(TOKENIZER_KEY, found.what, _unless_unreadable(found, Remedy(text, drop=(TOKENIZER_KEY,))))
 
 
@@ -149,7 +149,7 @@ def _unless_unreadable(found: Difference, remedy: Remedy) -> Remedy:
 
 
 def _metadata_problems(store: Store, root: Root) -> Iterator[Problem]:
-    """Compare the metadata for other readers with what follows from the root."""
+    """Compare the metadata for other readers with those that follow from the root."""
     if not root.commits:  # it is written when the cache is sealed
         return
     for key, expected in expected_metadata(store, root).items():
@@ -161,16 +161,16 @@ def _metadata_problems(store: Store, root: Root) -> Iterator[Problem]:
         if found is None:
             yield Problem(key, "it is missing", RENEW)
         elif found != expected and not _says_the_same(found, expected):
-            yield Problem(key, "it is not what the root leads to", RENEW)
+            yield Problem(key, "it does not follow from the root", RENEW)
         elif found != expected:
-            yield Problem(key, "this release of zarr-python writes it in other words", RENEW, is_note=True)
+            yield Problem(key, "this release of zarr-python writes it differently", RENEW, is_note=True)
 
 
 def expected_metadata(store: Store, root: Root) -> dict[str, bytes]:
-    """Return the metadata for other readers as they should be; of format 1 those of the arrays alone."""
+    """Return the metadata for other readers that follow from the root; for format 1 only those of the arrays."""
     metadata = dict(derived_metadata(root))
     if is_version_1(store):
-        del metadata[GROUP_KEY]  # it is the manifest of such a cache
+        del metadata[GROUP_KEY]  # there it holds the manifest
     return metadata
 
 
@@ -187,25 +187,25 @@ def _says_the_same(found: bytes, expected: bytes) -> bool:
 
 
 def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
-    """Yield a note on whatever lies there and belongs neither to the cache nor to a capture that goes on."""
+    """Yield a note on every object that belongs neither to the cache nor to an unfinished capture."""
     num_shards, foreign = sum(part.num_shards for part in root.parts), set[str]()
     old = () if is_version_1(store) else (SEALED_KEY, APPEND_KEY)
     for key in store.find():
         shard = shard_of(key)
         is_named = shard is None or (shard < num_shards and key in {record_key(shard), *object_keys(root, shard)})
         if is_temporary(key):
-            yield Problem(key, "a writer that was stopped has left it", drop(key), is_note=True)
+            yield Problem(key, "a stopped writer has left it behind", drop(key), is_note=True)
         elif is_own(key) and (not is_named or key in old):
             yield Problem(key, "no commit record names it", drop(key), is_note=True)
         elif not is_own(key):
             folder = key.partition("/")[0]
             foreign.add(key if folder in FOLDERS else folder)
     for name in sorted(foreign):
-        yield Problem(name, "it is not part of the cache, and is left alone", NOTHING, is_note=True)
+        yield Problem(name, "it is not part of the cache and stays as it is", NOTHING, is_note=True)
 
 
 def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:
-    """Look into every shard that the root names, and into those that a capture has committed since."""
+    """Check every shard that the root names, and the shards that a capture has committed since."""
     shards: dict[int, ObjectSum | None] = {n: commit for n, commit in enumerate(root.commits) if commit is not None}
     num_shards = sum(part.num_shards for part in root.parts)
     try:
@@ -242,7 +242,7 @@ def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord) -> I
         return
     try:
         yield from content_problems(store, manifest, table, record)
-    except CacheError as error:  # right checksums over bytes that do not decode, or a disk that fails
+    except CacheError as error:  # bytes with right checksums that do not decode, or a failing disk
         yield Problem(f"shard {record.shard}", str(error), remedy_of(error, remedy))
 
 

@@ -1,6 +1,6 @@
 """Cells of a Parquet table in, numpy arrays out; types, ranges and finiteness are checked before any cast.
 
-A cast can change a number in silence: 4294967487 becomes 191 in 32 bits, and -100 becomes True. Every error is a
+A cast can silently change a number: 4294967487 becomes 191 in 32 bits, and -100 becomes True. Every error is a
 ValueError that names column, target and entry; `imported_rows` adds file and row.
 """
 
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from todi_offline.errors import DataError
 
 Row = Mapping[str, Any]
-"""A row of the table: its cells as Arrow scalars, by column; an empty cell is left out."""
+"""A row of the table: its cells as Arrow scalars, by column, without the empty cells."""
 Numbers = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
@@ -25,13 +25,13 @@ _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """What a column of the plain layout must hold."""
+    """The type that a column of the plain layout must have."""
 
     kind: Literal["texts", "integers", "floats", "booleans"]
     depth: int
-    """How many lists lie around a value."""
+    """The number of lists around a value."""
     axis: Literal["position", "target"] = "target"
-    """What the entries of the outer list are."""
+    """The axis of the outer list."""
 
 
 _COLUMNS: Mapping[str, _Column] = {
@@ -52,10 +52,10 @@ COLUMN_NAMES = tuple(_COLUMNS)
 
 
 def require_types(schema: pa.Schema, where: str) -> None:
-    """Refuse a table that has a column of another Arrow type than its values need.
+    """Refuse a table that has a column of a wrong Arrow type.
 
     Raises:
-        DataError: naming file and column, what it holds, and what it should hold.
+        DataError: a column has a wrong type; names the file, the column and both types.
     """
     for name, column in _COLUMNS.items():
         if (found := schema.names.count(name)) > 1:
@@ -65,12 +65,12 @@ def require_types(schema: pa.Schema, where: str) -> None:
             integers = " (or of 0 and 1)" if column.kind == "booleans" else ""
             raise DataError(
                 f"{where}, column {name}: its type is {schema.field(name).type}, expected {lists}{column.kind}"
-                f"{integers}; cast the column where the table is made, after a look at its values"
+                f"{integers}; check the values, and cast the column where the table is made"
             )
 
 
 def _is_of(kind: pa.DataType, depth: int, wanted: str) -> bool:
-    if pa.types.is_null(kind):  # nothing is in it: the rows say so
+    if pa.types.is_null(kind):  # the column is empty, which the check of its rows reports
         return True
     if depth:
         is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -89,12 +89,12 @@ def _is_of(kind: pa.DataType, depth: int, wanted: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The values of a cell, end to end, in the type that they came in."""
+    """The values of a cell, end to end, in their original type."""
 
     name: str
     values: npt.NDArray[Any]
     lengths: Integers
-    """Of its inner lists, [target]; of the only list, [1], where it has one alone."""
+    """Lengths of the inner lists, [target]; of a cell with one list, the length of that list, [1]."""
 
     def ids(self, vocab_size: int) -> Integers:
         """Return the values as ids of a vocabulary."""
@@ -109,7 +109,7 @@ class Cell:
         return self.values.astype(np.bool_)
 
     def logprobs(self, most: float = 0.0) -> Numbers:
-        """Return the values as logs of masses, of which none is above `most` and -inf is the log of 0."""
+        """Return the values as natural logs of masses: at most `most`, or -inf for 0."""
         values = self.values.astype(np.float64)
         is_possible = (values <= most) & (np.isneginf(values) | (values >= -_LARGEST_FLOAT32))
         self._refuse(~is_possible, f"expected a natural log of at most {most:.6g}, or -inf")
@@ -126,7 +126,9 @@ class Cell:
         self.require_targets(num_targets)
         if (wrong := self.lengths != columns).any():
             target = int(np.flatnonzero(wrong)[0])
-            raise ValueError(f"column {self.name}: target {target} has {self.lengths[target]} of them, not {columns}")
+            raise ValueError(
+                f"column {self.name}: target {target} has {self.lengths[target]} entries; expected {columns}"
+            )
         return values.reshape(num_targets, columns)
 
     def require_targets(self, num_targets: int) -> None:
@@ -134,7 +136,7 @@ class Cell:
         found = len(self.lengths) if _COLUMNS[self.name].depth == 2 else len(self.values)
         if found != num_targets:
             raise ValueError(
-                f"column {self.name}: it is of {found} targets, but the row supervises {num_targets} positions"
+                f"column {self.name}: the cell has {found} targets, but the row supervises {num_targets} positions"
             )
 
     def _refuse(self, is_wrong: npt.NDArray[np.bool_], expected: str) -> None:
@@ -152,10 +154,10 @@ class Cell:
 
 
 def read_cell(row: Row, name: str) -> Cell:
-    """Return a cell of a row whose column `require_types` has looked at.
+    """Return a cell of a row whose column has passed `require_types`.
 
     Raises:
-        ValueError: the cell is empty, or a list or a value in it is.
+        ValueError: the cell is empty, or holds an empty list or value.
     """
     if name not in row:
         raise ValueError(f"column {name}: the cell is empty")

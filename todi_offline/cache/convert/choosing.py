@@ -1,4 +1,4 @@
-"""A cache and conditions in, the sequences that meet them out."""
+"""A cache and conditions in, the sequences that meet all conditions out."""
 
 import ast
 import operator
@@ -39,14 +39,14 @@ _COLUMNS = ("id", "source", "num_tokens", "num_targets", "teacher_nll", "topk_ma
 def choose(
     cache: Cache, ids: Path | None, keys: Path | None, like: str | None, expression: str | None, limit: int | None
 ) -> tuple[Selection, dict[str, Any]]:
-    """Return the sequences that meet all conditions, and what a manifest says of them: no path, but what was in it.
+    """Return the sequences that meet all conditions, and the conditions for the manifest, without any path.
 
-    `ids` and `keys` name files with one entry a line, `like` another cache, `expression` is one of `where`, and `limit`
-    keeps the first sequences that meet the others.
+    `ids` and `keys` name files with one entry a line; `like` names another cache; `expression` is one for `where`;
+    `limit` keeps the first sequences that meet the other conditions.
 
     Raises:
         ConfigError, DataError: a condition or a file cannot be read.
-        CacheMismatchError: an id is not in the cache.
+        CacheMismatchError: the cache lacks an id.
     """
     chosen, recipe = np.ones(len(cache), np.bool_), dict[str, Any]()
     if ids is not None:
@@ -85,7 +85,7 @@ def with_ids(cache: Cache, ids: Iterable[str]) -> Selection:
     """Choose sequences by their ids.
 
     Raises:
-        CacheMismatchError: an id is not in the cache; names the first few.
+        CacheMismatchError: the cache lacks some ids; names the first few.
     """
     wanted = set(ids)
     found = cache.sequences["id"].to_pylist()
@@ -107,7 +107,7 @@ def where(cache: Cache, expression: str) -> Selection:
     comparisons, `and`, `or`, `not`, arithmetic and parentheses: `teacher_nll < 2.5 and topk_mass > 0.9`.
 
     Raises:
-        ConfigError: the expression holds something else, or does not choose.
+        ConfigError: the expression has another form, or yields no condition.
     """
     try:
         tree = ast.parse(expression, mode="eval")
@@ -119,12 +119,12 @@ def where(cache: Cache, expression: str) -> Selection:
             "e.g. teacher_nll < 2.5 and topk_mass > 0.9"
         ) from error
     if chosen.dtype != np.bool_ or chosen.shape != (len(cache),):
-        raise ConfigError(f"{expression!r} does not choose; compare a column with something, e.g. teacher_nll < 2.5")
+        raise ConfigError(f"{expression!r} is no condition; compare a column with a value, e.g. teacher_nll < 2.5")
     return chosen
 
 
 def _evaluate(node: ast.AST, table: pa.Table) -> Any:
-    """Evaluate an expression's tree over a table's columns; whatever is not listed here is refused."""
+    """Evaluate the tree of an expression over the columns of a table; refuse every node that is not listed here."""
     match node:
         case ast.Name(id=name) if name in _COLUMNS:
             return table[name].to_numpy()

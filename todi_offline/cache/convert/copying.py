@@ -1,4 +1,4 @@
-"""Sequences of a cache in, the rows that write them to another cache out."""
+"""Sequences of a cache in, rows for the writer of another cache out."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from todi_offline.cache.reader import Cache
 
 
 def sequence_rows(cache: Cache, indices: Sequence[int]) -> Iterator[SequenceRows]:
-    """Yield sequences of a cache as they are written to another."""
+    """Yield sequences of a cache in the form that a writer takes."""
     for index in indices:
         sequence = cache[index]
         name, source = (cache.sequences[column][index].as_py() for column in ("id", "source"))

@@ -1,4 +1,4 @@
-"""A plain Parquet table and a few settings in, the manifest of the cache that is made of it out."""
+"""A plain Parquet table and a few settings in, the manifest of the cache to be made from it out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +22,13 @@ _BATCH_ROWS = 64
 def describe_table(
     table: Path, teacher: str | None, tokenizer: Path | None, settings: dict[str, Any]
 ) -> tuple[Manifest | None, str | None]:
-    """Return the manifest and the tokenizer of a table that brings none; nothing where it is to bring them."""
+    """Return the manifest and the tokenizer for a table that brings none; None for a table that is to bring its own."""
     if teacher is None and tokenizer is None and not settings:
         return None, None
     if teacher is None or tokenizer is None:
         raise ConfigError(
-            "a table that brings no manifest needs --teacher and --tokenizer; one that `todi-cache export` wrote is "
-            "imported as it is, without options, and `todi-cache subset` then stores it otherwise"
+            "a table without a manifest needs --teacher and --tokenizer; a table of `todi-cache export` is imported "
+            "without options, and `todi-cache subset` then changes its settings"
         )
     files = read_tokenizer_files(tokenizer)
     k = settings["k"] if "k" in settings else fewest_entries(table)
@@ -40,17 +40,17 @@ def describe_table(
 
 
 def imported_manifest(settings: CacheSettings, vocab_size: int, teacher: str, tokenizer: Mapping[str, str]) -> Manifest:
-    """Describe targets from elsewhere: of their teacher, a name is all that is known."""
+    """Return the manifest of foreign targets; of their teacher only the name is known."""
     fingerprint = {"model_type": "imported", "name": teacher}
     part = Part(recipe={}, content="", num_sequences=1, num_shards=1, versions={})
     return Manifest(settings=settings, vocab_size=vocab_size, teacher=fingerprint, tokenizer=tokenizer, parts=(part,))
 
 
 def fewest_entries(path: Path) -> int:
-    """Return the number of entries of the target that has the fewest: the largest k that a table can be imported with.
+    """Return the fewest entries of any target: the largest k with which the table can be imported.
 
     Raises:
-        DataError: the table cannot be read, or has no target.
+        DataError: the table cannot be read, or has a target without entries.
     """
     with opened_table(path) as table:
         if "target_ids" not in table.schema_arrow.names:

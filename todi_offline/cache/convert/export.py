@@ -1,4 +1,4 @@
-"""A cache in, a Parquet table that others read out."""
+"""A cache in, a Parquet table for other programs out."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from todi_offline.cache.reader import Cache
 from todi_offline.errors import DataError, TargetsError, first_line
 
 MANIFEST_KEY = "todi_offline"  # of the table's metadata
-_GROUP_TARGETS = 8_192  # of a row group, so that memory does not grow with the cache
+_GROUP_TARGETS = 8_192  # in a row group, so that memory does not grow with the cache
 _NO_LOGPROB = -1e9
 
 _IDS, _NUMBERS = pa.list_(pa.uint32()), pa.list_(pa.float32())
@@ -60,27 +60,28 @@ def export_cache(
     temperature: float = 1.0,
     progress: Progress = no_progress,
 ) -> int:
-    """Write a cache as a Parquet table, a row a sequence; return the number of rows.
+    """Write a cache as a Parquet table with a row for each sequence; return the number of rows.
 
-    `plain` has all that the cache holds: input_ids and target_mask by token, the others by target; with the manifest
-    in the table's metadata, `import_table` makes the same cache of it.
+    The layout `plain` has all contents of the cache: input_ids and target_mask by token, the other columns by target.
+    The metadata of the table hold the manifest, so `import_table` makes the same cache again.
 
-    `axolotl` has the columns that the collator of axolotl's offline distillation takes (integrations/kd, as read in its
-    releases 0.11.0 to 0.21.0): everything by token; row t of the targets is the teacher's prediction made at t, and its
-    mask is 0 where there is none; labels are the tokens' own, which that loss shifts. It has no tail: the log-probs
-    are those over the whole vocabulary at `temperature`, its kd_temperature, so kd_normalize_topk is to be false.
+    The layout `axolotl` has the columns that axolotl's offline distillation takes (the collator of integrations/kd in
+    its releases 0.11.0 to 0.21.0), all of them by token. Row t of the targets is the teacher's prediction made at t;
+    its mask is 0 where there is none. Labels are those of the same token; axolotl's loss shifts them. The layout has no
+    tail: log-probs are over the whole vocabulary at `temperature`, axolotl's kd_temperature, so set kd_normalize_topk
+    to false.
 
     Raises:
-        TargetsError: the temperature was not captured, the plain layout is asked for another than 1, or axolotl's for
-            a cache that keeps samples alone.
+        TargetsError: the temperature was not captured, or is not 1 for the layout `plain`; or the layout is `axolotl`
+            and the cache keeps samples alone.
         CacheError: a part of the cache is damaged.
-        DataError: the table cannot be written; nothing of it is left.
+        DataError: the table cannot be written; no part of it is left.
     """
     if temperature != 1 and (layout == "plain" or temperature not in cache.manifest.settings.temperatures):
         captured = ", ".join(f"{t:g}" for t in cache.manifest.settings.temperatures)
         raise TargetsError(
-            f"log-probs at temperature {temperature:g} are asked for; the layout plain has those at 1, and axolotl "
-            f"those at 1 and at what {cache.root} was captured with: {captured}"
+            f"cannot export log-probs at temperature {temperature:g}: the layout plain has those at 1, and axolotl "
+            f"those at 1 and at the captured temperatures of {cache.root}: {captured}"
         )
     if layout == "axolotl" and not cache.manifest.settings.k:
         raise TargetsError(
@@ -108,14 +109,14 @@ def export_cache(
                 progress(members.stop, len(cache))
         temporary.replace(out)
     except OSError as error:
-        raise DataError(f"cannot write {out}: {first_line(error)}; mend that and run it again") from error
+        raise DataError(f"cannot write {out}: {first_line(error)}; mend that and run the export again") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(cache)
 
 
 def _groups(num_targets: npt.NDArray[np.int32]) -> Iterator[range]:
-    """Yield ranges of sequences that hold about as many targets as a row group should."""
+    """Yield ranges of sequences with about as many targets as a row group holds."""
     start = targets = 0
     for index, count in enumerate(num_targets.tolist()):
         targets += count

@@ -1,4 +1,4 @@
-"""A row of a plain table in, a sequence that a cache can hold out; or an error that says what is wrong with the row."""
+"""A row of a plain table in, a sequence for a cache out; or an error that names the row and its fault."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from todi_offline.cache.format.sequences import SequenceRows
 from todi_offline.errors import DataError, TargetsError
 
 _TAIL_SLACK = 1 / 32
-"""Nats by which a coarse encoding may have rounded a tail up."""
+"""The most, in nats, by which an encoding may have rounded a tail up."""
 
 
 def imported_sequence(number: int, row: Row, where: str, manifest: Manifest) -> SequenceRows:
     """Return row `number` of the table `where` as a sequence, the entries of each target in order.
 
     Raises:
-        DataError: a value is missing, of another range or impossible; names file, row, column and target.
+        DataError: a value is missing, out of range or impossible; names file, row, column and target.
     """
     with _located(number, where):
         ids, mask = _tokens(row, manifest.vocab_size)
@@ -47,8 +47,8 @@ def _tokens(row: Row, vocab_size: int) -> tuple[Integers, npt.NDArray[np.bool_]]
     assert mask is not None, "a row without positions has a mask, or is refused"
     if ids.shape != mask.shape or not mask.any() or mask[-1]:
         raise ValueError(
-            f"it has {ids.size} input_ids and {mask.size} entries of target_mask, {int(mask.sum())} of them true; "
-            "expected as many, one true at least and the last one false, for no token follows it"
+            f"the row has {ids.size} input_ids and {mask.size} entries of target_mask, {int(mask.sum())} of them true; "
+            "expected the same number, at least one true, and the last one false, because no token follows it"
         )
     return ids, mask
 
@@ -57,7 +57,7 @@ def _mask_of(row: Row, length: int) -> npt.NDArray[np.bool_]:
     positions = read_cell(row, "positions").values
     is_rising = len(positions) < 2 or (positions[1:] > positions[:-1]).all()
     if not is_rising or ((positions < 0) | (positions >= length)).any():
-        raise ValueError(f"column positions: they do not rise from 0 to {length - 2}, each once")
+        raise ValueError(f"column positions: expected rising numbers from 0 to {length - 2}, each once")
     mask = np.zeros(length, np.bool_)
     mask[positions.astype(np.int64)] = True
     return mask
@@ -68,7 +68,10 @@ def _targets(row: Row, labels: Integers, manifest: Manifest) -> TargetRows:
     entries = _entries(row, len(labels), manifest)
     kept, cut = entries.logprobs[:, :k], entries.logprobs[:, k:]
     if cut.shape[1] and settings.tail_samples:
-        raise ValueError(f"it has {entries.ids.shape[1]} entries a target, and samples of what is beyond; ask for all")
+        raise ValueError(
+            f"the row has {entries.ids.shape[1]} entries a target, and samples of the ids beyond; import all entries, "
+            f"with k = {entries.ids.shape[1]}"
+        )
     tail_ids, tail_logprobs = _samples(row, len(labels), manifest)
     log_partition = None
     if "log_partition" in row:
@@ -89,11 +92,11 @@ def _targets(row: Row, labels: Integers, manifest: Manifest) -> TargetRows:
 
 
 def _tail(row: Row, kept: Numbers, cut: Numbers, manifest: Manifest) -> Numbers:
-    """Return the tail [target, temperature]: what the row says of it and the entries that are cut; or what is left."""
+    """Return the tail [target, temperature]: the row's tail and the entries that are cut; or 1 less the kept mass."""
     temperatures = manifest.settings.temperatures
     if "tail_logsumexp" not in row:
         if temperatures != (1.0,):
-            raise ValueError("column tail_logsumexp: the cell is empty, and only the tail at temperature 1 can be told")
+            raise ValueError("column tail_logsumexp: the cell is empty, which only temperature 1 allows; fill it")
         with np.errstate(divide="ignore"):
             left: Numbers = np.log1p(-np.exp(kept).sum(axis=1, keepdims=True).clip(max=1))
         return left
@@ -118,7 +121,7 @@ def _samples(
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """All that a row says of its targets, the most probable first; where one has fewer, id -1 and log-prob -inf."""
+    """All entries of a row, the most probable first; short targets are padded with id -1 and log-prob -inf."""
 
     ids: Integers
     """[target, entry]"""
@@ -132,14 +135,14 @@ def _entries(row: Row, num_targets: int, manifest: Manifest) -> _Entries:
     for cell in (ids, logprobs):
         cell.require_targets(num_targets)
     for wrong, what in (
-        (ids.lengths != logprobs.lengths, "as many target_logprobs"),
-        (ids.lengths < k, f"{k} at least"),
+        (ids.lengths != logprobs.lengths, "one log-prob for each id"),
+        (ids.lengths < k, f"at least {k}"),
     ):
         if wrong.any():
             target = int(np.flatnonzero(wrong)[0])
             raise ValueError(
                 f"column target_ids: target {target} has {ids.lengths[target]} ids and {logprobs.lengths[target]} "
-                f"log-probs, expected {what}; leave it out of target_mask, or ask for a smaller k"
+                f"log-probs; expected {what}; leave the target out of target_mask, or import with a smaller k"
             )
     is_given = np.arange(ids.lengths.max()) < ids.lengths[:, None]
     padded = _Entries(np.full(is_given.shape, -1), np.full(is_given.shape, -np.inf))
@@ -147,7 +150,7 @@ def _entries(row: Row, num_targets: int, manifest: Manifest) -> _Entries:
     ordered = np.sort(np.where(is_given, padded.ids, -1 - np.arange(is_given.shape[1])), axis=1)
     _refuse({"ids that repeat": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)})
     if (padded.logprobs[:, 1:] <= padded.logprobs[:, :-1]).all():
-        return padded  # what is equal as stored stays in the teacher's order
+        return padded  # equal log-probs keep the teacher's order
     order = np.lexsort((padded.ids, -padded.logprobs, ~is_given), axis=1)
     return _Entries(np.take_along_axis(padded.ids, order, axis=1), np.take_along_axis(padded.logprobs, order, axis=1))
 
@@ -169,7 +172,7 @@ def _label_logprobs(row: Row, labels: Integers, entries: _Entries) -> Numbers:
 
 
 def _require_possible(targets: TargetRows, labels: Integers, manifest: Manifest) -> None:
-    """Refuse what cannot be true of a teacher, as `todi-cache verify` would of the stored rows."""
+    """Refuse targets that no teacher can have: those in which `todi-cache verify` would find a fault."""
     settings: CacheSettings = manifest.settings
     stored = decode_rows(
         encode_rows(targets, settings.encoding), settings.encoding, settings.temperatures, settings.tail_temperature
@@ -185,7 +188,7 @@ def _refuse(faulty: Mapping[str, npt.NDArray[np.bool_]]) -> None:
 
 @contextlib.contextmanager
 def _located(number: int, where: str) -> Iterator[None]:
-    """Within, what is wrong with a row says which row of which file it is."""
+    """Within this context, an error names the file and the row."""
     try:
         yield
     except (ValueError, TargetsError, DataError) as error:

@@ -1,4 +1,4 @@
-"""A plain Parquet table in, from whatever made it, a cache out."""
+"""A plain Parquet table from any program in, a cache out."""
 
 import contextlib
 import dataclasses
@@ -37,37 +37,36 @@ def import_table(
 ) -> Manifest:
     """Write a cache of the rows of a plain table (see `export_cache`); return its manifest.
 
-    A table that `export_cache` wrote brings its own description; `described` is that of any other (its part is made
-    here). Needed are input_ids, target_mask (or `positions`, the numbers of its true entries), target_ids and
+    A table that `export_cache` wrote brings its own manifest; `described` is the manifest for any other table (its part
+    is made here). Needed are input_ids, target_mask (or `positions`, the numbers of its true entries), target_ids and
     target_logprobs; for k = 0, tail_ids and tail_logprobs in the place of these two.
 
-    - The entries of a target may stand in any order, and be more than k: as where a serving engine adds the label to
-      its top k. What is beyond k goes into the tail.
-    - Without tail_logsumexp, the tail at temperature 1 is log(1 - sum of the kept), in double precision: off by as
-      much mass as the kept log-probs were rounded by, so of a small tail little is known. At another temperature
-      it cannot be had.
-    - Without label_logprob, it is that of the same id among the entries, which must have it.
+    - The entries of a target may have any order, and be more than k: a serving engine may add the label to its top k.
+      Entries beyond k go into the tail.
+    - Without tail_logsumexp, the tail at temperature 1 is log(1 - sum of the kept), in double precision. It is as far
+      off as the kept log-probs were rounded, so little is known of a small tail. Other temperatures need the column.
+    - Without label_logprob, the label must be among the entries of its target.
 
-    All rows are looked at before anything is written. The same call again goes on where it was stopped; the manifest
-    has the hash of a table that brought none, so that a changed one is not taken for it.
+    All rows are checked before anything is written. The same call again continues a stopped import. The manifest holds
+    the hash of a table that brought no manifest, so that a changed table is not taken for the same one.
 
     Raises:
-        DataError: the table cannot be read, is not described, or has a wrong row, which is named.
-        CacheError: `out` cannot be written or holds something else.
+        DataError: the table cannot be read, has no manifest, or has a wrong row; names the row.
+        CacheError: `out` cannot be written or holds another cache.
     """
     with opened_table(path) as table:
         own, tokenizer = _metadata(table, str(path))
         if described is not None:
             described = _with_recipe(described, {"source": "imported", "table": _hash_file(path)})
         elif (described := own) is None:
-            raise DataError(f"{path} brings no manifest; say its teacher and tokenizer")
+            raise DataError(f"{path} brings no manifest; name its teacher and tokenizer")
         _require_columns(table, described.settings, str(path))
         return _write(table, str(path), out, described, tokenizer_json or tokenizer, progress)
 
 
 @contextlib.contextmanager
 def opened_table(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file; whatever is wrong with it, then and later, is a DataError."""
+    """Open a Parquet file; every error of reading it, now and later, is a DataError."""
     try:
         with pq.ParquetFile(path) as table:
             yield table
@@ -132,7 +131,9 @@ def _metadata(table: pq.ParquetFile, where: str) -> tuple[Manifest | None, str |
     manifest = Manifest.from_json(values, where)
     if not manifest.parts:
         raise CacheFormatError(f"{where} brings a manifest without a part; export the cache again")
-    manifest = dataclasses.replace(manifest, format_version=FORMAT_VERSION)  # an older release may have exported it
+    manifest = dataclasses.replace(
+        manifest, format_version=FORMAT_VERSION
+    )  # an older release may have written the table
     return manifest, None if tokenizer is None else tokenizer.decode(errors="replace")
 
 
@@ -147,8 +148,8 @@ def _require_columns(table: pq.ParquetFile, settings: CacheSettings, where: str)
         raise DataError(f"{where} lacks the columns {', '.join(missing)}; it has {', '.join(names)}")
     if "tail_logsumexp" not in names and settings.temperatures != (1.0,):
         raise DataError(
-            f"{where} has no tail_logsumexp, so temperature 1 is all that can be had of it, not "
-            f"{', '.join(f'{t:g}' for t in settings.temperatures)}; ask for temperature 1 alone"
+            f"{where} has no tail_logsumexp, which the temperatures "
+            f"{', '.join(f'{t:g}' for t in settings.temperatures)} need; add the column, or import at temperature 1"
         )
 
 

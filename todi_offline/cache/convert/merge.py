@@ -1,4 +1,4 @@
-"""Caches in, one cache that holds the sequences of all out, each once; shards are linked where nothing is left out."""
+"""Caches in, one cache of all their sequences out, each once; complete shards are linked."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -21,20 +21,20 @@ from todi_offline.errors import CacheCorruptError, CacheMismatchError
 
 @dataclass(frozen=True, slots=True)
 class MergeSummary:
-    """What a merge did."""
+    """The result of a merge."""
 
     num_sequences: int
     num_targets: int
     num_shards_linked: int
     num_shards_rewritten: int
-    """Shards of which a part was there already."""
+    """Shards that had some duplicates."""
     num_duplicates: int
     """Sequences left out because an earlier one has their content."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A shard of a cache, and the sequences of it that are kept."""
+    """A shard of a cache, and those of its sequences that are kept."""
 
     cache: Cache
     record: CommitRecord
@@ -43,14 +43,14 @@ class _Piece:
 
 
 def merge_caches(places: Sequence[str], out: str, progress: Progress = no_progress) -> MergeSummary:
-    """Write a cache of all sequences of some caches; of those with the same content, the first.
+    """Write a cache of all sequences of some caches; of sequences with the same content, the first.
 
-    A shard that is kept whole is linked, or copied by the object store that holds both; of another one what is kept
-    is written anew, as a smaller shard. The same call again goes on where it was stopped.
+    A shard without duplicates is linked, or copied by the object store that holds both caches. A shard with duplicates
+    is written anew without them, as a smaller shard. The same call again continues a stopped merge.
 
     Raises:
-        CacheMismatchError: they differ in teacher, tokenizer, vocabulary or settings; says in what.
-        CacheError: one cannot be read, or `out` cannot be written or holds something else.
+        CacheMismatchError: the caches differ in teacher, tokenizer, vocabulary or settings; names the differences.
+        CacheError: a cache cannot be read, or `out` cannot be written or holds another cache.
     """
     caches = [open_cache(place) for place in places]
     for cache in caches[1:]:
@@ -89,7 +89,7 @@ def _require_alike(cache: Cache, first: Cache) -> None:
 
 
 def _pieces(caches: Sequence[Cache]) -> Iterator[_Piece]:
-    """Yield every shard of every cache with what is kept of it: what no earlier sequence has the content of."""
+    """Yield every shard of every cache, with its sequences whose content no earlier sequence has."""
     first = ContentKeys.concatenate(cache.content_keys for cache in caches).is_first()
     start = 0
     for cache in caches:
@@ -101,7 +101,7 @@ def _pieces(caches: Sequence[Cache]) -> Iterator[_Piece]:
 
 
 def _parts(caches: Sequence[Cache], pieces: list[_Piece]) -> Iterator[Part]:
-    """Yield the parts of all caches, with what is kept of each."""
+    """Yield the parts of all caches, counting the sequences that are kept."""
     remaining = iter(pieces)
     for cache in caches:
         for part in cache.manifest.parts:
@@ -117,7 +117,7 @@ def _write(writer: CacheWriter, number: int, piece: _Piece) -> None:
         for key in record.objects:
             if found := object_difference(store, piece.cache.members[0].manifest, record, key):
                 raise CacheCorruptError(
-                    f"{store}/{key} cannot be linked: {found.what}; `todi-cache verify {store}` says what mends it"
+                    f"{store}/{key} cannot be linked: {found.what}; `todi-cache verify {store}` names the remedy"
                 )
         writer.link_shard(number, store, record, read_table(store, record))
     else:

@@ -1,4 +1,4 @@
-"""A cache in, a smaller one out: some of its sequences, with less of each, or stored in another way."""
+"""A cache in, a smaller one out: some of its sequences, with narrower rows, or in another encoding."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,23 +34,25 @@ def subset_cache(
 ) -> Manifest:
     """Write the chosen sequences of a cache to another, in their order; return its manifest.
 
-    `settings` are fields of `CacheSettings` that differ from the cache's: fewer entries, temperatures or samples,
-    another encoding, codec or shard size. Rows come out as they went in where the encoding stays; from f16 and
-    bf16_logit they go to another encoding with the rounding of both. `criteria` say in the manifest what was chosen.
-    The same call again goes on.
+    `settings` are the fields of `CacheSettings` to change: fewer entries, temperatures or samples, another encoding,
+    codec or shard size. With the same encoding the stored numbers stay the same. From f16 and bf16_logit the rows can
+    go to another encoding, which rounds them a second time. `criteria` describe the choice in the manifest. The same
+    call again continues a stopped one.
 
     Raises:
-        CacheMismatchError: nothing is chosen, the cache holds less than is asked for, or it holds log-probs in a coarse
-            encoding and another one is asked for.
-        TargetsError: the encoding needs what the cache has not.
-        CacheError: `out` cannot be written or holds something else.
+        CacheMismatchError: no sequence is chosen; the cache holds less than the settings ask for; or its encoding is
+            coarse and the settings name another one.
+        TargetsError: the encoding needs numbers that the cache does not hold.
+        CacheError: `out` cannot be written or holds another cache.
     """
     if not chosen.any():
-        raise CacheMismatchError(f"of the {len(cache):,} sequences of {cache.root} none is chosen; ask for others")
+        raise CacheMismatchError(
+            f"none of the {len(cache):,} sequences of {cache.root} is chosen; change the conditions"
+        )
     asked = dataclasses.replace(cache.manifest.settings, **settings)
     _require_precise(cache, asked)
     sample = narrow(cache[0].targets[:1], asked, cache.content_keys[0])
-    encode_rows(sample, asked.encoding)  # before anything is written: it may ask for what the cache has not
+    encode_rows(sample, asked.encoding)  # raises before anything is written
     indices = np.flatnonzero(chosen)
     plan = plan_shards(cache.num_tokens[indices].tolist(), asked.shard_tokens)
     part = Part(
@@ -74,12 +76,12 @@ def subset_cache(
 
 
 def _require_precise(cache: Cache, asked: CacheSettings) -> None:
-    """Refuse another encoding of log-probs that a coarse one has rounded: they would lie beyond the bounds of both."""
+    """Refuse to store log-probs that a coarse encoding has rounded in another one: they would leave its bounds."""
     encodings = {member.manifest.settings.encoding for member in cache.members}
     if coarse := sorted(encodings & set(_COARSE) - {asked.encoding}):
         raise CacheMismatchError(
-            f"{cache.root} holds log-probs in {', '.join(coarse)}, which {asked.encoding} would not keep within its "
-            f"bounds; keep {coarse[0]}, or take the subset of the f16 or bf16_logit cache that it was made of"
+            f"{cache.root} holds log-probs in {', '.join(coarse)}, too coarse for the bounds of {asked.encoding}; keep "
+            f"{coarse[0]}, or take the subset of the f16 or bf16_logit cache from which it was made"
         )
 
 

@@ -1,4 +1,4 @@
-"""A folder with a tokenizer's files in, as much of a tokenizer out as its fingerprint needs; transformers is not."""
+"""A folder with a tokenizer's files in, the parts that its fingerprint needs out; transformers is not imported."""
 
 import json
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ _SPECIAL = ("bos", "eos", "pad", "unk")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What `fingerprint.tokenizer_fingerprint` asks of a tokenizer, by transformers' names."""
+    """The attributes that `fingerprint.tokenizer_fingerprint` reads, under the names of transformers."""
 
     backend_tokenizer: Tokenizer
     special_ids: dict[str, int | None]
 
     def get_vocab(self) -> dict[str, int]:
-        """Return all ids, those of added tokens too."""
+        """Return the ids of all tokens, added ones included."""
         vocabulary: dict[str, int] = self.backend_tokenizer.get_vocab(with_added_tokens=True)
         return vocabulary
 
@@ -41,7 +41,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read tokenizer.json and tokenizer_config.json of a folder that `save_pretrained` wrote.
 
     Raises:
-        DataError: one is missing or cannot be read.
+        DataError: a file is missing or cannot be read.
     """
     try:
         backend = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))

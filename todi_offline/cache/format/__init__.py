@@ -1,1 +1,1 @@
-"""What is on the disk, without touching it: names, keys, layout, rows, encoding, sequences, codecs, shard, root."""
+"""The bytes of a cache, without input or output: names, keys, layout, rows, encoding, shard, records, root."""

@@ -1,4 +1,4 @@
-"""Names of codecs in, what compresses the arrays out: numcodecs objects, and metadata for readers of Zarr."""
+"""Names of codecs in, numcodecs objects and metadata for readers of Zarr out."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ PCODEC_LEVEL = 8
 
 
 def blosc_options(codec: str, dtype: np.dtype[np.generic]) -> dict[str, Any]:
-    """Return the options of blosc for arrays of this dtype, or none where pcodec serves: it takes no single bytes."""
+    """Return the options of blosc for arrays of this dtype; none where pcodec is used, which takes no single bytes."""
     if codec == "compact" and dtype.itemsize > 1:
         return {}
     shuffle = "shuffle" if dtype.itemsize > 1 else "noshuffle"
@@ -22,7 +22,7 @@ def blosc_options(codec: str, dtype: np.dtype[np.generic]) -> dict[str, Any]:
 
 
 def codec_name(dtype: np.dtype[np.generic], codec: str) -> str:
-    """Return what compresses arrays of this dtype, for people."""
+    """Return the name of the codec that compresses arrays of this dtype."""
     options = blosc_options(codec, dtype)
     return f"blosc-{options['cname']}" if options else "pcodec"
 
@@ -66,7 +66,7 @@ def array_metadata(spec: ArraySpec, codec: str, num_shards: int) -> bytes:
 def group_metadata(attributes: Mapping[str, Any], arrays: Mapping[str, bytes]) -> bytes:
     """Return the `zarr.json` of the group.
 
-    It holds the arrays' metadata too (consolidated), so that zarr-python lists them without looking at the folder,
+    It holds the metadata of the arrays too (consolidated), so that zarr-python lists them without walking the folder,
     where it would warn of every object that is no array.
     """
     metadata = {name: json.loads(data) for name, data in arrays.items()}

@@ -1,30 +1,30 @@
-"""Rows of float32 log-probs in, the numbers that are stored out, and back.
+"""Rows of float32 log-probs in, the numbers that a cache stores out, and back.
 
 `f16` keeps log-probs in half precision: |error| <= 2^-11 |log-prob| (and 2^-25 near 0).
 
-`q8` keeps steps of 1/16 nat between neighbours of a row, one byte each, the first counted from 0. The rounding is
-done on the running sum, so errors do not add up: |error| <= 1/32 nat, except past a gap of more than 255/16 nats,
-where what is stored is the smaller log-prob's upper bound, so both it and the truth are below exp(-15.9) = 1.2e-7
-of the entry before it. Rows must fall from left to right, which the order of the kept entries ensures.
+`q8` keeps steps of 1/16 nat between neighbours of a row, one byte each, the first counted from 0. It rounds the
+running sum, so errors do not add up: |error| <= 1/32 nat, except past a gap of more than 255/16 nats. There the stored
+number is an upper bound of the smaller log-prob, so the bound and the truth are both below exp(-15.9) = 1.2e-7 of the
+entry before. Rows must fall from left to right; the order of the kept entries ensures that.
 
-`bf16_logit` keeps the bfloat16 logits that the teacher's head made, as their bits, and the row's log-partition in
-float32: nothing is lost but float32's rounding, |error| <= 1e-4 nat. Logits that are no bfloat16 numbers are refused.
+`bf16_logit` keeps the bits of the bfloat16 logits that the teacher's head made, and the row's log-partition in float32.
+It loses only the rounding of float32: |error| <= 1e-4 nat. Logits that are no bfloat16 numbers are refused.
 
-With these three, sums of the tail and the label's log-prob are float32, and log-probs of samples as in `f16`.
+In these three encodings the sums of the tail and the label's log-prob are float32; log-probs of samples are as in
+`f16`.
 
-`root8` has the fewest bytes. What it rounds, it rounds to the nearest:
+`root8` takes the fewest bytes. It rounds to the nearest:
 
 - A kept probability p is one byte, c = 128 p^(1/4), so p^(1/4) is off by at most 1/256: in nats, 1/63 at p = 1, 1/19 at
   0.01, 1/6 at 10^-4. With it a row loses a forward KL of about 4e-5 times the sum of the square roots of its kept
   probabilities, which is at most sqrt(k), and never more than 1.3e-4 times that sum and 1e-8 for each of them.
   c = 0 stands for all p below 2.4e-10 and is read as 1.5e-11.
-- Others are rounded to steps of a nat: sums of the tail of 1/32 and the label's log-prob of 1/16, both in int16,
-  log-probs of samples of 1/4, in int8; |error| is at most half a step. The least integer is the log of 0, the next
-  one stands for all below it (-1,023.97, -2,047.9 and -31.75 nats).
+- Other numbers are rounded to steps: sums of the tail to 1/32 nat and the label's log-prob to 1/16, both in int16;
+  log-probs of samples to 1/4, in int8. |error| is at most half a step. The least integer is the log of 0; the next
+  one stands for all numbers below it (-1,023.97, -2,047.9 and -31.75 nats).
 
-`root8` and `bf16_logit` store a row by rising id, for what is stored of its log-probs tells their order. It comes back
-by falling log-prob and, among equals, rising id: the first columns are still the most probable ones, as far as what is
-stored can tell.
+`root8` and `bf16_logit` store a row by rising id, because the stored log-probs tell their order. The row comes back by
+falling log-prob and, among equal ones, by rising id. So the first columns are the most probable ids, up to rounding.
 """
 
 import dataclasses
@@ -38,20 +38,20 @@ from todi_offline.errors import TargetsError
 
 Q8_STEPS_PER_NAT = 16
 _Q8_MAX_STEP = 255
-_ROOT8_ONE = 128  # what is stored of the probability 1
+_ROOT8_ONE = 128  # stands for the probability 1
 _STEPS: dict[str, tuple[int, Any]] = {
     "tail_logsumexp": (32, np.int16),
     "label_logprob": (16, np.int16),
     "tail_logprobs": (4, np.int8),
 }
-"""Of `root8`: steps per nat, and what they are stored as."""
+"""For `root8`: the steps of a nat, and the dtype that stores them."""
 _BF16_ERROR = 1e-4
-_FLIPS = np.array([0xFFFF, 0x8000], np.uint16)  # of the bits of floats below 0 and others: then they sort as numbers
+_FLIPS = np.array([0xFFFF, 0x8000], np.uint16)  # of bits, for floats below 0 and others: they then sort as integers
 BY_ID = ("bf16_logit", "root8")
 """Encodings that store a row by rising id."""
 
 Bounds = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-"""The least and the greatest that each number, as decoded, can stand for."""
+"""The least and the greatest number that each decoded one can stand for."""
 
 
 def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:
@@ -71,7 +71,7 @@ def encode_logprobs(logprobs: npt.NDArray[np.float32], encoding: str) -> Array:
 
 
 def decode_logprobs(stored: Array, encoding: str) -> npt.NDArray[np.float32]:
-    """Return what `encode_logprobs` stored as float32 log-probs [target, k]."""
+    """Return float32 log-probs [target, k] from the numbers that `encode_logprobs` made."""
     if encoding == "f16":
         return np.asarray(stored, np.float32)
     if encoding == "root8":
@@ -83,9 +83,9 @@ _ROOT8_LOGPROBS = (4 * np.log(np.maximum(np.arange(256), 0.25) / _ROOT8_ONE)).as
 
 
 def logprob_bounds(logprobs: npt.NDArray[np.float32], encoding: str) -> Bounds:
-    """Return the least and the greatest log-prob that each of these, as decoded [target, k], can stand for.
+    """Return the least and the greatest log-prob that each decoded one [target, k] can stand for.
 
-    A cache in a coarser encoding may have been made of one in half precision, so that rounding is counted too.
+    A cache in a coarser encoding may come from one in half precision, so the bounds include that rounding too.
     """
     values = logprobs.astype(np.float64)
     if encoding == "bf16_logit":
@@ -108,9 +108,9 @@ def _coarse_bounds(values: npt.NDArray[np.float64], encoding: str) -> Bounds:
     return np.where(only_above, -np.inf, values - half_step), values + half_step
 
 
-@np.errstate(all="ignore")  # NaN is for verify to find, not to warn of
+@np.errstate(all="ignore")  # verify reports NaN, so numpy need not warn of it
 def bounds(rows: TargetRows, encoding: str) -> dict[str, Bounds]:
-    """Return what each number of decoded rows can stand for, by the field that holds it."""
+    """Return the bounds of the numbers of decoded rows, by field."""
     found = {"logprobs": logprob_bounds(rows.logprobs, encoding)}
     others = {name: values for name, values in rows.arrays().items() if name in _STEPS}
     for name, values in others.items():
@@ -127,8 +127,8 @@ def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
     """Return the arrays of the target axis by their stored names.
 
     Raises:
-        TargetsError: a number is NaN or +inf; or `bf16_logit` is asked of rows whose logits are not known, or are no
-            bfloat16 numbers.
+        TargetsError: a number is NaN or +inf; or the encoding is `bf16_logit` and the logits are unknown or no bfloat16
+            numbers.
     """
     _require_numbers(rows)
     if encoding in BY_ID:
@@ -155,7 +155,7 @@ def encode_rows(rows: TargetRows, encoding: str) -> dict[str, Array]:
 def decode_rows(
     arrays: dict[str, Array], encoding: str, temperatures: tuple[float, ...], tail_temperature: float
 ) -> TargetRows:
-    """Return what `encode_rows` made as rows."""
+    """Return rows from the arrays that `encode_rows` made."""
     ids, logprobs = _decoded_entries(arrays, encoding)
     others: dict[str, Any] = {
         name: _from_steps(arrays[name], steps) if encoding == "root8" else arrays[name].astype(np.float32, copy=False)
@@ -188,13 +188,12 @@ def _decoded_entries(arrays: dict[str, Array], encoding: str) -> tuple[Array, np
 
 
 def _require_numbers(rows: TargetRows) -> None:
-    """Refuse NaN and +inf, which an encoding of integers would store as some number."""
+    """Refuse NaN and +inf, which an encoding of integers would store as a finite number."""
     for name, values in rows.arrays().items():
         if values.dtype.kind == "f" and not (values < np.inf).all():
             target = int(np.argwhere(~(values < np.inf))[0][0])
             raise TargetsError(
-                f"{name} of target {target} holds NaN or +inf; a log-prob is a number or -inf: look at the logits that "
-                "it was made of"
+                f"{name} of target {target} holds NaN or +inf; expected numbers or -inf: look at the teacher's logits"
             )
 
 
@@ -204,7 +203,7 @@ def _as_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 
 
 def _bf16_logits(rows: TargetRows) -> dict[str, Array]:
-    """Return the bits of the logits, and the log-partition that makes log-probs of them."""
+    """Return the bits of the logits, and the log-partition that turns them into log-probs."""
     if rows.log_partition is None:
         raise TargetsError(
             "these rows lack the teacher's log-partition, which bf16_logit needs; choose another encoding"
@@ -217,8 +216,8 @@ def _bf16_logits(rows: TargetRows) -> dict[str, Array]:
     wrong = abs(error) > _BF16_ERROR / 2
     if wrong.any():
         raise TargetsError(
-            f"a teacher's logit is {exact[wrong][0]:.6f}, which is no bfloat16 number, but bf16_logit stores those "
-            "alone; load the teacher in bfloat16 (its head, too), or choose another encoding"
+            f"a teacher's logit is {exact[wrong][0]:.6f}, which is no bfloat16 number, but bf16_logit stores only "
+            "such numbers; load the teacher in bfloat16, its head too, or choose another encoding"
         )
     return {"topk_logprobs": bits.astype(np.uint16), "log_partition": rows.log_partition}
 
@@ -227,12 +226,12 @@ def _by_rank(ids: Array, scores: Array) -> tuple[npt.NDArray[np.uint32], Array]:
     """Sort each row by falling score, of 8 or 16 bits, and rising id, of fewer than 24."""
     most = np.iinfo(scores.dtype).max
     keys = (most - scores).astype(f"u{4 * scores.itemsize}") << 24 | ids
-    keys.sort(axis=1)  # as one number each: several times faster than sorting places
+    keys.sort(axis=1)  # pairs as single integers: several times faster than argsort
     return (keys & 0xFFFFFF).astype(np.uint32), most - (keys >> 24).astype(scores.dtype)
 
 
 def _to_steps(values: Array, steps_per_nat: int, dtype: Any) -> Array:
-    """Round nats to steps; the least integer is kept for -inf."""
+    """Round nats to steps; the least integer is reserved for -inf."""
     limits = np.iinfo(dtype)
     steps = np.rint(values.astype(np.float64) * steps_per_nat).clip(limits.min + 1, limits.max)
     return np.where(np.isneginf(values), limits.min, steps).astype(dtype)

@@ -1,6 +1,6 @@
 """Tokenizers and metadata in, short hashes that identify them out.
 
-All are BLAKE2b of 16 bytes in hexadecimal: against accident, not against an adversary.
+Every hash is BLAKE2b of 16 bytes in hexadecimal. It guards against accidents, not against an adversary.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def hash_bytes(pieces: Iterable[bytes]) -> str:
 
 
 TOKENIZER_PARTS = ("vocabulary", "merges", "normalizer", "added_tokens", "special_ids")
-"""What decides which ids a text has, and what ids mean."""
+"""The parts of a tokenizer that decide which ids a text has and what ids mean."""
 
 _SAMPLE = "Ünïcode ﬁ e\u0301 İı ß\t tabs  two   three\r\n\n 3.14 1234567 don't WORLD'S <b>x</b> /a_b/ 東京 🙂‍↔️ ع\u00a0…"
 """Accents, ligatures, cases, spaces, digits, marks, scripts: tokenizers that treat them alike normalise alike."""
@@ -38,9 +38,9 @@ _SAMPLE = "Ünïcode ﬁ e\u0301 İı ß\t tabs  two   three\r\n\n 3.14 1234567 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     """Return a hash for each part of a transformers tokenizer that decides what ids mean.
 
-    The parts are those of `TOKENIZER_PARTS`. `normalizer` hashes the ids of a sample text, so that it stands for
-    normaliser and pre-tokenizer however a release of `tokenizers` writes them down. A copy in another folder, and one
-    saved and loaded again, has the same.
+    The parts are those of `TOKENIZER_PARTS`. `normalizer` hashes the ids of a sample text, so it stands for normaliser
+    and pre-tokenizer in whatever form a release of `tokenizers` saves them. A copy in another folder, or one that was
+    saved and loaded again, has the same fingerprint.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
@@ -59,7 +59,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
 def _sample_ids(tokenizer: Any, backend: Any) -> list[int]:
     if backend is None:
         return list(tokenizer.encode(_SAMPLE, add_special_tokens=False))
-    backend.no_truncation()  # either may stand in a tokenizer.json; transformers sets both at every call
+    backend.no_truncation()  # a tokenizer.json may set either; transformers sets both at every call
     backend.no_padding()
     return list(backend.encode(_SAMPLE, add_special_tokens=False).ids)
 
@@ -69,7 +69,7 @@ def tokenizer_differences(
 ) -> list[str]:
     """Return a line for each part of two tokenizers that differs and decides ids.
 
-    Caches of earlier releases have no `normalizer`, and a `chat_template`, which decides no id: both are passed over.
+    Caches of earlier releases have no `normalizer`, and have a `chat_template`, which decides no id; both are ignored.
     """
     parts = [name for name in TOKENIZER_PARTS if name != "normalizer" or {name} <= found.keys() & expected.keys()]
     mine, other = ({name: values.get(name) for name in parts} for values in (found, expected))
@@ -79,9 +79,9 @@ def tokenizer_differences(
 def differences(
     found: Mapping[str, Any], expected: Mapping[str, Any], where: tuple[str, str] = ("here", "there")
 ) -> list[str]:
-    """Return a line for each key whose values differ: both, and `where` each stands; nested keys as `a.b`, `a.0`.
+    """Return a line for each key whose values differ, with both values and `where` each stands; nested keys as `a.b`.
 
-    A hash says nothing to a reader, so of two hashes the line says that they are not the same.
+    A hash tells a reader nothing, so for two hashes the line says only that they are not the same.
     """
     lines = []
     for key in sorted(found.keys() | expected.keys()):

@@ -1,4 +1,4 @@
-"""Token ids and target masks in, content keys out: what identifies a sequence, and a type for many of them."""
+"""Token ids and target masks in, content keys out: a key identifies a sequence."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -23,8 +23,8 @@ def content_key(token_ids: npt.NDArray[np.uint32], target_mask: npt.NDArray[np.b
 class ContentKeys:
     """The content keys of some sequences, in order.
 
-    Numpy compares and sorts 16-byte strings correctly, but drops trailing zero bytes from each one that it hands out.
-    Therefore the array stays in here, and every key that leaves has 16 bytes.
+    Numpy compares and sorts strings of 16 bytes correctly, but cuts the trailing zero bytes off every string that it
+    returns. Therefore the array stays inside this class, and every key that leaves it has 16 bytes.
 
     >>> keys = ContentKeys.of([b"a" * 15 + bytes(1), b"b" * 16, b"a" * 15 + bytes(1)])
     >>> [len(key) for key in keys], keys.is_first().tolist()
@@ -53,7 +53,7 @@ class ContentKeys:
         """Read keys of 32 hexadecimal digits each.
 
         Raises:
-            ValueError: a line is something else; names it.
+            ValueError: a line is no such key; names the line.
         """
         keys = []
         for line in lines:
@@ -65,7 +65,7 @@ class ContentKeys:
 
     @classmethod
     def concatenate(cls, parts: Iterable["ContentKeys"]) -> "ContentKeys":
-        """Return the keys of several, end to end."""
+        """Join several collections, end to end."""
         return cls(np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(part._array for part in parts)]))
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class ContentKeys:
         return [key.hex() for key in self]
 
     def digest(self) -> str:
-        """Return the hash of all keys in order: it identifies the content of a data set or of a shard."""
+        """Return the hash of all keys in order, which identifies the content of a data set or of a shard."""
         return hashlib.blake2b(self._array.tobytes(), digest_size=KEY_BYTES).hexdigest()
 
 

@@ -22,13 +22,13 @@ from todi_offline.errors import ConfigError
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 
-CHUNK_TARGETS = 512  # measured: the best random read of 512 targets
+CHUNK_TARGETS = 512  # measured: the fastest random read of 512 targets
 CHUNK_TOKENS = 4096
-MAX_GAPS_VOCAB = 2**23  # ids of a key of 32 bits, above the row in its chunk
+MAX_GAPS_VOCAB = 2**23  # a key of 32 bits holds the id above the row in its chunk
 MAX_COLUMNS = 2**19  # more than any vocabulary; a chunk of more would be larger than blosc can hold
-MAX_SHARD_TOKENS = 2**26  # a shard is written from memory
+MAX_SHARD_TOKENS = 2**26  # a writer holds a shard in memory
 
-SHARD_BYTES = 2**30  # of a shard's rows in memory, where the size of shards is chosen here
+SHARD_BYTES = 2**30  # rows of a shard in memory, for the default size of shards
 MAX_SHARD_BYTES = 2**35
 DEFAULT_SHARD_TOKENS = 131_072  # the index of an array has 16 bytes a chunk: 4 KiB of a shard, used or not
 
@@ -39,7 +39,7 @@ ENCODINGS = ("f16", "q8", "bf16_logit", "root8")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSettings:
-    """What is kept of every teacher distribution, and how it is stored."""
+    """What a cache keeps of every teacher distribution, and how it stores that."""
 
     k: int = 16
     """Most probable ids to keep at each position; 0 keeps tail samples alone, drawn from all ids."""
@@ -61,7 +61,7 @@ class CacheSettings:
     most 131,072. An existing cache keeps its own size."""
 
     def __post_init__(self) -> None:
-        """Refuse what no capture could honour, and choose the size of shards where none is given."""
+        """Refuse settings that no capture can honour, and choose the size of shards where none is given."""
         if not 0 <= self.k <= MAX_COLUMNS or not 0 <= self.tail_samples <= MAX_COLUMNS:
             raise ConfigError(
                 f"k is {self.k} and tail_samples {self.tail_samples}; expected both from 0 to {MAX_COLUMNS:,}"
@@ -86,7 +86,7 @@ class CacheSettings:
         return 8 * self.k + 8 * self.tail_samples + 4 * len(self.temperatures) + 8
 
     def _fitting(self, num_bytes: int) -> int:
-        """Return how many tokens a shard can have whose rows take so many bytes, at least one chunk."""
+        """Return the tokens of the largest shard whose rows take so many bytes, at least one chunk."""
         return max(num_bytes // self.target_bytes // CHUNK_TOKENS, 1) * CHUNK_TOKENS
 
     def _check_shards(self) -> None:
@@ -153,8 +153,10 @@ def array_specs(settings: CacheSettings, vocab_size: int) -> Mapping[str, ArrayS
     """Return the arrays of a cache with these settings over a vocabulary of that many ids, by name."""
     by_id, root8 = settings.encoding in BY_ID, settings.encoding == "root8"
     if by_id and vocab_size > MAX_GAPS_VOCAB:
-        what = f"{settings.encoding} takes vocabularies of up to {MAX_GAPS_VOCAB:,} ids, not {vocab_size:,}"
-        raise ConfigError(f"{what}; choose another encoding")
+        raise ConfigError(
+            f"the vocabulary has {vocab_size:,} ids, but {settings.encoding} takes at most {MAX_GAPS_VOCAB:,}; choose "
+            "another encoding"
+        )
     id_dtype = "<u2" if vocab_size <= 65_536 else "<u4"
     logprob_dtype = {"f16": "<f2", "q8": "|u1", "bf16_logit": "<u2", "root8": "|u1"}[settings.encoding]
     rows: list[tuple[str, Axis, npt.DTypeLike, int | None]] = [

@@ -1,7 +1,7 @@
-"""What a cache says of itself: a dataclass in, JSON out, and back.
+"""The description of a cache: a dataclass in, JSON out, and back.
 
-Everything that stage 2 must know stands here, so that it repeats no setting of stage 1. No clock, host name or
-absolute path does, so that the same capture gives the same bytes anywhere.
+The manifest holds everything that stage 2 must know, so that stage 2 repeats no setting of stage 1. It holds no clock,
+host name or absolute path, so that the same capture gives the same bytes anywhere.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ _LEFT_OUT = "left_out"  # of a recipe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What one capture added to a cache; its shards lie behind those of the parts before it."""
+    """The sequences that one capture added to a cache; its shards follow those of the parts before."""
 
     recipe: Mapping[str, Any]
-    """How its data set was made."""
+    """How the data set was made."""
     content: str
-    """Hash over the content keys of the whole data set, in order: also of what an earlier part holds."""
+    """Hash over the content keys of the whole data set, in order, sequences of earlier parts included."""
     num_sequences: int
-    """Sequences that it added."""
+    """Sequences that the capture added."""
     num_shards: int
-    """Shards that hold them."""
+    """Shards that hold these sequences."""
     versions: Mapping[str, str]
-    """Versions of the libraries that made it."""
+    """Versions of the libraries that made the part."""
 
     @property
     def left_out(self) -> Mapping[str, str]:
@@ -81,10 +81,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> "Manifest":
-        """Read what `to_json` wrote.
+        """Read the values that `to_json` returned.
 
         Raises:
-            CacheFormatError: it is not a manifest, or one of another version.
+            CacheFormatError: the values are no manifest, or one of an unknown version.
         """
         if not isinstance(values, Mapping) or not isinstance(values.get("format_version"), int):
             raise CacheFormatError(f"{where} holds no todi_offline manifest; is this a cache made by `todi capture`?")
@@ -118,7 +118,7 @@ class Manifest:
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:
-    """Return for people what a part was made from, without its chat template, which is a page of text."""
+    """Describe in words how the data of a part were made; a chat template is left out, for it is a page of text."""
     shown = {name: value for name, value in recipe.items() if value is not None and name != "chat_template"}
     if _LEFT_OUT in shown:
         shown[_LEFT_OUT] = f"{len(shown[_LEFT_OUT]):,} examples"
@@ -131,9 +131,9 @@ def identity_differences(
     where: tuple[str, str],
     names: Sequence[str] = ("teacher", "tokenizer", "vocab_size", "settings"),
 ) -> list[str]:
-    """Return a line for all that differs between two caches and decides whether their rows are of one kind.
+    """Return a line for each difference between two caches that keeps their rows out of one cache.
 
-    Of a tokenizer that is what decides ids; see `tokenizer_differences`.
+    Of a tokenizer only the parts that decide ids count; see `tokenizer_differences`.
     """
     plain = [name for name in names if name != "tokenizer"]
     mine, other = ({name: values[name] for name in plain} for values in (found.to_json(), wanted.to_json()))
@@ -160,10 +160,10 @@ def _otherwise_identified(found: Manifest, where: tuple[str, str]) -> str:
 
 
 def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: str) -> None:
-    """Refuse a tokenizer that gives or reads ids otherwise than the cache's; its chat template does not matter.
+    """Refuse a tokenizer whose ids mean something else than the ids of the cache; its chat template does not matter.
 
     Raises:
-        CacheMismatchError: with the parts that differ, side by side.
+        CacheMismatchError: the tokenizers differ; names the parts that do.
     """
     lines = tokenizer_differences(found, manifest.tokenizer, (f"in {what}", "in the cache"))
     if lines:
@@ -174,7 +174,7 @@ def require_same_tokenizer(found: Mapping[str, str], manifest: Manifest, what: s
 
 
 def read_parts(values: Any, where: str) -> tuple[Part, ...]:
-    """Return the parts; a cache is data, so nothing in it is believed before it is checked."""
+    """Return the parts after checking the type and range of every value."""
     kinds = {"recipe": Mapping, "content": str, "num_sequences": int, "num_shards": int, "versions": Mapping}
     if not isinstance(values, list):
         raise CacheFormatError(f"the manifest of {where} has {values!r:.50} in the place of its parts")

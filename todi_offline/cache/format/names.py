@@ -1,11 +1,11 @@
-"""Shards and arrays in, the keys of their objects out; and a key back to what it names.
+"""Shards and arrays in, the keys of their objects out; and from a key back to its shard.
 
-A cache owns these keys below its root and no others. Whatever else lies there belongs to somebody else.
+A cache owns these keys below its root and no others. All other files there are foreign.
 
     cache.json                  the root: what the cache is
     commits/000003.json         the commit record of shard 3
     sequences/000003.parquet    its sequence table
-    topk_ids/c/3/0              its object of an array
+    topk_ids/c/3/0              its part of an array
     zarr.json, */zarr.json      metadata for other readers of Zarr, derived from the root
     tokenizer.json              the teacher's tokenizer, for tools that show text
     .lock                       names the process that writes
@@ -64,17 +64,17 @@ def temporary_key(key: str, token: str) -> str:
 
 
 def is_temporary(key: str) -> bool:
-    """Whether a key is one that `temporary_key` made of one of ours."""
+    """Whether `temporary_key` made a key from a key of a cache."""
     return bool(_TEMPORARY.search(key)) and is_own(_TEMPORARY.sub("", key))
 
 
 def is_own(key: str) -> bool:
-    """Whether a cache may have written this key, temporary ones apart."""
+    """Whether a key belongs to a cache; temporary keys do not."""
     return key in _PLAIN or key in map(array_key, ARRAY_NAMES) or shard_of(key) is not None
 
 
 def shard_of(key: str) -> int | None:
-    """Return the shard whose record, sequence table or array object has this key, or None.
+    """Return the shard that a key belongs to, as its record, sequence table or part of an array; None for other keys.
 
     >>> shard_of("commits/000007.json"), shard_of("topk_ids/c/7/0"), shard_of("commits/7.json"), shard_of("notes.md")
     (7, 7, None, None)

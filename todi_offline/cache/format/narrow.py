@@ -1,4 +1,4 @@
-"""Rows that hold much in, rows that hold less out: fewer entries, temperatures or tail samples."""
+"""Wide rows in, narrower rows out: fewer entries, temperatures or tail samples."""
 
 import dataclasses
 import hashlib
@@ -14,15 +14,15 @@ from todi_offline.errors import CacheMismatchError
 def narrow(rows: TargetRows, settings: CacheSettings, content_key: bytes) -> TargetRows:
     """Return the rows as a capture with these settings would have kept them.
 
-    What is left out moves into the tail: log sum exp(l / T) over the dropped entries and the old tail, exact but for
-    the rounding of the stored log-probs. The stored samples are of the old tail alone; in the wider one each of them
-    stays with the old tail's share of it, and else a dropped id takes its place, drawn in proportion to p^(1/T) of
-    `tail_temperature`: so it is a draw from the wider tail. Chance is a function of `content_key`, the settings' seed
-    and both widths; without the widths, rows that are narrowed twice would meet the same chance twice, and some ids
-    could never be drawn.
+    Dropped entries move into the tail: log sum exp(l / T) over the dropped entries and the old tail, exact up to the
+    rounding of the stored log-probs. The stored samples were drawn from the old tail. To be draws from the new tail,
+    each of them stays with a probability of the old tail's share of the new one; otherwise a dropped id takes its
+    place, drawn in proportion to p^(1/T) at `tail_temperature`. The random numbers are a function of `content_key`,
+    the seed of the settings and both widths. Without the widths, a second narrowing would use the same numbers again,
+    and some ids could never be drawn.
 
     Raises:
-        CacheMismatchError: the rows hold less than the settings ask for; says what.
+        CacheMismatchError: the rows hold less than the settings ask for; names what is missing.
     """
     require_enough(rows, settings)
     columns = [rows.temperatures.index(temperature) for temperature in settings.temperatures]
@@ -63,7 +63,7 @@ def require_enough(rows: TargetRows, settings: CacheSettings) -> None:
 def _with_dropped_samples(
     narrowed: TargetRows, rows: TargetRows, settings: CacheSettings, content_key: bytes
 ) -> TargetRows:
-    """Put dropped ids in the place of as many samples as their share of the tail asks for."""
+    """Replace samples by dropped ids, in proportion to the share of these in the new tail."""
     assert narrowed.tail_ids is not None, "there are samples"
     assert narrowed.tail_logprobs is not None, "and their log-probs"
     dropped = rows.logprobs[:, settings.k :].astype(np.float64)
@@ -88,7 +88,7 @@ def _with_dropped_samples(
 def _uniforms(
     content_key: bytes, settings: CacheSettings, width: int, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float64]:
-    """Return uniform numbers of [0, 1) for narrowing rows of `width` entries to those of the settings."""
+    """Return uniform numbers of [0, 1) for narrowing rows from `width` entries to the k of the settings."""
     widths = width.to_bytes(4, "little") + settings.k.to_bytes(4, "little")
     seed = settings.tail_seed.to_bytes(8, "little")
     key = hashlib.blake2b(content_key + widths, digest_size=16, key=b"narrow", salt=seed)

@@ -1,7 +1,7 @@
 """Sums of objects in, commit records out, and back.
 
-The order of a commit is: every object of a shard, each safe on its medium; then its record. A shard without a record
-does not exist.
+A commit has an order: first every object of a shard, each safe on its medium; then the record. A shard without a
+record does not exist.
 """
 
 import base64
@@ -21,10 +21,10 @@ _MAX_COUNT = 2**53
 
 @dataclass(frozen=True, slots=True)
 class ObjectSum:
-    """Size and CRC-32C of an object and, where it is a Zarr shard, of each of its chunks.
+    """Size and CRC-32C of an object and, for a Zarr shard, the CRC-32C of each of its chunks.
 
-    Every chunk of a shard ends in its own CRC-32C, and the CRC-32C of data that ends in its own is a constant. So the
-    sum of a whole shard does not tell its chunks from other chunks of the same sizes; the sums of the chunks do.
+    Every chunk of a shard ends in its own CRC-32C, and the CRC-32C of data that ends in its own CRC-32C is a constant.
+    So the sum of a whole shard cannot tell its chunks from other chunks of the same sizes; the sums of the chunks can.
     """
 
     num_bytes: int
@@ -39,7 +39,7 @@ class ObjectSum:
 
     @classmethod
     def from_json(cls, values: Any) -> "ObjectSum":
-        """Read what `to_json` returned; a ValueError or TypeError where it is something else."""
+        """Read the values that `to_json` returned; raise ValueError or TypeError for other values."""
         num_bytes, crc32c, *chunks = values
         return cls(count(num_bytes), count(crc32c), b"".join(base64.b64decode(text, validate=True) for text in chunks))
 
@@ -48,7 +48,7 @@ class ObjectSum:
         return [self.num_bytes, self.crc32c, *([base64.b64encode(self.chunks).decode()] if self.chunks else [])]
 
     def difference(self, data: bytes) -> str | None:
-        """Return how an object's bytes differ from those that were measured, or None."""
+        """Return how the bytes of an object differ from the measured ones, or None."""
         found = ObjectSum.of(data)
         if (found.num_bytes, found.crc32c) == (self.num_bytes, self.crc32c):
             return None
@@ -79,10 +79,10 @@ class CommitRecord:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "CommitRecord":
-        """Read what `to_bytes` wrote.
+        """Read the bytes that `to_bytes` wrote.
 
         Raises:
-            CacheFormatError: it is something else.
+            CacheFormatError: the bytes are no commit record.
         """
         try:
             return cls(**_read_fields(json.loads(data)))
@@ -91,14 +91,14 @@ class CommitRecord:
 
 
 def count(value: Any) -> int:
-    """Return a number that counts something; a ValueError where it is none."""
+    """Return a value that is a count; raise ValueError for any other."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_COUNT:
         raise ValueError(f"{value!r:.50} is not a count")
     return value
 
 
 def _read_fields(values: Any) -> dict[str, Any]:
-    """Check the fields of a record: a cache comes from anywhere, so nothing in it is believed unchecked."""
+    """Check the fields of a record; a cache may come from anywhere, so every value is checked."""
     if values.keys() != set(CommitRecord.__slots__):
         raise ValueError(f"its fields are {list(values)!r:.200}")
     if not isinstance(values["content"], str):

@@ -1,8 +1,8 @@
 """The root of a cache: a dataclass in, the object `cache.json` out, and back.
 
-The root says what the cache is: its manifest and the sums of its commit records, which in turn name all other objects.
-What it does not name does not exist. It is replaced in one step, so that a reader finds the cache as it was before a
-capture or as it is after it. The metadata for other readers of Zarr is derived from it.
+The root holds the manifest of a cache and the sums of its commit records, which in turn name all other objects. An
+object without a name is not part of the cache. The root is replaced in one step, so a reader finds the cache as it was
+before a capture or as it is afterwards. The metadata for other readers of Zarr is derived from the root.
 """
 
 import json
@@ -23,20 +23,20 @@ _FIELDS = {"manifest", "commits", "pending", "tokenizer", "crc32c"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Root:
-    """What a cache is at an instant."""
+    """The state of a cache at an instant."""
 
     manifest: Manifest
-    """Its parts are those that are finished."""
+    """With the finished parts."""
     commits: tuple[ObjectSum | None, ...] = ()
-    """The sum of the commit record of every shard of these parts; None where the shard was lost and is to be redone."""
+    """The sum of the commit record of every shard of the finished parts; None for a lost shard."""
     pending: tuple[Part, ...] = ()
-    """The parts that a writer has begun and not finished: they are not in the cache yet."""
+    """The parts that a writer has begun and not finished; they are not in the cache yet."""
     tokenizer: ObjectSum | None = None
     """The sum of `tokenizer.json`, where there is one."""
 
     @property
     def lost_shards(self) -> list[int]:
-        """The shards of finished parts that are to be redone."""
+        """The shards of finished parts that a capture must write again."""
         return [shard for shard, commit in enumerate(self.commits) if commit is None]
 
     @property
@@ -60,11 +60,11 @@ class Root:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Root":
-        """Read what `to_bytes` wrote.
+        """Read the bytes that `to_bytes` wrote.
 
         Raises:
-            CacheCorruptError: it is not what was written.
-            CacheFormatError: it is of another format version, or contradicts itself.
+            CacheCorruptError: the bytes have changed.
+            CacheFormatError: the root has another format version, or contradicts itself.
         """
         try:
             values = json.loads(data)
@@ -77,7 +77,7 @@ class Root:
 
     @classmethod
     def from_values(cls, values: Any, where: str) -> "Root":
-        """Read what `values` returned; the same errors as `from_bytes`."""
+        """Read the values that `values` returned; raises as `from_bytes`."""
         if not isinstance(values, dict) or not isinstance(values.get("manifest"), dict):
             raise CacheFormatError(f"{where} is not the root of a cache; name the folder that `todi capture` wrote")
         _require_version(values["manifest"], where)
@@ -100,7 +100,7 @@ class Root:
 
 
 def is_of_other_version(data: bytes) -> bool:
-    """Whether a root is intact and of another format version, as far as its checksum tells."""
+    """Whether a root has a right checksum and another format version."""
     try:
         values = json.loads(data)
         body = {name: value for name, value in values.items() if name != "crc32c"}
@@ -114,7 +114,7 @@ _MEND = "`todi-cache repair` restores it from the copy in zarr.json"
 
 
 def _require_version(manifest: dict[str, Any], where: str) -> None:
-    """Refuse another version before anything else is compared: its rules may be others."""
+    """Refuse another version first: its other fields may follow other rules."""
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CacheFormatError(
             f"{where} has format version {manifest.get('format_version')!r:.20}; this release reads version "

@@ -1,4 +1,4 @@
-"""Teacher targets as numpy arrays: the noun that capture makes, the cache stores and training reads."""
+"""Arrays of numbers in, teacher targets out: the rows that a capture makes, a cache stores and training reads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class TargetRows:
     def _require(self, name: str, kind: str, shape: tuple[int, ...]) -> None:
         values: Array | None = getattr(self, name)
         if values is None or values.dtype.kind != kind or values.shape != shape:
-            got = "nothing" if values is None else f"{values.dtype} of shape {list(values.shape)}"
+            got = "missing" if values is None else f"{values.dtype} of shape {list(values.shape)}"
             numbers = "unsigned integers" if kind == "u" else "floats"
             wanted = " x ".join("?" if size < 0 else str(size) for size in shape)
             raise TargetsError(f"{name} of these target rows is {got}; expected {numbers} of shape {wanted}")

@@ -1,4 +1,4 @@
-"""Sequences with their targets, and the Parquet table of what belongs to a sequence rather than to a position."""
+"""Sequences with their targets in, the Parquet table that has a row for each sequence out, and back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ class SequenceRows:
     """A captured sequence, ready to be written.
 
     Raises:
-        DataError: mask, tokens and targets do not fit together; names the sequence.
+        DataError: mask, tokens and targets contradict each other; names the sequence.
     """
 
     id: str
@@ -82,7 +82,7 @@ class SequenceRows:
 
     @property
     def content_key(self) -> bytes:
-        """What identifies the sequence: see `keys.content_key`."""
+        """The key that identifies the sequence; see `keys.content_key`."""
         return content_key(self.token_ids, self.target_mask)
 
 
@@ -93,11 +93,11 @@ def sequence_table(
     settings: CacheSettings,
     left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> pa.Table:
-    """Return the sequence table of a shard; `encoded` holds what `encode_rows` made of each sequence.
+    """Return the sequence table of a shard; `encoded` holds the arrays that `encode_rows` made of each sequence.
 
-    `left_out` names the examples that the shard was to hold too, each with the reason why it does not.
+    `left_out` names the examples that the shard was planned to hold too, each with the reason why it does not.
 
-    Means are of the numbers as they are stored: rows that are copied to another cache keep them to the bit.
+    Means are over the stored numbers, so that a copy of the rows in another cache has the same means to the bit.
     """
     first = shard * settings.shard_tokens
     kept = (settings.encoding, settings.temperatures, settings.tail_temperature)
@@ -130,7 +130,7 @@ def left_out_of(data: bytes) -> dict[str, str]:
 
 
 def renumbered_table(table: pa.Table, shard: int, shard_tokens: int) -> pa.Table:
-    """Return the sequence table of a shard whose objects have become those of shard number `shard`."""
+    """Return the sequence table of a shard that gets the number `shard`."""
     shift = (shard - table["shard"].to_numpy().astype(np.int64)) * shard_tokens
     columns = {
         "shard": np.full(len(table), shard, np.uint32),
@@ -145,10 +145,10 @@ def renumbered_table(table: pa.Table, shard: int, shard_tokens: int) -> pa.Table
 def table_bytes(table: pa.Table) -> bytes:
     """Return a sequence table as Parquet.
 
-    It is not compressed: beside the arrays it is small, and a compressed one could expand without limit in a reader.
+    It is not compressed: it is small beside the arrays, and a compressed table could expand without limit in a reader.
     """
     sink = pa.BufferOutputStream()
-    # Statistics and Arrow's copy of the schema would be a fifth of a small table, and nobody reads them.
+    # Statistics and Arrow's copy of the schema would take a fifth of a small table, and no reader uses them.
     options = {"compression": "none", "write_statistics": False, "store_schema": False}
     with pq.ParquetWriter(sink, table.schema, **options) as file:
         file.write_table(table)
@@ -162,8 +162,8 @@ def parse_table(data: bytes, record: CommitRecord, where: str) -> pa.Table:
     """Return the table that `table_bytes` wrote for the shard of a commit record.
 
     Raises:
-        CacheFormatError: it has other columns, other rows or compressed ones.
-        CacheCorruptError: it is no Parquet.
+        CacheFormatError: the table has other columns or another number of rows, or is compressed.
+        CacheCorruptError: the bytes are no Parquet.
     """
     try:
         return _parse_table(data, record, where)

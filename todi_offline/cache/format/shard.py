@@ -1,9 +1,9 @@
 """Rows in, the bytes of a Zarr shard out; and back, one chunk at a time, without Zarr.
 
-A shard is a plain `sharding_indexed` one: the inner chunks, each followed by its CRC-32C, then an index of (offset,
-bytes) pairs of u64 for each chunk, then the index's own CRC-32C. The chunks that the rows need come first; those that
-no row uses are absent, which Zarr marks by 2^64 - 1 in their pair and reads as zeros. zarr-python is the oracle of
-both directions in the tests.
+A shard is a plain `sharding_indexed` one: the inner chunks, each followed by its CRC-32C, then an index with an
+(offset, bytes) pair of u64 for each chunk, then the CRC-32C of the index. The used chunks come first. Chunks that no
+row uses are absent: Zarr marks them by 2^64 - 1 in their pair and reads them as zeros. In the tests zarr-python is the
+oracle of both directions.
 
 The ids of an array with `gaps` are stored as an inverted index of their chunk: the keys id * 512 + row, row counted
 from the chunk's first, sorted, each less the one before it, the first as it is. The gaps are small numbers, and an id
@@ -59,7 +59,7 @@ def _to_gaps(ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 def _from_gaps(gaps: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Return the ids [row, k] of a chunk, rising along each row."""
     keys = np.cumsum(gaps, dtype=np.uint32)
-    keys = np.sort(keys << _ID_BITS | keys >> _ROW_BITS)  # row above id: several times faster than sorting places
+    keys = np.sort(keys << _ID_BITS | keys >> _ROW_BITS)  # row above id: several times faster than argsort
     by_row: npt.NDArray[Any] = keys.reshape(gaps.shape)
     if (by_row >> _ID_BITS != np.arange(CHUNK_TARGETS)[:, None]).any():
         raise ValueError("its rows differ in length")
@@ -81,7 +81,7 @@ def parse_index(spec: ArraySpec, data: bytes, shard_bytes: int) -> Index:
     """Read the index at the end of a shard of so many bytes.
 
     Raises:
-        ValueError: it is damaged, leaves out a chunk before one that is stored, or points outside the shard.
+        ValueError: the index is damaged, leaves out a chunk before a stored one, or points outside the shard.
     """
     if len(data) < index_bytes(spec):
         raise ValueError(f"the shard is cut short: {shard_bytes} bytes, less than its index of {index_bytes(spec)}")
@@ -101,7 +101,7 @@ def decode_chunk(spec: ArraySpec, data: bytes, codec: str, expected_crc: bytes |
     """Return the rows of a stored chunk; `expected_crc` tells it from other chunks.
 
     Raises:
-        ValueError: its bytes are not those that were written.
+        ValueError: the bytes of the chunk have changed.
     """
     body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
     if crc_bytes(body) != crc:
@@ -116,7 +116,7 @@ def decode_chunk(spec: ArraySpec, data: bytes, codec: str, expected_crc: bytes |
 
 
 def largest_chunk_bytes(spec: ArraySpec) -> int:
-    """Return more bytes than any codec makes of a chunk, so that nobody reads more, whatever an index claims."""
+    """Return more bytes than any codec makes of a chunk: the most that is read, whatever an index claims."""
     return 1024 + 2 * spec.dtype.itemsize * math.prod(spec.shape(spec.chunk_rows))
 
 
@@ -126,10 +126,10 @@ def crc_bytes(data: bytes) -> bytes:
 
 
 def _decompress(spec: ArraySpec, body: bytes, codec: str) -> npt.NDArray[Any]:
-    """Decode a chunk into an array of the size that it must have: the size that it claims is not believed."""
+    """Decode a chunk into an array of the size that it must have; ignore the size that it claims."""
     values = np.empty(spec.shape(spec.chunk_rows), spec.dtype)
     if blosc_options(codec, spec.dtype):
-        header = np.frombuffer(body[:_BLOSC_HEADER_BYTES], "<u4")  # blosc reads and writes as much as stands here
+        header = np.frombuffer(body[:_BLOSC_HEADER_BYTES], "<u4")  # blosc reads and writes as much as these claim
         if len(header) < 4 or (header[1], header[3]) != (values.nbytes, len(body)):
             raise ValueError("its size is not that of a chunk")
         chunk_codec(codec, spec.dtype).decode(body, values)

@@ -1,4 +1,4 @@
-"""The metadata of a format 1 cache in, the root that it would have today out.
+"""The metadata of a format 1 cache in, the root that the cache would have today out.
 
 Format 1 has no `cache.json`. The manifest lies in `zarr.json`, `sealed.json` names the commit records once all shards
 are there, and `append.json` holds the manifest that a later capture had begun to make.
@@ -24,8 +24,8 @@ def read_version_1(read: Read, where: str) -> Root:
     """Return the root of a format 1 cache.
 
     Raises:
-        CacheFormatError: it is no such cache.
-        CacheCorruptError: `zarr.json` or a sum in `sealed.json` is not what was written.
+        CacheFormatError: there is no cache of format 1.
+        CacheCorruptError: `zarr.json` has changed since the cache was sealed.
     """
     group = read(GROUP_KEY)
     manifest = _manifest(group, where)
@@ -82,7 +82,7 @@ def _seal(data: bytes, where: str) -> tuple[int, dict[str, ObjectSum]]:
 
 
 def _finished(parts: tuple[Part, ...], num_shards: int) -> tuple[Part, ...] | None:
-    """Return the first parts, which have so many shards; None where none have."""
+    """Return the first parts that together have so many shards; None where there are none."""
     for number in range(len(parts) + 1):
         if sum(part.num_shards for part in parts[:number]) == num_shards:
             return parts[:number]

@@ -1,10 +1,10 @@
-"""Where a cache lies: a folder, or what lies below a URL. Objects by key, each whole or not there.
+"""A place in, a store out: a folder or a URL with objects by key, each whole or missing.
 
-base      what a store is, and how much is ever read of an object
-locks     who writes to it
+base      the protocol of a store, and the most that is read of an object
+locks     one writing process at a time
 local     a folder
 remote    a URL, through fsspec
-staging   local copies of what lies at a URL
+staging   local copies of the objects of a URL
 """
 
 import re
@@ -24,15 +24,15 @@ __all__ = ["LocalStore", "Store", "open_store"]
 def open_store(place: "str | Path | Store", staging: "Staging | None" = None) -> Store:
     """Return the store at a place: a folder, or a URL such as `s3://bucket/prefix`.
 
-    `staging` is where copies of a URL's objects are kept; a folder needs none.
+    `staging` keeps local copies of the objects of a URL; a folder needs none.
 
     Raises:
-        ConfigError: what a URL's protocol needs is not installed; or a URL has lost a slash, as in a `Path`.
+        ConfigError: the package for the protocol of a URL is not installed; or a URL has lost a slash, as in a `Path`.
     """
     if isinstance(place, Store):
         return place
     if re.match(r"[a-z][a-z0-9]+:/(?!/)", str(place)):
-        raise ConfigError(f"{place} is no folder, and a URL has two slashes; give it as a string, not as a Path")
+        raise ConfigError(f"{place} looks like a URL with one slash; give the URL as a string, not as a Path")
     protocol, separator, rest = str(place).partition("://")
     if not separator or protocol in ("file", "local"):
         return LocalStore(Path(rest or place).expanduser())

@@ -1,4 +1,4 @@
-"""What a store is: objects by key, each whole or not there; and how much is ever read of each kind."""
+"""The protocol of a store: objects by key, each whole or missing; and the most that is read of each kind."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,82 +13,82 @@ _OTHER_LIMIT = 2**30  # sequence tables, tokenizers
 
 
 def read_limit(key: str) -> int:
-    """Return the most bytes that are read of an object of this kind, whatever it claims to have."""
+    """Return the most bytes that are read of an object of this kind, whatever size the store reports."""
     return MAX_RECORD_BYTES if key.startswith(RECORDS_PREFIX) else _LIMITS.get(key, _OTHER_LIMIT)
 
 
 class Lock(Protocol):
-    """Keeps other writers away, as long as it is not taken over."""
+    """Keeps other writers away, unless one of them takes it over."""
 
     @property
     def token(self) -> str:
-        """What tells this holder from every other one: `locks.require_held` compares it."""
+        """The mark of this holder, which no other holder has; `locks.require_held` compares it."""
 
 
 @runtime_checkable
 class Store(Protocol):
-    """Objects by key, such as `topk_ids/c/0/0`; its string is its place, for messages and to open it again."""
+    """Objects by key, such as `topk_ids/c/0/0`. `str` gives the place, for messages and to open the store again."""
 
     def read(self, key: str, limit: int | None = None) -> bytes:
         """Return an object of at most `limit` bytes, by default the limit of its kind.
 
         Raises:
-            CacheIncompleteError: it is missing.
-            CacheCorruptError: it has more bytes.
-            CacheError: it cannot be read.
+            CacheIncompleteError: the object is missing.
+            CacheCorruptError: the object has more bytes.
+            CacheError: the object cannot be read.
         """
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object whole and durably, in place of what is there.
+        """Write an object whole and durably; replace an earlier one.
 
         Raises:
-            CacheError: it cannot be written; nothing of it is left behind.
+            CacheError: the object cannot be written; no part of it is left behind.
         """
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; return whether it now holds these bytes.
+        """Write an object unless one is there; return whether the object now holds these bytes.
 
-        Of any number of writers one succeeds, and those that bring the same bytes. The same errors as `write`.
+        Of several writers one succeeds, and so do writers of the same bytes. Raises as `write`.
         """
 
     def swap(self, key: str, data: bytes, old: bytes) -> bool:
-        """Replace an object in one step, if it still holds `old`; return whether it now holds `data`.
+        """Replace an object in one step if it still holds `old`; return whether it now holds `data`.
 
-        The same errors as `write`.
+        Raises as `write`.
         """
 
     def delete(self, key: str) -> None:
-        """Remove an object, which may be gone already."""
+        """Remove an object; do nothing if it is gone already."""
 
     def size(self, key: str) -> int | None:
-        """Return the bytes of an object, or None where there is none.
+        """Return the size of an object in bytes, or None if it is missing.
 
         Raises:
             CacheError: the store cannot tell.
         """
 
     def find(self, prefix: str = "") -> list[str]:
-        """Return the keys that begin with a prefix, sorted; whatever lies in the place, of this cache or not."""
+        """Return the keys that begin with a prefix, sorted; keys of foreign files too."""
 
     def local(self, key: str) -> Path:
-        """Return a local file with an object's bytes; only to be read.
+        """Return a local file with the bytes of an object; callers may only read it.
 
         Raises:
-            CacheIncompleteError, CacheError: as `read`; of a folder, opening the file raises OSError instead.
+            CacheIncompleteError, CacheError: as `read`; for a folder, opening the file raises OSError instead.
         """
 
     def prepare(self, key: str) -> None:
-        """Make a local copy of an object for a later `local`, where one is needed; the same errors."""
+        """Make a local copy of an object for a later `local`, if the store needs one; raises as `local`."""
 
     def discard_copy(self, key: str) -> bool:
-        """Forget the local copy of an object that turned out to be damaged; False where there is none."""
+        """Delete the local copy of an object, because it is damaged; return False if there is none."""
 
     def copy_from(self, source: "Store", source_key: str, key: str) -> bool:
-        """Create an object with the bytes of another store's, moving none where possible; returns as `create`."""
+        """Create an object with the bytes of an object of another store, by a link if possible; returns as `create`."""
 
     def lock(self) -> AbstractContextManager[Lock]:
         """Return a context within which no other process writes here.
 
         Raises:
-            CacheLockedError: another process does; names it.
+            CacheLockedError: another process does; names that process.
         """

@@ -22,7 +22,7 @@ class LocalStore:
     """A folder."""
 
     def __init__(self, root: Path) -> None:
-        """Name the folder; it is made when something is written."""
+        """Name the folder; the first write makes it."""
         self.root = root
         self._durable: set[Path] = set()
 
@@ -40,7 +40,7 @@ class LocalStore:
             with path.open("rb") as file:
                 data = file.read(min(status.st_size, limit) + 1)  # a buffer of this size is made at once
         except FileNotFoundError as error:
-            raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
+            raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists every missing object") from error
         except OSError as error:
             raise CacheError(f"cannot read {path}: {error.strerror}") from error
         if len(data) > limit:
@@ -55,7 +55,7 @@ class LocalStore:
             temporary.replace(path)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; see `Store`."""
+        """Write an object unless one is there; see `Store`."""
         path = self.root / key
         if self.size(key) is None:
             with self._writing(path) as temporary:
@@ -67,7 +67,7 @@ class LocalStore:
     def swap(self, key: str, data: bytes, old: bytes) -> bool:
         """Replace an object that still holds `old`; see `Store`.
 
-        Between the look and the renaming nothing but the lock keeps others away: no file system compares and renames.
+        No file system compares and renames in one step, so between the two only the lock keeps other writers away.
         """
         path = self.root / key
         if self._holds(key, old):
@@ -78,7 +78,7 @@ class LocalStore:
         return self._holds(key, data)
 
     def _holds(self, key: str, data: bytes) -> bool:
-        """Whether an object has these bytes; if so, makes its name durable: a killed process may not have done so."""
+        """Whether an object has these bytes; if so, make its name durable, which a killed process may not have done."""
         is_same = self.size(key) == len(data) and self.read(key, len(data)) == data
         if is_same:
             self._sync_folder(key)
@@ -94,14 +94,14 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[Path]:
-        """Yield a temporary name beside a path; what the disk refuses becomes one line, and no such file stays."""
+        """Yield a temporary name beside a path; turn errors of the disk into one line, and leave no temporary file."""
         temporary = path.with_name(temporary_key(path.name, token_hex(8)))
         try:
             self._make_folder(path.parent)
             try:
                 yield temporary
             finally:
-                with contextlib.suppress(OSError):  # as a rule it is gone; else the next writer removes it
+                with contextlib.suppress(OSError):  # usually it is gone; if not, the next writer removes it
                     temporary.unlink()
             _sync(path.parent)
         except OSError as error:
@@ -110,7 +110,7 @@ class LocalStore:
             ) from error
 
     def delete(self, key: str) -> None:
-        """Remove an object durably, and the folders that it leaves empty; see `Store`."""
+        """Remove an object durably, with the folders that become empty; see `Store`."""
         path = self.root / key
         try:
             path.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ class LocalStore:
                 (self.root / folder).rmdir()
 
     def size(self, key: str) -> int | None:
-        """Return the bytes of an object, or None where there is none; see `Store`."""
+        """Return the size of an object in bytes, or None if it is missing; see `Store`."""
         path = self.root / key
         try:
             status = path.stat()
@@ -142,7 +142,7 @@ class LocalStore:
             raise CacheError(f"cannot list {folder}: {error.strerror}; mend that first") from error
 
     def _walk(self, folder: Path) -> Iterator[str]:
-        """Yield all keys in a folder; a folder of somebody else that cannot be listed counts as one object."""
+        """Yield all keys in a folder; a foreign folder that cannot be listed counts as one object."""
         closed: list[Path] = []
 
         def note(error: OSError) -> None:
@@ -186,7 +186,7 @@ class LocalStore:
 
     def _copy(self, source: Store, source_key: str, path: Path) -> bool:
         with self._writing(path) as temporary:
-            origin = source.local(source_key).resolve()  # a link to a symbolic link would lead elsewhere from here
+            origin = source.local(source_key).resolve()  # from here a relative symbolic link leads elsewhere
             _sync(origin)  # a copy of a remote object may not be on its disk yet
             try:
                 path.hardlink_to(origin)
@@ -203,13 +203,13 @@ class LocalStore:
         try:
             self._make_folder(self.root)
             for folder in (self.root, *filter(Path.is_dir, self.root.iterdir())):
-                _sync(folder)  # a killed process may have renamed there what now passes for committed
+                _sync(folder)  # a killed process may have renamed objects without a sync
         except OSError as error:
             raise CacheError(f"cannot create {self}: {error.strerror}; choose another folder") from error
         return FolderLock(self.root)
 
     def _make_folder(self, folder: Path) -> None:
-        """Make a folder and those above it durable; what is there may be the work of a process killed before it was."""
+        """Make a folder and those above it durable; an existing one may come from a process killed before its sync."""
         if folder in self._durable and folder.is_dir():
             return
         if folder.parent != folder:
@@ -220,7 +220,7 @@ class LocalStore:
         try:
             _sync(folder.parent)
         except OSError:
-            if made:  # else it is not ours to answer for
+            if made:  # the folders above an existing one may not be ours to sync
                 raise
         self._durable.add(folder)
 

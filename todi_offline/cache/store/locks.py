@@ -1,8 +1,8 @@
-"""Who writes to a store: one process at a time, named in its object `.lock`.
+"""A store in, the lock of its one writing process out; the object `.lock` names the process.
 
-A folder's lock is held by the kernel and ends with its process. In an object store the holder renews the lock while it
-lives; when a lock stands still for a lease, its holder is gone and the next writer takes it over. A holder that was
-only stalled finds out when it compares its token with the lock's, which it does before it replaces anything.
+The kernel holds the lock of a folder and releases it when the process ends. In an object store the holder renews the
+lock while it lives. When a lock stands still for a lease, the next writer takes it over. A holder that was only stalled
+notices this when it compares its token with that of the lock, which it does before it replaces any object.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ class Holder:
     process: int
     host: str
     machine: str
-    """Tells the processes of this machine, since it started, from those of any other."""
+    """The mark of this machine since its start; processes of other machines have another one."""
     token: str
     renewed: int = 0
-    """How often the holder has said that it lives."""
+    """How often the holder has renewed the lock."""
     has_ended: bool = False
-    """Whether it let go of a lock that it had taken over: it leaves its name to the one it took it from."""
+    """Whether the holder has released a lock that it had taken over; its name stays for the stalled process."""
 
     @classmethod
     def of_this_process(cls) -> "Holder":
-        """Name this process."""
+        """Return this process as a holder."""
         return cls(os.getpid(), socket.gethostname(), _machine(), token_hex(8))
 
     def to_bytes(self) -> bytes:
@@ -58,7 +58,7 @@ class Holder:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Holder | None":
-        """Read a lock, which may hold anything: None where it names nobody."""
+        """Read a lock; return None if its bytes name no process."""
         try:
             values = json.loads(data)
             kinds = {field.name: type(getattr(_NOBODY, field.name)) for field in dataclasses.fields(cls)}
@@ -68,11 +68,11 @@ class Holder:
             return None
 
     def __str__(self) -> str:
-        """Name the process for people."""
+        """Describe the process in words."""
         return f"process {self.process} on {self.host}"
 
     def is_dead(self) -> bool:
-        """Whether it was a process of this machine and is no more."""
+        """Whether the holder was a process of this machine and has ended."""
         if self.machine != _machine():
             return False
         try:
@@ -88,7 +88,7 @@ _NOBODY = Holder(0, "", "", "")
 
 
 def read_holder(store: Store) -> Holder | None:
-    """Return the process that a store's lock names, or None where there is no lock."""
+    """Return the process that the lock of a store names, or None without a lock."""
     try:
         return Holder.from_bytes(store.read(LOCK_KEY))
     except CacheIncompleteError:
@@ -96,24 +96,24 @@ def read_holder(store: Store) -> Holder | None:
 
 
 def require_held(store: Store, token: str) -> None:
-    """Refuse to go on after the lock with this token was taken over.
+    """Refuse to continue after another process has taken over the lock with this token.
 
     Raises:
-        CacheLockedError: another process holds the lock, or held it since; names it where it can.
+        CacheLockedError: another process holds the lock, or has held it since; names that process if it can.
     """
     holder = read_holder(store)
     if holder is not None and holder.token == token:
         return
     who = "another process" if holder is None else str(holder)
     raise CacheLockedError(
-        f"{store} was taken over by {who} while this process stood still; nothing that is committed was changed: "
-        "run the command again, and it goes on from there"
+        f"{store} was taken over by {who} while this process stood still; committed shards are unharmed: run the "
+        "command again, and it continues from there"
     )
 
 
 @contextlib.contextmanager
 def naming_successor(store: Store, token: str) -> Iterator[None]:
-    """Within, an error of a holder whose lock was taken over names the successor, whose work may have caused it."""
+    """Within this context, an error of a holder that was taken over names its successor, the likely cause."""
     try:
         yield
     except CacheLockedError:
@@ -124,7 +124,7 @@ def naming_successor(store: Store, token: str) -> Iterator[None]:
 
 
 class FolderLock:
-    """Holds a folder for one writing process; the kernel lets go of it when the process ends, however it ends."""
+    """Locks a folder for one writing process; the kernel releases the lock when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
         """Name the folder; entering the context takes the lock."""
@@ -159,7 +159,7 @@ class FolderLock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._is_current():
-                raise CacheLockedError(f"another process has just let go of {folder}; run the same command again")
+                raise CacheLockedError(f"another process has just released {folder}; run the same command again")
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, self._holder.to_bytes(), 0)
         except BlockingIOError as error:
@@ -169,7 +169,7 @@ class FolderLock:
             raise CacheError(f"cannot lock {folder}: {error.strerror}; mend that first") from error
 
     def _is_current(self) -> bool:
-        """Whether the locked file still has its name: its last holder removes it, and a third may have made another."""
+        """Whether the locked file still has its name, and no other process has removed or replaced it."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
         except FileNotFoundError:
@@ -178,7 +178,7 @@ class FolderLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the lock's file, unless it is another one by now, and let go of it."""
+        """Remove the file of the lock, unless its name belongs to another file by now, and release the lock."""
         try:
             if self._is_current():
                 with contextlib.suppress(OSError):  # a file that cannot be removed locks nothing
@@ -188,7 +188,7 @@ class FolderLock:
 
 
 class LeaseLock:
-    """An object that names the process which writes to an object store; it renews the object while it lives."""
+    """Locks an object store by an object that names the writing process, which renews the object while it lives."""
 
     def __init__(self, store: Store, lease_seconds: float = LEASE_SECONDS) -> None:
         """Name the store; entering the context takes the lock."""
@@ -205,14 +205,14 @@ class LeaseLock:
         return self._holder.token
 
     def __enter__(self) -> "LeaseLock":
-        """Take the lock; waits for up to a lease where it cannot tell whether the holder lives.
+        """Take the lock; wait for up to a lease if it is unknown whether the present holder lives.
 
         Raises:
             CacheLockedError: another process holds it.
         """
         if not self._store.create(LOCK_KEY, self._holder.to_bytes()):
             self._take_over()
-        require_held(self._store, self.token)  # where the backend's creation is not exclusive
+        require_held(self._store, self.token)  # for backends whose creation is not exclusive
         self._renewing.start()
         return self
 
@@ -221,7 +221,7 @@ class LeaseLock:
         try:
             data = self._store.read(LOCK_KEY)
         except CacheIncompleteError as error:
-            message = f"another process has just let go of {self._store}; run the same command again"
+            message = f"another process has just released {self._store}; run the same command again"
             raise CacheLockedError(message) from error
         holder = Holder.from_bytes(data)
         is_free = holder is not None and (holder.has_ended or holder.is_dead())
@@ -232,9 +232,9 @@ class LeaseLock:
         self._took_over = not (holder is not None and holder.has_ended)
 
     def _wait(self, data: bytes, holder: str) -> None:
-        """Return once the lock has stood still for a lease; refuse when it moves."""
+        """Return when the lock has stood still for a lease; refuse if its holder renews it."""
         logger.warning(
-            "%s is locked by %s; waiting up to %g s to see whether it lives", self._store, holder, self._lease_seconds
+            "%s is locked by %s; waiting up to %g s for a sign of life", self._store, holder, self._lease_seconds
         )
         deadline = time.monotonic() + self._lease_seconds
         while (left := deadline - time.monotonic()) > 0:
@@ -247,12 +247,12 @@ class LeaseLock:
                 raise CacheLockedError(f"{self._store} is being written by {holder}; wait for it, or stop it")
 
     def _renew(self) -> None:
-        """Say that this process lives, until the lock is let go of or lost."""
+        """Renew the lock until this process releases or loses it."""
         while not self._ended.wait(self._lease_seconds / _RENEWALS):
             renewed = dataclasses.replace(self._holder, renewed=self._holder.renewed + 1)
             try:
                 if not self._store.swap(LOCK_KEY, renewed.to_bytes(), self._holder.to_bytes()):
-                    return  # taken over: `require_held` says so where it matters
+                    return  # another process has taken over, which `require_held` will report
             except CacheError as error:
                 logger.warning("cannot renew the lock of %s: %s", self._store, error)
                 continue
@@ -261,7 +261,7 @@ class LeaseLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the lock, unless another process has taken it over."""
+        """Release the lock, unless another process has taken it over."""
         self._ended.set()
         self._renewing.join()
         try:

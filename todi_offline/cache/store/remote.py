@@ -1,8 +1,8 @@
 """A URL in, the objects below it out: a cache in an object store, through fsspec and local copies.
 
-Credentials, endpoints and the like are the backend's own matter: S3's come from `AWS_*` and `~/.aws`, Google's from
-`GOOGLE_APPLICATION_CREDENTIALS`; anything that fsspec's file systems take can stand in `FSSPEC_S3_ENDPOINT_URL` and the
-like, in `~/.config/fsspec/`, or in `storage_options`.
+Credentials and endpoints are up to the backend: S3 reads `AWS_*` and `~/.aws`, Google `GOOGLE_APPLICATION_CREDENTIALS`.
+All other options of fsspec's file systems can be set by variables such as `FSSPEC_S3_ENDPOINT_URL`, in
+`~/.config/fsspec/`, or by `storage_options`.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 class RemoteStore:
-    """What lies below a URL such as `s3://bucket/prefix`. May be forked, pickled and shared between threads.
+    """The objects below a URL such as `s3://bucket/prefix`. May be forked, pickled and shared between threads.
 
     `create` is one conditional request on S3 (If-None-Match) and Google Cloud Storage (ifGenerationMatch), and `swap`
-    is one on S3 (If-Match): of any number of writers one succeeds. Elsewhere, and in S3-compatible stores that ignore
-    the condition, the store is looked at first and then written: two writers within the same moment can both succeed.
+    is one on S3 (If-Match): of several writers one succeeds. In other stores, and in S3-compatible ones that ignore the
+    condition, `create` and `swap` look first and then write: two writers at the same moment can both succeed.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RemoteStore:
         `lease_seconds` is how long a lock must stand still before another writer takes it over.
 
         Raises:
-            ConfigError: there is no such protocol, its package is not installed, or it does not take the options.
+            ConfigError: the protocol is unknown, its package is not installed, or it refuses the options.
         """
         self.url = url.rstrip("/")
         self.storage_options = dict(storage_options or {})
@@ -74,18 +74,18 @@ class RemoteStore:
         return data
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object, which appears when its last byte has arrived; see `Store`."""
+        """Write an object; it appears when its last byte has arrived; see `Store`."""
         with self._at(key, "write") as (files, path):
             files.pipe_file(path, data)
         self._versions.pop(key, None)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet; see `Store`, and above."""
+        """Write an object unless one is there; see `Store`, and above."""
         try:
             with self._at(key, "write") as (files, path):
                 files.pipe_file(path, data, mode="create")
         except CacheError:
-            # A request whose answer was lost is sent again, and then meets the object that it has written itself.
+            # After a lost answer the client repeats its request, which then meets the object that it has written.
             if (size := self.size(key)) is None:
                 raise
             return size == len(data) and self.read(key, size) == data
@@ -122,14 +122,14 @@ class RemoteStore:
         self._versions.pop(key, None)
 
     def size(self, key: str) -> int | None:
-        """Return the bytes of an object, or None where there is none; see `Store`."""
+        """Return the size of an object in bytes, or None if it is missing; see `Store`."""
         try:
             return int(self._info(key)["size"])
         except CacheIncompleteError:
             return None
 
     def find(self, prefix: str = "") -> list[str]:
-        """Return the keys that begin so; see `Store`."""
+        """Return the keys that begin with a prefix; see `Store`."""
         folder = prefix[: prefix.rfind("/") + 1]
         with self._at(folder, "list") as (files, path):
             names = files.find(path)
@@ -137,22 +137,22 @@ class RemoteStore:
         return sorted(name.removeprefix(root) for name in names if name.startswith(root + prefix))
 
     def local(self, key: str) -> Path:
-        """Return a copy of an object in the staging folder, which stays while it is in use; see `Store`."""
+        """Return a copy of an object in the staging folder; the copy stays while it is in use; see `Store`."""
         return self.staging.copy(*self._copied(key))
 
     def prepare(self, key: str) -> None:
-        """Copy an object to the staging folder, as the last to leave it; see `Store`."""
+        """Copy an object to the staging folder, as its most recently used one; see `Store`."""
         self.staging.prepare(*self._copied(key))
 
     def discard_copy(self, key: str) -> bool:
-        """Forget the local copy of an object, so that the next `local` fetches it anew; see `Store`."""
+        """Delete the local copy of an object, so that the next `local` fetches it again; see `Store`."""
         found = self._versions.pop(key, None)
         if found:
             self.staging.drop(*found)
         return found is not None
 
     def copy_from(self, source: Store, source_key: str, key: str) -> bool:
-        """Let the object store copy what it holds itself, and send it the rest; see `Store`."""
+        """Let the object store copy its own objects, and send it all others; see `Store`."""
         if self.size(key) is None:
             try:
                 self._copy(source, source_key, key)
@@ -183,7 +183,7 @@ class RemoteStore:
         return LeaseLock(self, self.lease_seconds)
 
     def _open(self) -> tuple[Any, str]:
-        """Return fsspec's file system, of which it keeps one for a process and these options, and the root in it."""
+        """Return the file system of fsspec, which keeps one for each process and set of options, and the root in it."""
         from fsspec.core import url_to_fs
 
         try:
@@ -196,7 +196,7 @@ class RemoteStore:
 
     @contextlib.contextmanager
     def _at(self, key: str, doing: str) -> Iterator[tuple[Any, str]]:
-        """Yield the file system and the path of an object in it; what backends raise becomes one line of ours."""
+        """Yield the file system and the path of an object in it; turn errors of the backend into one line."""
         files, root = self._open()
         where = f"{self}/{key}"
         try:
@@ -206,11 +206,11 @@ class RemoteStore:
                 raise CacheError(
                     f"cannot {doing} {where}: {_reason(error)}; make the bucket, or mend the URL"
                 ) from error
-            raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists all that is missing") from error
+            raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists every missing object") from error
         except Exception as error:  # they have no common class
             raise CacheError(
                 f"cannot {doing} {where}: {_reason(error)}; "
-                "mend the URL, its credentials or the network, and run it again"
+                "mend the URL, its credentials or the network, and run the command again"
             ) from error
 
     def _info(self, key: str) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class RemoteStore:
             return info
 
     def _copied(self, key: str) -> tuple[str, int, Fetch]:
-        """Return name, size and maker of the local copy of an object as it is in the store."""
+        """Return the name, the size and the fetch function for a local copy of an object as it is in the store."""
         if key not in self._versions:
             info = self._info(key)
             version = repr(sorted((name, str(value)) for name, value in info.items()))  # ETag, time, generation, ...
@@ -231,7 +231,7 @@ class RemoteStore:
         return name, size, partial(self._fetch, key, size)
 
     def _fetch(self, key: str, size: int, path: Path) -> None:
-        """Bring an object into a file; twice, since backends retry a request, but not all of them a broken body."""
+        """Fetch an object into a file; try twice, because not every backend retries after a broken body."""
         try:
             self._fetch_once(key, size, path)
         except CacheError as error:
@@ -239,7 +239,7 @@ class RemoteStore:
             try:
                 self._fetch_once(key, size, path)
             except CacheError:
-                self._versions.pop(key, None)  # it may have another size by now
+                self._versions.pop(key, None)  # the object may have another size by now
                 raise
 
     def _fetch_once(self, key: str, size: int, path: Path) -> None:
@@ -247,7 +247,8 @@ class RemoteStore:
             files.get_file(origin, str(path))
         if (found := path.stat().st_size) != size:
             raise CacheIncompleteError(
-                f"{found:,} bytes of {self}/{key} arrived, and it has {size:,}; run it again, or look at the network"
+                f"{found:,} bytes of {self}/{key} arrived, expected {size:,}; run the command again, or check "
+                "the network"
             )
 
 

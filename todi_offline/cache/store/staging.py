@@ -1,8 +1,8 @@
-"""Objects of a store in, local copies of them out: each whole or not there, all of them within a limit.
+"""Objects of a store in, local copies of them out: each whole or missing, all of them within a limit.
 
-Any number of processes share one folder. A copy that a process was handed lately is locked (`flock`) by it, and stays;
-of the others, the least recently used go when room is needed. Who fetches locks a file beside the part that is to
-become the copy; who is killed while fetching leaves both, unlocked, and they go the same way.
+Any number of processes share one folder. A process locks (`flock`) the copies that it has used lately, and these stay.
+Of the other copies, the least recently used ones go when room is needed. A process that fetches an object locks a file
+beside the unfinished part. If it is killed, both files stay behind unlocked, and go in the same way.
 """
 
 import contextlib
@@ -30,32 +30,32 @@ Fetch = Callable[[Path], None]
 
 
 class Staging:
-    """A folder of copies; what else lies in it is never touched.
+    """A folder of copies; other files in it are never touched.
 
-    Copies in use are not removed, so a limit below what the processes use at once is exceeded.
+    Copies in use are not removed, so the processes exceed a limit that is less than they use at once.
     """
 
     def __init__(self, folder: Path | None = None, limit_gb: float = DEFAULT_LIMIT_GB) -> None:
         """Name the folder, by default one below $XDG_CACHE_HOME, and how much it may hold (in 10^9 bytes)."""
         self.folder = folder or _default_folder()
         self.limit_gb = limit_gb
-        # Descriptors by name, the last used at the end. Each step on it is one operation of the dict, so that threads
-        # need no lock: one that another thread holds at a fork would stay locked in the child.
+        # Descriptors by name, the last used at the end. Each step is one operation of the dict, so threads need no
+        # lock: a lock that another thread holds at a fork would stay locked in the child.
         self._held: OrderedDict[str, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._held)
         _folders.add(self)
 
     def __reduce__(self) -> tuple[type["Staging"], tuple[Path, float]]:
-        """Give another process the folder, but not what is held here."""
+        """Give another process the folder, but not the copies that this process holds."""
         return Staging, (self.folder, self.limit_gb)
 
     def copy(self, name: str, num_bytes: int, fetch: Fetch) -> Path:
-        """Return the copy of this name and size, made by `fetch` where there is none.
+        """Return the copy of this name and size; `fetch` makes it if it is missing.
 
-        It stays until this process has asked for `HELD` others.
+        The copy stays until this process has asked for `HELD` other ones.
 
         Raises:
-            CacheError: there is no room, or the folder cannot be written; and what `fetch` raises.
+            CacheError: there is no room, or the folder cannot be written. Errors of `fetch` pass through.
         """
         path = self._path(name, num_bytes)
         try:
@@ -65,11 +65,11 @@ class Staging:
         return path
 
     def prepare(self, name: str, num_bytes: int, fetch: Fetch) -> None:
-        """Make the copy be there, and the last to go; the same errors as `copy`."""
+        """Make the copy if it is missing, as the most recently used one; raises as `copy`."""
         _let_go(self._make(self._path(name, num_bytes), num_bytes, fetch))
 
     def drop(self, name: str, num_bytes: int) -> None:
-        """Forget a copy, which may be gone already."""
+        """Delete a copy; do nothing if it is gone already."""
         path = self._path(name, num_bytes)
         with contextlib.suppress(KeyError):
             _let_go(self._held.pop(path.name))
@@ -89,15 +89,15 @@ class Staging:
         """Return an open, locked copy."""
         if num_bytes > self.limit_gb * 1e9:
             raise CacheError(
-                f"{path.name} takes {num_bytes:,} bytes, and {self.folder} may hold {self.limit_gb:g} GB of such "
-                "copies; allow it more (staging_gb)"
+                f"{path.name} takes {num_bytes:,} bytes, but the limit of {self.folder} is {self.limit_gb:g} GB; raise "
+                "the limit (staging_gb)"
             )
         try:
             while (descriptor := _hold(path, num_bytes)) is None:
                 self._fetch(path, num_bytes, fetch)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "make room there, or allow it less (staging_gb)" if full else "choose another folder (staging)"
+            advice = "make room there, or lower the limit (staging_gb)" if full else "choose another folder (staging)"
             raise CacheError(f"cannot keep a copy in {self.folder}: {error.strerror}; {advice}") from error
         return descriptor
 
@@ -119,7 +119,7 @@ class Staging:
                 lock.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
-        """Remove what was not used for longest; what is being fetched counts, too."""
+        """Remove the least recently used copies; unfinished ones count too."""
         found = []
         for path in self.folder.iterdir():
             if match := _NAME.fullmatch(path.name):
@@ -139,7 +139,7 @@ def _default_folder() -> Path:
 
 
 def _hold(path: Path, num_bytes: int) -> int | None:
-    """Open a copy and lock it against removal; None where there is none, or one that somebody cut short."""
+    """Open a copy and lock it against removal; return None if it is missing or cut short."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -161,7 +161,7 @@ def _hold(path: Path, num_bytes: int) -> int | None:
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[bool]:
-    """Make a file if need be and lock it; yields whether it still has that name when the lock is had."""
+    """Open or create a file and lock it; yield whether the locked file still has its name."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -171,7 +171,7 @@ def locked_file(path: Path) -> Iterator[bool]:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a copy that nobody holds, or what is left of a fetch."""
+    """Remove a copy that no process holds, or the remains of a fetch."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _touch(descriptor: int) -> None:
-    """Note the use; the time of modification stays, since shard indices are kept by it."""
+    """Record the use of a copy; keep its time of modification, by which shard indices are cached."""
     os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
 
 
@@ -207,7 +207,7 @@ def _let_go(descriptor: int) -> None:
 
 
 def _unlock(descriptor: int) -> None:
-    """Unlock, then close: a child that was forked meanwhile has the file open, too, and would keep the lock."""
+    """Unlock, then close: a child that was forked in between has the file open too, and would keep the lock."""
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
@@ -218,7 +218,7 @@ def _close_all(held: OrderedDict[str, int]) -> None:
 
 
 def _after_fork() -> None:
-    """A child holds nothing yet: its descriptors are its parent's, whose locks end when its parent says so."""
+    """Let a child hold no copy: its descriptors belong to its parent, which also releases the locks."""
     for staging in _folders:
         _close_all(staging._held)
 
