@@ -16,8 +16,9 @@ from todi_offline.models import load_model, load_tokenizer
 
 def main(folder: Path, smollm2: str) -> dict[str, str]:
     """Write what is not there yet."""
-    if not smollm2:
-        source, smollm2 = str(fetch_teacher()), str(folder / "smollm2")
+    source = smollm2 or str(fetch_teacher())
+    if source.endswith(".gguf"):
+        smollm2 = str(folder / "smollm2")
         load_model(source, dtype="float32", device="cpu").save_pretrained(smollm2)
         load_tokenizer(source).save_pretrained(smollm2)
     tokenizer = load_tokenizer(smollm2)

@@ -1,6 +1,7 @@
 """Are the targets that vLLM's workers compute those of transformers?
 
-Both read the first rows of Python's documentation in float32, on the CPU. vLLM reads them in each of these ways:
+Both read the first rows of Python's documentation in float32, on the CPU: 60 rows by a tiny random Llama with the
+vocabulary of SmolLM2-135M-Instruct, 12 by that model itself. vLLM reads them twice, the second time in these ways:
 
     in process           the engine runs in the process that asks, prompts are read whole
     in a process         the engine has a process of its own, its cache of prefixes holds all prompts already
@@ -8,8 +9,8 @@ Both read the first rows of Python's documentation in float32, on the CPU. vLLM 
     preempted            the cache has so few blocks that prompts are given up midway and begun anew
     two workers          tensor parallelism of 2
 
-and then makes a whole cache, which is compared with one that transformers makes. The first teacher is a random Llama
-that is tiny and has the vocabulary of the second, SmolLM2-135M-Instruct.
+and then makes a whole cache, which is verified and compared with one that transformers makes. Log-probs, tails and
+labels are the largest distances in nats, over the ids that are the same.
 
     python -m benchmarks vllm --set python=vllm-env/bin/python
 
@@ -20,8 +21,9 @@ runs vLLM in an environment of its own, made by
     vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec
     vllm-env/bin/pip install -e .
 
-`--set smollm2=FOLDER` takes a copy of that model. Not claimed: any speed, for the cores are shared by both, and
-anything of GPUs or of vLLM's model runner V2, which has no build for CPUs: its batches are faked in the tests.
+`--set smollm2=FOLDER` takes a copy of that model; without it the environment needs `gguf`, too. Not claimed: any speed,
+for the cores are shared by both, and anything of GPUs or of vLLM's model runner V2, which has no build for CPUs: its
+batches are faked in the tests.
 """
 
 import json
@@ -62,28 +64,32 @@ COLUMNS = ("teacher", "read", "targets", "same ids", "same tail ids", "log-probs
 def run(quick: bool, python: str = "", smollm2: str = "") -> None:
     assert python, "name an environment's Python: --set python=vllm-env/bin/python"
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    versions = {}
     with tempfile.TemporaryDirectory() as folder:
         teachers = _teachers(python, Path(folder), smollm2)
-        for name, (teacher, limit) in list(teachers.items())[: 1 if quick else None]:
-            for mode, (options, changes) in MODES.items():
+        for name, (teacher, limit, modes) in list(teachers.items())[: 1 if quick else None]:
+            for mode in modes:
+                options, changes = MODES[mode]
                 found = json.loads(
                     _run(python, ["benchmarks._vllm_mode", teacher, limit, json.dumps(options)], changes)
                 )
-                versions = {key: found[key] for key in ("vllm", "torch", "transformers")}
-                lines.append(_row(name, mode, found))
-                print(lines[-1])
-            lines.append(_caches(python, name, teacher, limit, Path(folder)))
-            print(lines[-1])
-    lines += ["", "in that environment: " + ", ".join(f"{key} {value}" for key, value in versions.items())]
+                versions = ", ".join(f"{key} {found[key]}" for key in ("vllm", "torch", "transformers"))
+                _add(lines, _row(name, mode, found), versions, quick)
+            _add(lines, _caches(python, name, teacher, limit, Path(folder)), versions, quick)
+
+
+def _add(lines: list[str], line: str, versions: str, quick: bool) -> None:
+    """Show a line, and keep what was measured so far."""
+    lines.append(line)
+    print(line, flush=True)
     if not quick:
-        RESULT.write_text("\n".join([__doc__ or "", *lines, listed(environment()), ""]), encoding="utf-8")
+        end = ["", f"in the environment of vLLM: {versions}", listed(environment()), ""]
+        RESULT.write_text("\n".join([__doc__ or "", *lines, *end]), encoding="utf-8")
 
 
-def _teachers(python: str, folder: Path, smollm2: str) -> dict[str, tuple[str, int]]:
-    """Return the path of each teacher, and how many rows it is to read."""
+def _teachers(python: str, folder: Path, smollm2: str) -> dict[str, tuple[str, int, list[str]]]:
+    """Return the path of each teacher, how many rows it is to read, and in which ways."""
     made = json.loads(_run(python, ["benchmarks._vllm_teachers", folder, smollm2], {}))
-    return {"random": (made["random"], 60), "SmolLM2-135M": (made["smollm2"], 12)}
+    return {"random": (made["random"], 60, list(MODES)), "SmolLM2-135M": (made["smollm2"], 12, ["in a process"])}
 
 
 def _row(teacher: str, mode: str, found: Mapping[str, Any]) -> str:

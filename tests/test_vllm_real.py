@@ -4,6 +4,7 @@ Run with TODI_VLLM_PYTHON=/path/to/an/environment/bin/python; see benchmarks/res
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,11 @@ def test_a_capture_is_whole_and_of_the_same_teacher_as_one_by_transformers(teach
 
 
 def test_after_the_engine_is_killed_the_same_command_goes_on(teacher: Path, tmp_path: Path) -> None:
-    args = command(teacher, tmp_path / "c", 1000)
+    args = command(teacher, tmp_path / "c", 4000)
     with start(args) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if " 1 of " in line:  # the first shard
-                break
+        is_committed = re.compile(r"[1-9]\d* of \d+ shards").search
+        next(line for line in process.stderr if is_committed(line))
         (engine,) = [one for one in psutil.Process(process.pid).children() if "EngineCore" in " ".join(one.cmdline())]
         engine.kill()
         errors = process.stderr.read()
