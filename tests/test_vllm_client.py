@@ -19,6 +19,7 @@ from todi_offline.errors import ConfigError, EngineError, ModelError, OutOfMemor
 from todi_offline.teacher import Teacher, as_teacher, targets_of
 from todi_offline.vllm_teacher.client import Client
 
+CLIENT = "todi_offline.vllm_teacher.client"
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 EXAMPLES = some_examples(40, 9, 120, 2, 60)
 
@@ -160,6 +161,22 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPat
         ModelError, match=r"cannot load broken: RuntimeError: Engine core initialization failed\. More\.;"
     ):
         client("broken")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_processes_that_were_started_are_ended_where_loading_ends_early(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    ended: list[str] = []
+    install_fake_vllm(monkeypatch, collective_rpc=fail, teacher=teacher)
+    for step in ("note", "kill"):
+        monkeypatch.setattr(f"{CLIENT}.StartedProcesses.{step}", lambda _, step=step: ended.append(step))
+    with pytest.raises(ModelError if isinstance(error, Exception) else KeyboardInterrupt):
+        client()
+    assert ended[-1] == "kill"
 
 
 def test_a_version_that_was_not_tested_is_refused_unless_it_is_tried(

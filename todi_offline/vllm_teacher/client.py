@@ -63,17 +63,17 @@ class Client:
                 "load the teacher",
                 lambda: vllm.LLM(model, worker_extension_cls=EXTENSION, **options),
             )
-        except Exception as error:
+            self._processes.note()
+            self.description: Message = self._ask("describe itself", "todi_describe")[0]
+        except BaseException as error:  # an interrupt, too, leaves no process behind
             self._processes.note()
             self._processes.kill()
-            if isinstance(error, TodiError):
+            if isinstance(error, TodiError) or not isinstance(error, Exception):
                 raise
             raise ModelError(
                 f"vLLM {self.version} cannot load {model}: {type(error).__name__}: {_on_one_line(error)}; its log is "
                 "above"
             ) from error
-        self._processes.note()
-        self.description: Message = self._ask("describe itself", "todi_describe")[0]
 
     def targets(
         self, examples: Sequence[Example], settings: CacheSettings, report: Callable[[int], None]
