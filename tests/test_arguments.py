@@ -1,4 +1,4 @@
-"""What is asked of a Trainer and would be ignored or misread is refused by its name, before anything is loaded."""
+"""Trainer arguments that `ToDiTrainer` would ignore or misread are refused by name, before anything is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def test_a_setting_is_refused_before_the_student_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_paths_and_lists_are_taken_as_python_has_them(tmp_path: Path) -> None:
+def test_integers_paths_and_lists_are_accepted_for_floats_strings_and_tuples(tmp_path: Path) -> None:
     given = {"learning_rate": 1, "logging_steps": 5, "report_to": (), "data_seed": None, "run_name": tmp_path}
     arguments = training_arguments(
         load_train_config(None, {"student": "s", "cache": "c", "out": tmp_path, "use_cpu": True} | given)
@@ -69,7 +69,7 @@ def test_numbers_paths_and_lists_are_taken_as_python_has_them(tmp_path: Path) ->
     assert arguments.learning_rate == 1
 
 
-def test_deepspeed_of_accelerates_own_config_is_refused(
+def test_deepspeed_in_accelerates_config_is_refused(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -353,6 +353,6 @@ def test_wrong_columns_are_refused_before_the_teacher_is_loaded(
 
 
 def test_a_setting_that_does_not_exist_is_refused(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'temprature' is no setting of the settings"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'temprature'; did you mean 'temperatures'\?"):
         capture(teacher, examples, tmp_path / "cache", temprature=2.0)
     assert not (tmp_path / "cache").exists()

@@ -42,7 +42,7 @@ def test_a_file_wins_over_defaults_and_overrides_over_the_file(tmp_path: Path) -
     assert config == Outer(out=Path("o"), mode="b", limit=5, inner=Inner(rate=0.25, sizes=(4,)), free={"any": 1})
 
 
-def test_a_config_serves_as_a_file_does_and_is_left_as_it_was() -> None:
+def test_a_config_can_replace_the_file_and_is_not_changed() -> None:
     base = load_config(Outer, None, {"out": "o", "limit": 3, "inner": {"inner": "y", "rate": 0.5}})
     assert load_config(Outer, base) == base
     assert load_config(Outer, base, {"rate": 0.25, "limit": 4}) == dataclasses.replace(
@@ -51,12 +51,12 @@ def test_a_config_serves_as_a_file_does_and_is_left_as_it_was() -> None:
     assert base.inner.rate == 0.5
 
 
-def test_a_tables_own_name_given_flat_is_the_field_of_that_name_inside(tmp_path: Path) -> None:
+def test_an_override_with_the_name_of_a_table_sets_the_field_of_that_name_in_it(tmp_path: Path) -> None:
     assert load_config(Outer, None, {"out": "o", "inner": "y"}).inner == Inner(inner="y")
     assert load_config(Outer, None, {"out": "o", "inner": {"rate": 1}}).inner == Inner(rate=1.0)
 
 
-def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
+def test_a_config_written_as_a_dict_can_be_read_back(tmp_path: Path) -> None:
     config = load_config(Outer, None, {"out": "o", "sizes": [3]})
     plain = to_dict(config)
     assert plain["inner"] == {"inner": "x", "rate": 0.5, "sizes": [3]}
@@ -71,9 +71,9 @@ def test_every_setting_is_listed_with_its_table() -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ('out = "o"\nmodes = "a"', {}, r"'modes' is no setting of .*; did you mean 'mode'\?"),
-        ('out = "o"\n[inner]\nrat = 1', {}, r"'rat' is no setting of .*\[inner\]; did you mean 'rate'\?"),
-        ('out = "o"', {"zzz": 1}, r"'zzz' is no setting of the settings; the settings are out, mode"),
+        ('out = "o"\nmodes = "a"', {}, r"unknown setting 'modes' in .*settings.toml; did you mean 'mode'\?"),
+        ('out = "o"\n[inner]\nrat = 1', {}, r"unknown setting 'rat' in .*\[inner\]; did you mean 'rate'\?"),
+        ('out = "o"', {"zzz": 1}, r"unknown setting 'zzz'; the settings are out, mode"),
         ('out = "o"\nmode = "c"', {}, r"mode in .* is 'c'; expected one of a, b"),
         ('out = "o"\nlimit = "many"', {}, r"limit in .* is 'many'; expected int"),
         ('out = "o"\nlimit = true', {}, r"limit in .* is True; expected int"),
@@ -83,12 +83,12 @@ def test_every_setting_is_listed_with_its_table() -> None:
         ("out = ", {}, r"is not valid TOML"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, text: str, overrides: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path, text: str, overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(Outer, write(tmp_path, text), overrides)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*none.toml: No such file"):
         load_config(Outer, tmp_path / "none.toml")
 
@@ -97,7 +97,7 @@ def shifted(value: float, by: float = 0.0) -> float:
     return value + by
 
 
-def test_a_function_serves_where_it_may_and_is_written_by_its_name() -> None:
+def test_a_function_is_accepted_by_a_callable_field_and_written_by_its_name() -> None:
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Named:
         function: str | Callable[[float], float] = "none"

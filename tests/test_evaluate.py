@@ -1,4 +1,4 @@
-"""Both evaluations as one call: settings in, a summary and files out."""
+"""`evaluate`: distance and ROUGE-L in one call, its settings, its files and its refusals."""
 
 import json
 from pathlib import Path
@@ -20,18 +20,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(llama(seed=1), tmp_path_factory.mktemp("student"))
 
 
-def test_both_are_measured_and_kept(folder: Path, heldout: Cache, tmp_path: Path) -> None:
+def test_distance_and_rouge_are_measured_and_written(folder: Path, heldout: Cache, tmp_path: Path) -> None:
     out = tmp_path / "new" / "scores"
     seen = []
-    found = evaluate(str(folder), cache=heldout, data="stdlib", out=out, progress=lambda *at: seen.append(at), **QUICK)
-    assert found.distance is not None
-    assert found.generation is not None
-    assert found.distance.num_sequences == found.generation.num_prompts == 3
+    summary = evaluate(
+        str(folder), cache=heldout, data="stdlib", out=out, progress=lambda *at: seen.append(at), **QUICK
+    )
+    assert summary.distance is not None
+    assert summary.generation is not None
+    assert summary.distance.num_sequences == summary.generation.num_prompts == 3
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["distance"]["overall"]["measures"]["forward_kl"]["mean"] == (
-        found.distance.overall.measures["forward_kl"].mean
+        summary.distance.overall.measures["forward_kl"].mean
     )
-    assert metrics["generation"]["rouge_l_by_run"] == found.generation.rouge_l_by_run
+    assert metrics["generation"]["rouge_l_by_run"] == summary.generation.rouge_l_by_run
     assert metrics["config"]["seeds"] == [10, 20]
     assert metrics["config"]["max_prompt_length"] == 256
     assert sorted(file.name for file in out.iterdir()) == [
@@ -42,7 +44,7 @@ def test_both_are_measured_and_kept(folder: Path, heldout: Cache, tmp_path: Path
     assert seen == [(3, 3), (3, 6), (6, 6)]
 
 
-def test_each_is_measured_alone_and_nothing_is_written_unasked(
+def test_each_can_be_measured_alone_and_nothing_is_written_without_out(
     folder: Path, heldout: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -51,15 +53,15 @@ def test_each_is_measured_alone_and_nothing_is_written_unasked(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loaded_student_serves_as_well(folder: Path, heldout: Cache) -> None:
+def test_a_loaded_student_gives_the_same_results_as_its_folder(folder: Path, heldout: Cache) -> None:
     named = evaluate(str(folder), cache=heldout, data="stdlib", **QUICK)
-    given = evaluate(llama(seed=1), tokenizer=tiny_tokenizer(), cache=heldout, data="stdlib", **QUICK)
-    assert given == named
+    loaded = evaluate(llama(seed=1), tokenizer=tiny_tokenizer(), cache=heldout, data="stdlib", **QUICK)
+    assert loaded == named
     with pytest.raises(ModelError, match="needs its tokenizer"):
         evaluate(llama(seed=1), cache=heldout, **QUICK)
 
 
-def test_a_folder_of_adapters_is_a_student(folder: Path, heldout: Cache, tmp_path: Path) -> None:
+def test_a_folder_of_lora_adapters_is_a_student(folder: Path, heldout: Cache, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = add_lora(AutoModelForCausalLM.from_pretrained(folder), LoraSettings(lora_r=4))
@@ -68,12 +70,12 @@ def test_a_folder_of_adapters_is_a_student(folder: Path, heldout: Cache, tmp_pat
             parameter.data.fill_(0.3)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    worn = evaluate(str(tmp_path), cache=heldout, **QUICK)
-    assert worn == evaluate(model, tokenizer=tiny_tokenizer(), cache=heldout, **QUICK)
-    assert worn != evaluate(str(folder), cache=heldout, **QUICK)
+    adapted = evaluate(str(tmp_path), cache=heldout, **QUICK)
+    assert adapted == evaluate(model, tokenizer=tiny_tokenizer(), cache=heldout, **QUICK)
+    assert adapted != evaluate(str(folder), cache=heldout, **QUICK)
 
 
-def test_a_toml_file_says_what_settings_say(folder: Path, tmp_path: Path) -> None:
+def test_a_toml_file_gives_the_same_results_as_settings(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "evaluate.toml"
     file.write_text(f'student = "{folder}"\ndata = "stdlib"\ndevice = "cpu"\nlimit = 9\nmax_new_tokens = 4\n')
     written = evaluate(config=file, limit=3, seeds=(10, 20))
@@ -97,7 +99,7 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
         EvaluateConfig(student="s", **settings)
 
 
-def test_what_cannot_be_used_is_named(folder: Path, heldout: Cache, tmp_path: Path) -> None:
+def test_a_student_cache_or_data_set_that_cannot_be_used_is_named(folder: Path, heldout: Cache, tmp_path: Path) -> None:
     with pytest.raises(CacheFormatError, match="is not a cache"):
         evaluate(str(folder), cache=tmp_path, **QUICK)
     with pytest.raises(ModelError, match="there is no folder"):
@@ -107,5 +109,5 @@ def test_what_cannot_be_used_is_named(folder: Path, heldout: Cache, tmp_path: Pa
     other = save(llama(seed=1), tmp_path / "other", chat=False)
     with pytest.raises(CacheMismatchError, match="special_ids"):
         evaluate(str(other), cache=heldout, **QUICK)
-    with pytest.raises(ConfigError, match=r"'sedes' is no setting .* did you mean 'seeds'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'sedes'; did you mean 'seeds'"):
         evaluate(str(folder), cache=heldout, sedes=(1,))

@@ -1,4 +1,4 @@
-"""What a student writes, token by token, and how it compares with references."""
+"""A student's responses, token by token, and their ROUGE-L against references."""
 
 import itertools
 import json
@@ -25,13 +25,13 @@ def write(path, rows):
     return str(path)
 
 
-def asked(folder, rows=ROWS, *, chat=True, max_prompt_length=256, **config) -> Prompts:
+def prompts_of(folder, rows=ROWS, *, chat=True, max_prompt_length=256, **config) -> Prompts:
     file = write(folder / "rows.jsonl", rows)
     lengths = {"max_prompt_length": max_prompt_length, "max_length": max_prompt_length + 1}
     return load_prompts(DataConfig(data=file, **lengths, **config), tiny_tokenizer(chat))
 
 
-def answered(model, questions: Prompts, folder, **settings) -> tuple[Generation, dict[str, list[dict]]]:
+def generated(model, questions: Prompts, folder, **settings) -> tuple[Generation, dict[str, list[dict]]]:
     """Evaluate, and return the summary and the rows of each file of predictions by its run."""
     chosen = {"max_new_tokens": 12, "out": folder} | settings
     found = evaluate_generation(model, tiny_tokenizer(), questions, **chosen)
@@ -40,7 +40,7 @@ def answered(model, questions: Prompts, folder, **settings) -> tuple[Generation,
 
 
 def predictions(*args, **settings):
-    return {run: [row["prediction"] for row in rows] for run, rows in answered(*args, **settings)[1].items()}
+    return {run: [row["prediction"] for row in rows] for run, rows in generated(*args, **settings)[1].items()}
 
 
 def decoded(ids) -> str:
@@ -48,7 +48,7 @@ def decoded(ids) -> str:
 
 
 def greedily(model, prompt, num_tokens: int) -> str:
-    """The most probable token each time: no cache, no padding, nothing beside it."""
+    """Return a greedy response, generated without a KV cache, padding or batch."""
     ids = list(prompt.token_ids)
     for _ in range(num_tokens):
         with torch.no_grad():
@@ -60,8 +60,8 @@ def greedily(model, prompt, num_tokens: int) -> str:
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, gemma2])
-def test_prompts_of_unlike_lengths_are_answered_together_as_each_alone(build, tmp_path):
-    model, questions = build(seed=1), asked(tmp_path)
+def test_a_batch_of_unequal_prompts_gives_the_same_responses_as_each_prompt_alone(build, tmp_path):
+    model, questions = build(seed=1), prompts_of(tmp_path)
     lengths = {len(prompt.token_ids) for prompt in questions.prompts}
     assert len(lengths) == len(questions.prompts)
     expected = [greedily(model, prompt, 12) for prompt in questions.prompts]
@@ -71,8 +71,8 @@ def test_prompts_of_unlike_lengths_are_answered_together_as_each_alone(build, tm
         assert found == {"greedy": expected}
 
 
-def test_a_seed_decides_what_is_sampled_and_nobody_elses_chance_is_touched(tmp_path):
-    model, questions = llama(), asked(tmp_path)
+def test_a_seed_decides_the_samples_and_the_global_generator_is_restored(tmp_path):
+    model, questions = llama(), prompts_of(tmp_path)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -83,8 +83,8 @@ def test_a_seed_decides_what_is_sampled_and_nobody_elses_chance_is_touched(tmp_p
     assert predictions(model, questions, tmp_path / "b", seeds=(20,)) == {"20": first["20"]}
 
 
-def test_a_sample_comes_from_the_whole_distribution_whatever_the_model_has_been_set_to(tmp_path):
-    model, questions = llama(), asked(tmp_path)
+def test_samples_come_from_the_full_distribution_whatever_the_models_generation_config(tmp_path):
+    model, questions = llama(), prompts_of(tmp_path)
     plain = predictions(model, questions, tmp_path / "a", seeds=(1,))
     own = GenerationConfig(do_sample=False, temperature=0.1, top_k=1, repetition_penalty=9.0, max_new_tokens=2)
     model.generation_config = own
@@ -104,8 +104,8 @@ def test_a_sample_comes_from_the_whole_distribution_whatever_the_model_has_been_
         assert abs(drawn.count(words[token]) / len(drawn) - expected) < 4 * deviation
 
 
-def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(tmp_path):
-    model, questions = llama(), asked(tmp_path)
+def test_ids_outside_the_tokenizer_are_never_drawn(tmp_path):
+    model, questions = llama(), prompts_of(tmp_path)
     expected = predictions(model, questions, tmp_path / "a", greedy=True)
     model.resize_token_embeddings(560, mean_resizing=False)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(tmp_path):
 
 
 def preferring(*tokens: int):
-    """A model that likes these tokens best, in this order, whatever it reads."""
+    """Return a model that always prefers these tokens, in this order."""
     model = llama(eos_token_id=None)
     model.lm_head = torch.nn.Linear(model.config.hidden_size, 512)
     with torch.no_grad():
@@ -124,9 +124,9 @@ def preferring(*tokens: int):
     return model
 
 
-def test_a_response_ends_where_training_ends_it(tmp_path):
-    """At the chat template's end of a turn, also where that is not the tokenizer's EOS; and there too."""
-    questions, tokenizer = asked(tmp_path), tiny_tokenizer()
+def test_a_response_ends_at_the_tokens_that_end_it_in_training(tmp_path):
+    """These are the end-of-turn token of the chat template and the tokenizer's EOS, even if they differ."""
+    questions, tokenizer = prompts_of(tmp_path), tiny_tokenizer()
     turn_end = tokenizer.eos_token_id
     tokenizer.eos_token = "<|endoftext|>"
     assert {prompt.end_id for prompt in questions.prompts} == {turn_end} != {tokenizer.eos_token_id}
@@ -137,9 +137,9 @@ def test_a_response_ends_where_training_ends_it(tmp_path):
     assert (found.share_ended, found.mean_new_tokens) == (0, 7)
 
 
-def test_rouge_is_the_best_over_references_its_mean_over_prompts_and_its_spread_over_seeds(tmp_path):
+def test_rouge_is_the_best_over_references_then_the_mean_over_prompts_then_over_seeds(tmp_path):
     rows = [row | {"output": [f"a list {n}", "what a list is for"]} for n, row in enumerate(ROWS)]
-    found, files = answered(llama(), asked(tmp_path, rows), tmp_path, seeds=(10, 20, 30), max_new_tokens=40)
+    found, files = generated(llama(), prompts_of(tmp_path, rows), tmp_path, seeds=(10, 20, 30), max_new_tokens=40)
     score = rouge_l_scorer()
     means = {}
     for run, written in files.items():
@@ -152,7 +152,7 @@ def test_rouge_is_the_best_over_references_its_mean_over_prompts_and_its_spread_
     assert found.rouge_l == pytest.approx(statistics.fmean(means.values()))
     assert found.rouge_l_deviation == pytest.approx(statistics.stdev(means.values()))
     assert found.rouge_l > 0
-    alone, _ = answered(llama(), asked(tmp_path, rows), tmp_path / "greedy", greedy=True)
+    alone, _ = generated(llama(), prompts_of(tmp_path, rows), tmp_path / "greedy", greedy=True)
     assert alone.rouge_l_deviation is None
 
 
@@ -164,8 +164,8 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence_of_stems():
     assert score("", "something") == 0
 
 
-def test_repeated_n_grams_are_forbidden_when_asked_for(tmp_path):
-    model, questions = preferring(400, 401, 402), asked(tmp_path)
+def test_no_repeat_ngram_size_forbids_repeated_n_grams(tmp_path):
+    model, questions = preferring(400, 401, 402), prompts_of(tmp_path)
     settings = {"greedy": True, "max_new_tokens": 5}
     free = predictions(model, questions, tmp_path / "a", **settings)
     assert free["greedy"] == [decoded([400] * 5)] * 4
@@ -186,32 +186,32 @@ def test_repeated_n_grams_are_forbidden_when_asked_for(tmp_path):
         {"prompt": "Sort these:\n", "completion": "Done."},
     ],
 )
-def test_a_prompt_is_what_stands_before_the_response_in_training(row, chat, tmp_path):
+def test_a_prompt_equals_the_tokens_before_the_response_in_training(row, chat, tmp_path):
     example = examples_from_rows([row], DataConfig(), tiny_tokenizer(chat))[0]
     first = int(example.target_mask.argmax()) + 1
-    (prompt,) = asked(tmp_path, [row], chat=chat).prompts
+    (prompt,) = prompts_of(tmp_path, [row], chat=chat).prompts
     assert prompt.token_ids == tuple(example.token_ids[:first].tolist())
     assert prompt.end_id == example.token_ids[-1]
     assert prompt.references == ("Done.",)
 
 
-def test_of_a_conversation_the_last_answer_is_asked_for(tmp_path):
+def test_the_last_answer_of_a_conversation_is_the_reference(tmp_path):
     def message(role, content):
         return {"role": role, "content": content}
 
     turns = [message("user", "One?"), message("assistant", "1"), message("user", "Two?"), message("assistant", "2")]
-    (prompt,) = asked(tmp_path, [{"id": "x", "messages": turns}]).prompts
+    (prompt,) = prompts_of(tmp_path, [{"id": "x", "messages": turns}]).prompts
     assert (prompt.id, prompt.references) == ("x", ("2",))
     text = tiny_tokenizer().decode(prompt.token_ids)
     assert text.endswith("<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n")
     assert "1<|im_end|>" in text
     pair = {"prompt": turns[:3], "completion": turns[3:]}
-    assert asked(tmp_path, [pair]).prompts[0].token_ids == prompt.token_ids
+    assert prompts_of(tmp_path, [pair]).prompts[0].token_ids == prompt.token_ids
 
 
 def test_a_long_prompt_loses_its_middle_and_is_counted(tmp_path):
     rows = [{"instruction": "x " * 300 + "the end", "output": "y"}, {"instruction": "Short.", "output": "y"}]
-    found = asked(tmp_path, rows, chat=False, max_prompt_length=60)
+    found = prompts_of(tmp_path, rows, chat=False, max_prompt_length=60)
     long, short = found.prompts
     assert len(long.token_ids) == 60
     assert tiny_tokenizer().decode(long.token_ids).endswith("the end\n\n### Response:\n")
@@ -221,19 +221,19 @@ def test_a_long_prompt_loses_its_middle_and_is_counted(tmp_path):
     assert whole.endswith(kept[half:])
 
 
-def test_a_row_whose_template_leaves_no_room_is_dropped_and_counted(tmp_path):
+def test_a_row_that_is_too_long_even_after_cutting_is_dropped_and_counted(tmp_path):
     turns = [{"role": "system", "content": "long " * 60}, {"role": "user", "content": "Hi."}]
     turns += [{"role": "assistant", "content": "a"}]
     rows = [{"messages": turns}, {"messages": [{"role": "user", "content": "no answer"}]}]
     rows += [{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]}]
-    found = asked(tmp_path, rows, max_prompt_length=40)
+    found = prompts_of(tmp_path, rows, max_prompt_length=40)
     assert (len(found.prompts), found.num_dropped) == (1, 2)
-    with pytest.raises(DataError, match=r"gives no prompt: of its rows, 2 end without .* over max_prompt_length, 40"):
-        asked(tmp_path, rows[:2], max_prompt_length=40)
+    with pytest.raises(DataError, match=r"gives no prompt: 2 rows do not end with .* exceed max_prompt_length, 40"):
+        prompts_of(tmp_path, rows[:2], max_prompt_length=40)
 
 
-def test_a_limit_takes_the_first_rows(tmp_path):
-    assert [prompt.id for prompt in asked(tmp_path, limit=2).prompts] == ["0", "1"]
+def test_limit_reads_only_the_first_rows(tmp_path):
+    assert [prompt.id for prompt in prompts_of(tmp_path, limit=2).prompts] == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -244,18 +244,18 @@ def test_a_limit_takes_the_first_rows(tmp_path):
         ({"instruction": "a", "output": ["b", 3]}, "row 0 .*'output' holds .*; expected a text, or a list of texts"),
         ({"instruction": "a", "output": None}, "row 0 .*'output' holds .*; expected a text, or a list of texts"),
         ({"messages": "hello"}, "row 0 .*'messages' holds 'hello'; expected a list that is not empty"),
-        ({"messages": ["hello"]}, "row 0 .*its last message is 'hello'; expected an object with role and content"),
+        ({"messages": ["hello"]}, "row 0 .*the last message is 'hello'; expected an object with role and content"),
         ({"output": "b"}, "columns"),
-        ({"prompt": "", "completion": "a"}, "row 0 .*its prompt is empty"),
+        ({"prompt": "", "completion": "a"}, "row 0 .*the prompt is empty"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "row 0 .*the chat template leaves out tools"),
     ],
 )
-def test_a_row_that_asks_nothing_is_named(row, message, tmp_path):
+def test_a_row_without_a_prompt_or_an_answer_is_named(row, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        asked(tmp_path, [row])
+        prompts_of(tmp_path, [row])
 
 
-def test_without_rouge_score_the_extra_is_named(monkeypatch, tmp_path):
+def test_a_missing_rouge_score_is_an_error_with_the_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ConfigError, match=r"pip install 'todi-offline\[evaluate\]'"):
-        evaluate_generation(llama(), tiny_tokenizer(), asked(tmp_path))
+        evaluate_generation(llama(), tiny_tokenizer(), prompts_of(tmp_path))

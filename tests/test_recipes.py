@@ -1,4 +1,4 @@
-"""The paper's experiment in one word: what it sets, and that whoever sets something else gets that."""
+"""The recipes of the paper's experiments: their settings, and your own settings that win over them."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ def resolved(*, file: Path | None = None, **settings: Any) -> TrainConfig:
     return load_train_config(file, NEEDED | settings)
 
 
-def test_the_papers_numbers() -> None:
-    """As they stand in the scripts of its authors."""
+def test_the_settings_equal_the_papers_scripts() -> None:
+    """The scripts are those that the authors published."""
     config = resolved(recipe="paper")
     chosen = config.distillation
     assert (chosen.divergence, chosen.beta, chosen.temperature, chosen.kd_weight) == ("todi", 1, 2, 0.5)
@@ -42,7 +42,7 @@ def test_the_papers_numbers() -> None:
     assert config.distillation == chosen
 
 
-def test_the_learning_rate_falls_as_torchs_cosine_does() -> None:
+def test_the_learning_rate_follows_torchs_cosine_schedule() -> None:
     from transformers import get_scheduler
 
     arguments = training_arguments(resolved(recipe="paper"))
@@ -69,7 +69,7 @@ def test_the_learning_rate_falls_as_torchs_cosine_does() -> None:
     assert rates[0][-1] == pytest.approx(1e-7)
 
 
-def test_what_is_set_wins_over_the_recipe_in_a_file_and_in_a_call(tmp_path: Path) -> None:
+def test_settings_of_a_file_or_a_call_win_over_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
         'recipe = "paper"\n[distillation]\ntemperature = 1.0\nkd_weight = 0.3\n'
@@ -84,27 +84,29 @@ def test_what_is_set_wins_over_the_recipe_in_a_file_and_in_a_call(tmp_path: Path
     assert resolved(file=file, recipe="paper-lora").lora.lora_alpha == 8
 
 
-def test_another_schedule_does_not_inherit_what_the_recipes_own_needs() -> None:
+def test_a_different_schedule_does_not_inherit_the_arguments_of_the_recipes_own() -> None:
     assert "lr_scheduler_kwargs" not in resolved(recipe="paper", lr_scheduler_type="linear").trainer
     given = resolved(recipe="paper", lr_scheduler_kwargs={"min_lr": 1e-5}).trainer
     assert (given["lr_scheduler_type"], given["lr_scheduler_kwargs"]) == ("cosine_with_min_lr", {"min_lr": 1e-5})
 
 
-def test_a_step_has_as_many_sequences_whatever_the_processes_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_32_sequences_for_any_number_of_processes_and_any_batch_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert resolved(recipe="paper").trainer["gradient_accumulation_steps"] == 8
     assert resolved(recipe="paper", per_device_train_batch_size=16).trainer["gradient_accumulation_steps"] == 2
     monkeypatch.setenv("WORLD_SIZE", "4")  # the paper's own: 4 sequences, twice, on 4 devices
     assert resolved(recipe="paper").trainer["gradient_accumulation_steps"] == 2
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="takes 32 sequences a step, which 3 processes with batches of 4 cannot"):
+    with pytest.raises(ConfigError, match="3 processes with batches of 4 cannot make up the 32 sequences a step"):
         resolved(recipe="paper")
     assert resolved(recipe="paper", gradient_accumulation_steps=5).trainer["gradient_accumulation_steps"] == 5
 
 
-def test_a_recipe_is_refused_beside_a_config_in_which_everything_is_set() -> None:
+def test_a_recipe_is_refused_beside_a_train_config() -> None:
     bare = TrainConfig(student=StudentConfig(student="s"), cache=("c",), out=Path("r"), recipe="paper")
     for base, settings in ((bare, {}), (dataclasses.replace(bare, recipe=None), {"recipe": "paper"})):
-        with pytest.raises(ConfigError, match="recipe paper sets what is not set, and in a TrainConfig everything is"):
+        with pytest.raises(ConfigError, match="sets only settings that are not set, and a TrainConfig sets them all"):
             load_train_config(base, settings)
     assert load_train_config(resolved(recipe="paper"), {"beta": 2.0}).distillation.beta == 2
 
@@ -115,7 +117,7 @@ def test_without_a_recipe_nothing_is_set() -> None:
 
 
 @pytest.mark.parametrize("name", ["papr", "", ["paper"]])
-def test_an_unknown_recipe_is_answered_with_those_that_are_known(name: Any) -> None:
+def test_an_unknown_recipe_is_refused_with_a_list_of_the_recipes(name: Any) -> None:
     with pytest.raises(ConfigError, match=f"expected one of {', '.join(RECIPES)}$"):
         resolved(recipe=name)
 

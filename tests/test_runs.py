@@ -1,4 +1,4 @@
-"""A run's folder: the same command goes on, another is refused, nothing of an earlier run stays beside a later one."""
+"""The folder of a run: the same command resumes, different settings are refused, a new start leaves no old files."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Stop(TrainerCallback):
-    """Raises after some steps, as a kill would, but for what a kill does not let Python do."""
+    """Raises after some steps, like a kill, except that Python still cleans up."""
 
     def __init__(self, after: int, error: BaseException) -> None:
         self.after = after
@@ -69,11 +69,11 @@ def checkpoints(out: Path) -> list[str]:
 
 
 def record(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "todi_run.json").read_text())
-    return found
+    values: dict[str, Any] = json.loads((out / "todi_run.json").read_text())
+    return values
 
 
-def test_the_same_command_goes_on_after_a_kill_and_ends_the_same(
+def test_the_same_command_resumes_after_a_kill_and_ends_with_the_same_weights(
     student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -90,7 +90,7 @@ def test_the_same_command_goes_on_after_a_kill_and_ends_the_same(
         assert getattr(summary, name)["forward_kl"] == expected[name]["forward_kl"]
 
 
-def test_a_finished_run_says_so_and_does_nothing(
+def test_a_finished_run_logs_that_and_does_nothing(
     student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = shutil.copytree(whole, tmp_path / "run")
@@ -102,12 +102,12 @@ def test_a_finished_run_says_so_and_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
 
 
-def test_a_run_of_other_settings_is_refused_with_both_ways_before_a_student_is_loaded(
+def test_different_settings_are_refused_with_three_solutions_before_the_student_is_loaded(
     student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed(student, cache, tmp_path / "run")
     monkeypatch.setattr(todi_offline.training, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    both = r"; --resume goes on with it as set now, --no-resume deletes its checkpoints and begins anew; or name"
+    solutions = r"; name another folder \(--out\), resume it with the new settings \(--resume\), or delete its checkp"
     changes: list[tuple[dict[str, Any], str]] = [
         ({"learning_rate": 0.1}, r"trainer.learning_rate: 0.1 now, 0.01 in that run"),
         ({"beta": 2.0}, r"distillation.beta: 2.0 now, 1.0 in that run"),
@@ -115,38 +115,39 @@ def test_a_run_of_other_settings_is_refused_with_both_ways_before_a_student_is_l
         ({"seed": 1}, r"trainer.seed: 1 now, None in that run"),
     ]
     for change, message in changes:
-        with pytest.raises(ConfigError, match=rf"holds the checkpoints of a run of other settings \({message}\){both}"):
+        expected = rf"holds the checkpoints of a run with other settings \({message}\){solutions}"
+        with pytest.raises(ConfigError, match=expected):
             train(student, cache, tmp_path / "run", **(SETTINGS | change))
-    with pytest.raises(ConfigError, match=rf"checkpoints of a run of other settings \(cache_content: .*\){both}"):
+    with pytest.raises(ConfigError, match=rf"of a run with other settings \(cache_content: .*\){solutions}"):
         train(student, heldout, tmp_path / "run", **SETTINGS)
-    with pytest.raises(ConfigError, match=rf"holds a finished run of other settings \(.*beta.*\){both}"):
+    with pytest.raises(ConfigError, match=rf"holds a finished run with other settings \(.*beta.*\){solutions}"):
         train(student, cache, whole, eval_cache=heldout, beta=2.0, **SETTINGS)
 
 
-def test_another_student_is_another_run(student: str, cache: Cache, tmp_path: Path) -> None:
+def test_different_weights_make_a_different_run(student: str, cache: Cache, tmp_path: Path) -> None:
     killed(llama(seed=1), cache, tmp_path / "run", tokenizer=tiny_tokenizer())
-    with pytest.raises(ConfigError, match=r"of other settings \(student_weights: not the same\)"):
+    with pytest.raises(ConfigError, match=r"with other settings \(student_weights: not the same\)"):
         train(llama(seed=2), cache, tmp_path / "run", tokenizer=tiny_tokenizer(), **SETTINGS)
     train(student, cache, tmp_path / "run", **SETTINGS)  # the same weights, from their folder
 
 
-def test_a_run_goes_on_with_other_settings_where_that_is_asked_for(student: str, cache: Cache, tmp_path: Path) -> None:
+def test_resume_continues_a_run_with_different_settings(student: str, cache: Cache, tmp_path: Path) -> None:
     killed(student, cache, tmp_path / "run")
     summary = train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"max_steps": 7}))
     assert summary.num_steps == 7
     more = train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"max_steps": 8}))
     assert more.num_steps == 8
-    with pytest.raises(ConfigError, match=r"checkpoint-8 cannot be gone on with \(sequences_a_step: 8 now, 4 in that"):
+    with pytest.raises(ConfigError, match=r"checkpoint-8 cannot be resumed \(sequences_a_step: 8 now, 4 in that"):
         train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"gradient_accumulation_steps": 2}))
 
 
-def test_a_step_may_be_split_otherwise(student: str, cache: Cache, whole: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_split_its_steps_differently(student: str, cache: Cache, whole: Path, tmp_path: Path) -> None:
     killed(student, cache, tmp_path / "run")
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     assert train(student, cache, tmp_path / "run", **(SETTINGS | split)).num_steps == 5
 
 
-def test_what_begins_anew_leaves_nothing_of_the_run_before(
+def test_a_new_start_deletes_the_checkpoints_and_curves_of_the_previous_run(
     student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -160,30 +161,30 @@ def test_what_begins_anew_leaves_nothing_of_the_run_before(
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_checkpoints_of_another_program_are_neither_taken_for_ours_nor_deleted(
+def test_checkpoints_of_another_program_are_neither_resumed_nor_deleted(
     student: str, cache: Cache, whole: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(whole, tmp_path / "run")
     (out / "todi_run.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds the checkpoints of a run without todi_run\.json, so its"):
+    with pytest.raises(ConfigError, match=r"holds the checkpoints of a run without todi_run\.json: its"):
         train(student, cache, out, **SETTINGS)
-    with pytest.raises(ConfigError, match=r"checkpoint-5 lies in a folder without todi_run.json, .*not deleted; name"):
+    with pytest.raises(ConfigError, match=r"checkpoint-5 is in a folder without todi_run.json: .*not deleted; name"):
         train(student, cache, out, resume=False, **SETTINGS)
     assert train(student, cache, out, resume=True, **(SETTINGS | {"max_steps": 6})).num_steps == 6
 
 
-def test_a_run_without_a_checkpoint_begins_whatever_its_settings(student: str, cache: Cache, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_again_with_any_settings(student: str, cache: Cache, tmp_path: Path) -> None:
     killed(student, cache, tmp_path / "run", after=1)
     train(student, cache, tmp_path / "run", **(SETTINGS | {"max_steps": 1, "learning_rate": 0.1}))
-    with pytest.raises(ConfigError, match="holds no checkpoint to go on from; leave out resume"):
+    with pytest.raises(ConfigError, match="holds no checkpoint to resume; leave out resume"):
         train(student, cache, tmp_path / "other", resume=True, **SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("after", "message"),
-    [(3, "stopped at step 3; the same command goes on from .*run/checkpoint-2"), (1, "no checkpoint was written yet")],
+    [(3, "stopped at step 3; the same command resumes from .*run/checkpoint-2"), (1, "there is no checkpoint yet")],
 )
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_is_a_warning_that_says_how_to_resume(
     after: int, message: str, student: str, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -195,7 +196,9 @@ def test_an_interrupt_says_how_to_go_on(
     assert "same command" in caplog.text
 
 
-def test_memory_that_runs_out_is_one_line_with_what_to_lower(student: str, cache: Cache, tmp_path: Path) -> None:
+def test_running_out_of_memory_is_one_line_with_the_settings_to_lower(
+    student: str, cache: Cache, tmp_path: Path
+) -> None:
     gone = Stop(3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it."))
     with pytest.raises(OutOfMemoryError, match=r"2.00 GiB.; lower per_device_train_batch_size .*and raise") as error:
         train(student, cache, tmp_path / "run", callbacks=[gone], **SETTINGS)
@@ -218,23 +221,23 @@ def squares(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return (teacher.exp() - student.exp()).square().sum(-1)
 
 
-def test_a_divergence_of_ones_own_is_trained_on_and_written_down(student: str, cache: Cache, tmp_path: Path) -> None:
-    given = train(student, cache, tmp_path / "a", divergence=squares, **SETTINGS)
+def test_a_custom_divergence_is_trained_on_and_recorded_by_name(student: str, cache: Cache, tmp_path: Path) -> None:
+    passed = train(student, cache, tmp_path / "a", divergence=squares, **SETTINGS)
     assert json.loads((tmp_path / "a" / "todi_config.json").read_text())["distillation"]["divergence"] == (
         "test_runs:squares"
     )
     named = train(student, cache, tmp_path / "b", divergence="test_runs:squares", **SETTINGS)
-    assert named.train_loss == given.train_loss
+    assert named.train_loss == passed.train_loss
     with pytest.raises(ConfigError, match="the divergence <lambda> returns"):
         train(student, cache, tmp_path / "c", divergence=lambda p, q: p - q, **SETTINGS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_so_it_does_from_a_shell_at_any_instant(
+def test_a_command_killed_at_any_moment_resumes(
     number: signal.Signals, student: str, cache: Cache, tmp_path: Path
 ) -> None:
-    """The command is killed a little later each time, until it comes to its end."""
+    """The command is killed a little later each time, until it finishes."""
     options = ["--batch-size", "4", "--learning-rate", "0.01", "--max-steps", "60", "--set", "use_cpu=true"]
     command = [sys.executable, "-c", "from todi_offline.cli import main; main()", "train", "--student", student]
     command += ["--cache", str(cache.root), *options, "--set", "save_steps=5"]

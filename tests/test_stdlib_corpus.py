@@ -1,4 +1,4 @@
-"""The embedded data set is the same everywhere, reads well and costs nothing to the program around it."""
+"""The embedded data set: the same in every process, readable, and without side effects of importing modules."""
 
 import builtins
 import json
@@ -16,19 +16,19 @@ from todi_offline.stdlib_corpus import MAX_CHARS, MIN_CHARS, MODULES, stdlib_pai
 
 @pytest.fixture
 def fresh():
-    """Build the corpus anew within the test, and again after it."""
+    """Clear the cached corpus before and after the test."""
     stdlib_corpus._entries.cache_clear()
     yield
     stdlib_corpus._entries.cache_clear()
 
 
-def test_there_is_about_a_million_characters_in_some_fourteen_hundred_pairs():
+def test_there_are_about_a_million_characters_in_about_fourteen_hundred_pairs():
     pairs = stdlib_pairs("train") + stdlib_pairs("heldout")
     assert 1_200 < len(pairs) < 1_800
     assert 800_000 < sum(len(pair.response) for pair in pairs) < 1_300_000
 
 
-def test_about_a_tenth_is_held_out_and_shares_no_text_or_name_with_the_rest():
+def test_about_a_tenth_is_held_out_and_shares_no_text_or_name_with_train():
     train, heldout = stdlib_pairs("train"), stdlib_pairs("heldout")
     assert 0.06 < len(heldout) / (len(train) + len(heldout)) < 0.14
     assert not {pair.response for pair in train} & {pair.response for pair in heldout}
@@ -55,7 +55,7 @@ def test_responses_are_clean_and_of_a_readable_length():
         assert "\t" not in pair.response, pair.id
 
 
-def test_instructions_are_worded_in_many_ways_and_name_what_they_ask_for():
+def test_instructions_have_many_wordings_and_contain_the_name():
     pairs = stdlib_pairs()
     assert len({pair.instruction.split("`")[0].split("“")[0] for pair in pairs}) >= 10
     assert all(_last_name(pair.id) in pair.instruction for pair in pairs)
@@ -71,7 +71,7 @@ def test_another_process_builds_the_same_pairs():
     assert json.loads(answer.stdout) == [asdict(pair) for pair in stdlib_pairs("train") + stdlib_pairs("heldout")]
 
 
-def test_what_a_package_adds_to_the_library_is_left_out(monkeypatch, fresh):
+def test_objects_that_a_package_adds_to_a_module_are_left_out(monkeypatch, fresh):
     def shout(self):
         """Log at the top of one's voice."""
 
@@ -82,7 +82,7 @@ def test_what_a_package_adds_to_the_library_is_left_out(monkeypatch, fresh):
     assert stdlib_pairs() == before
 
 
-def test_building_it_prints_nothing_and_warns_of_nothing():
+def test_building_the_data_set_prints_and_warns_nothing():
     script = "import todi_offline.stdlib_corpus as corpus; corpus.stdlib_pairs()"
     answer = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, text=True)
     assert answer.stdout == answer.stderr == ""
@@ -92,7 +92,7 @@ def test_modules_with_side_effects_are_not_imported():
     assert not {"antigravity", "this", "idlelib", "turtledemo", "turtle", "test"} & set(MODULES.split())
 
 
-def test_missing_modules_are_passed_over(monkeypatch, fresh):
+def test_missing_modules_are_skipped(monkeypatch, fresh):
     real_import = builtins.__import__
 
     def without_topics(name, *args, **kwargs):
@@ -106,12 +106,12 @@ def test_missing_modules_are_passed_over(monkeypatch, fresh):
     assert {pair.id.split(".")[0] for pair in stdlib_pairs()} == {"textwrap"}
 
 
-def test_an_unknown_split_is_refused_with_the_list_of_those_that_exist():
+def test_an_unknown_split_is_refused_with_a_list_of_the_splits():
     with pytest.raises(DataError, match="no split 'test'; its splits are train, heldout"):
         stdlib_pairs("test")
 
 
-def test_parts_put_together_are_the_whole_text():
+def test_the_parts_of_a_text_join_into_the_whole_text():
     text = "\n\n".join(f"Paragraph {number}. " + "word " * (number * 7 % 90) for number in range(60))
     parts = stdlib_corpus._parts(text)
     assert len(parts) > 1

@@ -1,3 +1,5 @@
+"""The rows that a training run prints: columns, header, other processes and other callbacks."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ HELD_OUT = {"eval_loss": 4.5, "eval_forward_kl": 2.18912, "eval_runtime": 6.0}
 END = {"train_runtime": 288.0, "train_loss": 5.681}
 
 
-def test_a_log_is_a_row_under_a_header(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_log_is_a_row_under_one_header(capsys: pytest.CaptureFixture[str]) -> None:
     rows = LogRows()
     logged(rows, STEP)
     logged(rows, HELD_OUT, step=20)
@@ -36,11 +38,11 @@ def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> No
 
 
 class Mine(ProgressCallback):
-    """Of somebody who prints in their own way."""
+    """A user's own progress callback."""
 
 
 @pytest.mark.parametrize(("own", "has_bars"), [(PrinterCallback, False), (ProgressCallback, True)])
-def test_the_rows_take_the_place_of_the_trainers_dicts_and_leave_others_alone(
+def test_the_rows_replace_the_trainers_printed_dicts_and_other_callbacks_stay(
     own: type[TrainerCallback], has_bars: bool
 ) -> None:
     handler = CallbackHandler([Mine, own], None, None, None, None)

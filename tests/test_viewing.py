@@ -1,4 +1,4 @@
-"""The page of a student: its predictions beside the teacher's, its runs, and what it writes."""
+"""The page of a student: its predictions beside the teacher's, its runs and its responses."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(student: Path, cache: Cache, heldout: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained student, at a temperature and a beta of its own, with its scores beside it."""
+    """A trained student with its own temperature and beta, and its scores in a folder beside it."""
     out = tmp_path_factory.mktemp("runs") / "run"
     train(str(student), cache, out, eval_cache=heldout, max_steps=3, temperature=2.0, beta=0.5, **QUICK)
     scores = {"cache": heldout, "data": "stdlib", "limit": 3, "seeds": (1,), "max_new_tokens": 4, "device": "cpu"}
@@ -38,14 +38,14 @@ def run(student: Path, cache: Cache, heldout: Cache, tmp_path_factory: pytest.Te
 
 
 def shown(out: Path, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the sections of a page, by title, and its token view with its arrays, where it has one."""
+    """Return the sections of a page by title, and its token view with its arrays, or an empty dict."""
     values = view(ViewConfig(out=out, device="cpu", **settings)).to_json()
     sections = {section["title"]: section for section in values["sections"]}
     blocks = [block for section in values["sections"] for block in section["blocks"]]
     return sections, next((block for block in blocks if block["kind"] == "tokens"), {})
 
 
-def test_the_numbers_of_the_view_are_the_model_s_own(student: Path, heldout: Cache, tmp_path: Path) -> None:
+def test_the_numbers_of_the_page_equal_the_models(student: Path, heldout: Cache, tmp_path: Path) -> None:
     _, block = shown(tmp_path / "page.html", student=str(student), cache=heldout.root)
     first = block["sequences"][0]
     sequence = heldout[first["number"]]
@@ -102,7 +102,7 @@ def test_curves_before_and_after_and_texts_are_shown(run: Path, tmp_path: Path) 
     assert [name for name, _ in columns] == ["reference", "scores"]
 
 
-def test_two_runs_of_one_name_are_told_apart_by_their_folders(run: Path, tmp_path: Path) -> None:
+def test_two_runs_of_the_same_name_are_labelled_by_their_folders(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "again" / "run"
     shutil.copytree(run, other)
     sections, _ = shown(tmp_path / "page.html", run=(run, other))
@@ -128,16 +128,16 @@ def test_the_command_writes_the_page_and_its_numbers(run: Path, tmp_path: Path) 
     ("settings", "message"),
     [
         ({}, "nothing to show; name a student and a cache"),
-        ({"student": "s"}, "a student needs a cache to read, .*name --cache too"),
-        ({"cache": "c"}, "name --student too"),
+        ({"student": "s"}, "--cache is missing: a student needs a cache to read"),
+        ({"cache": "c"}, "--student is missing"),
     ],
 )
-def test_settings_that_leave_nothing_to_show_are_refused(settings: dict, message: str) -> None:
+def test_settings_with_nothing_to_show_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ViewConfig(out=Path("page.html"), **settings)
 
 
-def test_folders_that_hold_no_run_or_no_scores_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_run_or_scores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*trainer_state.json: .*name the folder that `todi train --out`"):
         shown(tmp_path / "page.html", run=(tmp_path,))
     (tmp_path / "trainer_state.json").write_text('{"log_history": 3}')

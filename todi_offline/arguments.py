@@ -1,4 +1,4 @@
-"""The arguments of a Trainer in, a refusal of those that would be ignored or misread out."""
+"""The arguments of a Trainer come in; an error goes out if `ToDiTrainer` would ignore or misread one."""
 
 import os
 import types
@@ -9,28 +9,28 @@ from typing import Any
 from todi_offline.errors import ConfigError
 
 _HONOURED = {
-    "label_smoothing_factor": (0, "the labels' weight against the teacher is kd_weight"),
-    "train_sampling_strategy": ("random", "the order follows from seed or data_seed, and batches are packed"),
-    "group_by_length": (False, "the order follows from seed or data_seed, and batches are packed"),
+    "label_smoothing_factor": (0, "kd_weight balances the labels against the teacher"),
+    "train_sampling_strategy": ("random", "seed or data_seed decides the order, and batches are packed"),
+    "group_by_length": (False, "seed or data_seed decides the order, and batches are packed"),
     "average_tokens_across_devices": (True, "the loss is a mean over the targets of all ranks"),
     "deepspeed": (None, "use DDP, or FSDP with fsdp_version 2"),
     "resume_from_checkpoint": (None, "use --resume, or pass it to ToDiTrainer.train"),
 }
-"""Arguments of which one value alone is honoured, and what stands in place of the others."""
+"""Arguments that work only with one value: this value, and the alternative to all others."""
 
 _CALLABLES = {
     "compute_loss_func": "pass a divergence of your own as distillation=DistillationConfig(divergence=...)",
-    "compute_metrics": "evaluation reports means over targets and holds no logits; a callback sees them in on_evaluate",
-    "preprocess_logits_for_metrics": "evaluation holds no logits",
+    "compute_metrics": "evaluation keeps no logits; read its means over targets in a callback's on_evaluate",
+    "preprocess_logits_for_metrics": "evaluation keeps no logits",
     "model_init": "pass the model itself",
 }
 
 
 def refuse_ignored(values: Mapping[str, Any]) -> None:
-    """Refuse arguments, and callables of the Trainer, that `ToDiTrainer` has no use for.
+    """Refuse arguments and callables of the Trainer that `ToDiTrainer` does not use.
 
     Raises:
-        ConfigError: naming the first, and what to do in its place.
+        ConfigError: there is such an argument; the message names the first one and an alternative.
     """
     for name, (honoured, remedy) in _HONOURED.items():
         if values.get(name, honoured) != honoured:
@@ -41,15 +41,15 @@ def refuse_ignored(values: Mapping[str, Any]) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
         raise ConfigError(
             "accelerate is configured for DeepSpeed, which ToDiTrainer does not support; "
-            f"{_HONOURED['deepspeed'][1]}: `accelerate config` writes such a file"
+            f"{_HONOURED['deepspeed'][1]}; `accelerate config` changes the choice"
         )
 
 
 def require_kinds(values: Mapping[str, Any], cls: type) -> None:
-    """Refuse values of other types than the fields of a dataclass have: `bf16="maybe"` is true to Python.
+    """Refuse values that don't have the type of their dataclass field, such as `bf16="maybe"`, which is true in Python.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: a value has another type; the message names the first one.
     """
     hints = typing.get_type_hints(cls)
     for name, value in values.items():

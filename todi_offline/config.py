@@ -1,10 +1,10 @@
-"""A TOML file, or a config, and overrides in; one frozen dataclass out.
+"""A TOML file or a config comes in, with overrides; one frozen dataclass goes out.
 
-Every config of this library is a frozen, keyword-only dataclass that stands beside the function which takes it.
-Defaults < TOML file < overrides (the command line); a key that no field has is an error.
+Every config of this library is a frozen, keyword-only dataclass in the module of the function that takes it.
+Defaults < TOML file < overrides (the command line); an unknown key is an error.
 
-Each stage has one entry, which takes a config as `config` (the dataclass itself, or a TOML file of it) and settings
-by their own names, which win: all of them come together in `load_config`.
+Each stage has one entry function. It takes `config`, which is the dataclass or its TOML file, and settings by name,
+which win over it; `load_config` combines them.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import functools
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +23,13 @@ from todi_offline.errors import ConfigError
 C = TypeVar("C")
 
 Setting = str | int | float | bool | None | Path | Sequence[Any] | Mapping[str, Any] | Callable[..., Any]
-"""The value of a setting that is given by its name; its field says which of these it is."""
+"""The value of a setting that is passed by name; the type of its field decides which of these is valid."""
 
 
 def load_config(cls: type[C], base: Path | C | None = None, overrides: Mapping[str, Any] | None = None) -> C:
-    """Build `cls` from its defaults, `base` (a TOML file, or a config) and `overrides`, the later winning.
+    """Build `cls` from its defaults, then `base` (a TOML file or a config), then `overrides`; later values win.
 
-    A field that is itself a config is a table of the file. In `overrides` its fields stand flat, by their own names.
+    A field that is itself a config is a table in the file; `overrides` names the fields of a table without the table.
 
     Raises:
         ConfigError: the file cannot be read; a key is unknown; a value is missing or has the wrong type or range.
@@ -41,7 +41,7 @@ def load_config(cls: type[C], base: Path | C | None = None, overrides: Mapping[s
 
 
 def as_tables(base: Any) -> dict[str, Any]:
-    """Return what a TOML file, or a config, says: a value for each setting, and a table for each config within.
+    """Return a TOML file or a config as a dict, with a table for each config inside it.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -63,7 +63,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as values that JSON and TOML know, in the order of its fields."""
+    """Return a config as JSON and TOML values, in the order of its fields."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -82,7 +82,7 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 
 def _place(cls: type, tables: dict[str, Any], key: str, value: Any) -> None:
-    """Put a flat override where its field is: here, or in the table that has it."""
+    """Store an override under its field: here, or in the table that has the field."""
     kinds = _field_types(cls)
     if key in kinds and not (dataclasses.is_dataclass(kinds[key]) and not isinstance(value, Mapping)):
         tables[key] = value
@@ -91,14 +91,14 @@ def _place(cls: type, tables: dict[str, Any], key: str, value: Any) -> None:
         if dataclasses.is_dataclass(kind) and key in dict(flat_fields(typing.cast(type, kind))):
             _place(typing.cast(type, kind), tables.setdefault(name, {}), key, value)
             return
-    raise ConfigError(_unknown(key, [name for name, _ in flat_fields(cls)], "the settings"))
+    raise ConfigError(unknown_setting(key, [name for name, _ in flat_fields(cls)]))
 
 
 def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     kinds = _field_types(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(_unknown(key, kinds, where))
+            raise ConfigError(unknown_setting(key, kinds, f" in {where}"))
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = kinds[field.name]
@@ -115,7 +115,7 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 
 def _coerce(value: Any, kind: Any, name: str) -> Any:
-    """Return `value` as `kind`: lists become tuples, strings and paths each other, whole numbers floats."""
+    """Return `value` as `kind`: convert lists to tuples, strings to paths and back, and integers to floats."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -123,7 +123,7 @@ def _coerce(value: Any, kind: Any, name: str) -> Any:
         if callable(value) and any(typing.get_origin(arg) is Callable for arg in args):
             return value
         return _coerce(value, next(arg for arg in args if arg is not type(None)), name)
-    if origin is tuple:  # a single value stands for itself alone
+    if origin is tuple:  # a single value becomes a tuple of one
         return tuple(_coerce(item, args[0], name) for item in (value if isinstance(value, list | tuple) else [value]))
     if origin is typing.Literal and value not in args:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, args))}")
@@ -158,14 +158,15 @@ def _plain(value: Any) -> Any:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """Return `module:function`, by which it can be loaded again; of a partial function what it is made of too."""
+    """Return `module:function`, by which it can be loaded again; for a partial function, also its arguments."""
     if isinstance(function, functools.partial):
         words = [repr(arg) for arg in function.args] + [f"{key}={arg!r}" for key, arg in function.keywords.items()]
         return f"{_name(function.func)}({', '.join(words)})"
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
-def _unknown(key: str, known: Any, where: str) -> str:
+def unknown_setting(key: str, known: Iterable[str], where: str = "", otherwise: str = "") -> str:
+    """Return the message for an unknown setting: the closest known one, `otherwise`, or a list of all settings."""
     close = difflib.get_close_matches(key, list(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the settings are {', '.join(known)}"
-    return f"{key!r} is no setting of {where}; {hint}"
+    hint = f"did you mean {close[0]!r}?" if close else otherwise or f"the settings are {', '.join(known)}"
+    return f"unknown setting {key!r}{where}; {hint}"

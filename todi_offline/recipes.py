@@ -1,24 +1,25 @@
-"""The name of a recipe and the settings that are given in, the settings that it adds out.
+"""The name of a recipe and your settings come in; the settings that the recipe adds go out.
 
 `paper` and `paper-lora` are the two experiments of the ToDi paper (arXiv 2505.16297) whose scripts its authors
-published, github.com/jungseongryong/ToDi at commit 37e9bec: a GPT-2 of 120M parameters, trained whole
-(scripts/gpt2/vanilla_kd_gpt2_base.sh), and a TinyLlama of 1.1B with LoRA (scripts/tinyllama/vanilla_kd_tinyllama.sh),
-with `KD_OBJ` set to ToDi. From the scripts are
+published, github.com/jungseongryong/ToDi at commit 37e9bec: full fine-tuning of a GPT-2 of 120M parameters
+(scripts/gpt2/vanilla_kd_gpt2_base.sh), and LoRA on a TinyLlama of 1.1B (scripts/tinyllama/vanilla_kd_tinyllama.sh),
+both with `KD_OBJ` set to ToDi. The scripts set
 
     temperature 2, kd_weight .5; 20 or 10 epochs; peak learning rate 5e-4 or 1e-3, no warm-up, cosine decay; weight
-    decay .01; gradients clipped at norm 1; batches of 4 sequences a device, twice accumulated, on 4 devices, so 32 a
-    step; bf16; seed 10; LoRA of rank 256, alpha 8, dropout .1
+    decay .01; gradient clipping at norm 1; 4 sequences per device, 2 accumulation steps and 4 devices, so 32 sequences
+    per step; bf16; seed 10; LoRA of rank 256, alpha 8, dropout .1
 
-and from the Python beside them beta = 1 and no factor T^2 (code/criterions/various_divergence.py) and the decay to
-1e-7 (code/arguments.py). AdamW with torch's own betas and epsilon, and torch's CosineAnnealingLR, stand in
-code/utils.py of github.com/songmzhang/DSKD, on which that code says it is based. These are the scripts' numbers; they
-were not compared with those printed in the paper.
+The Python code of the same repository sets beta = 1 without a factor T^2 (code/criterions/various_divergence.py) and a
+minimum learning rate of 1e-7 (code/arguments.py). AdamW with torch's default betas and epsilon, and torch's
+CosineAnnealingLR, are from code/utils.py of github.com/songmzhang/DSKD, on which that code is based. These are the
+numbers of the scripts; they were not compared with the numbers printed in the paper.
 
-Capture has its part in it: --temperature 1 --temperature 2 --tail-temperature 2 --max-length 512 --max-prompt-length
-256, on Dolly with its ready-made prompts, by a teacher that was fine-tuned on the same data. What is not the same:
-the scripts' targets are dense; they keep the epoch with the best ROUGE-L on held-out data (here every epoch is kept,
-and `todi evaluate --data` tells which it is); their weights are in bf16 beside a copy in float32, here in float32
-under autocast; they leave out the last, incomplete step of an epoch.
+The capture needs matching options: --temperature 1 --temperature 2 --tail-temperature 2 --max-length 512
+--max-prompt-length 256, on Dolly with its ready-made prompts, from a teacher fine-tuned on the same data.
+
+Differences from the scripts: their targets are dense. They keep the epoch with the best ROUGE-L on held-out data; here
+every epoch is kept, and `todi evaluate --data` finds the best. Their weights are bf16 with a float32 copy; here they
+are float32 under autocast. They drop the last, incomplete step of an epoch.
 """
 
 import os
@@ -64,18 +65,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe adds to the settings that are given, which win over it.
+    """Return the settings that a recipe adds to the `given` settings, which win over it.
 
-    Batches are accumulated to as many sequences a step as the recipe has, however many processes there are.
+    The accumulation steps follow from the number of processes, so that a step has the recipe's number of sequences.
 
     Raises:
-        ConfigError: the recipe is unknown, or the processes cannot make up its step.
+        ConfigError: the recipe is unknown, or its number of sequences per step cannot be reached.
     """
     if name not in tuple(RECIPES):
         raise ConfigError(f"recipe is {name!r}; expected one of {', '.join(RECIPES)}")
     settings = {key: value for key, value in RECIPES[name].items() if key not in given}
     if "lr_scheduler_type" in given:
-        settings.pop("lr_scheduler_kwargs", None)  # they are those of the recipe's own schedule
+        settings.pop("lr_scheduler_kwargs", None)  # they belong to the recipe's own schedule
     if "gradient_accumulation_steps" not in given:
         settings["gradient_accumulation_steps"] = _accumulation(name, {**settings, **given})
     return settings
@@ -84,10 +85,10 @@ def recipe_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _accumulation(name: str, settings: Mapping[str, Any]) -> int:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
     batch: int = settings["per_device_train_batch_size"]
-    steps, rest = divmod(SEQUENCES_PER_STEP, max(num_processes * batch, 1))
-    if rest or not steps:
+    steps, remainder = divmod(SEQUENCES_PER_STEP, max(num_processes * batch, 1))
+    if remainder or not steps:
         raise ConfigError(
-            f"recipe {name} takes {SEQUENCES_PER_STEP} sequences a step, which {num_processes} processes with batches "
-            f"of {batch} cannot make up; set per_device_train_batch_size or gradient_accumulation_steps"
+            f"{num_processes} processes with batches of {batch} cannot make up the {SEQUENCES_PER_STEP} sequences a "
+            f"step of recipe {name}; set per_device_train_batch_size or gradient_accumulation_steps"
         )
     return steps

@@ -1,8 +1,8 @@
-"""A run's folder and what the run is made of in; whether it begins there, goes on, is finished or is refused out.
+"""The folder and the parts of a run come in; its start goes out: step 0, a checkpoint, already finished, or refused.
 
-`todi_run.json` says what a run is made of, and once it is finished what it came to. A run goes on by itself where all
-of that is the same; batches may be split otherwise over ranks and micro-batches as long as a step has as many
-sequences. A checkpoint counts once its `trainer_state.json`, which is written last, is whole.
+`todi_run.json` records the parts of a run, and its summary once it is finished. A run with the same parts resumes by
+itself. The split of a step over ranks and micro-batches may change if the number of sequences per step stays the same.
+A checkpoint is complete if its `trainer_state.json`, which is written last, can be read.
 """
 
 import json
@@ -20,34 +20,34 @@ from todi_offline.models import Model
 RUN_NAME = "todi_run.json"
 
 Parts = Mapping[str, Any]
-"""What a run is made of: settings, data and weights, as JSON has them."""
+"""Everything that decides the outcome of a run: settings, data and weights, as JSON values."""
 
 SAMPLED_WEIGHTS = 256
-"""Numbers of each tensor that stand for it: enough to tell two models apart, and fast for one of any size."""
+"""Numbers of each tensor in a weights fingerprint: enough to tell two models apart, and fast for large models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run begins."""
+    """Where a run starts."""
 
     checkpoint: str | None = None
-    """Of the run to go on with."""
+    """The checkpoint to resume; None to start at step 0."""
     before: Mapping[str, float] | None = None
-    """What was measured before the first step of the run that goes on."""
+    """The metrics before the first step, if the run resumes."""
     finished: Mapping[str, Any] | None = None
-    """The summary of the run, where there is nothing to do."""
+    """The summary of the run, if it is already finished."""
 
 
 def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
-    """Say where a run of these parts begins in a folder; nothing is changed there.
+    """Decide where a run with these parts starts in a folder; nothing in the folder changes.
 
-    Of what the folder's run is made of only these parts are compared, so that some can be before others are known.
-    With `resume` None the run goes on, or is finished, where the folder holds one of the same parts, and is refused
-    where it holds another. With True it goes on whatever the parts, with False it begins.
+    Only the given parts are compared with the recorded ones, so that some parts can be checked before others are known.
+    With `resume` None, a run with the same parts resumes or is finished, and a different run in the folder is refused.
+    With True, the run resumes whatever its parts; with False, it starts at step 0.
 
     Raises:
-        ConfigError: the folder holds another run; there is nothing to go on with; or a step would have another number
-            of sequences, so that the place in the data would be lost.
+        ConfigError: the folder holds a different run; there is no checkpoint to resume; or the number of sequences per
+            step differs, so the position in the data would be lost.
     """
     checkpoint, record = last_checkpoint(out), _read(out)
     if resume is False:
@@ -58,7 +58,7 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
     lines = differences(parts, recorded, ("now", "in that run")) if record else []
     if checkpoint is None and finished is None:
         if resume:
-            raise ConfigError(f"{out} holds no checkpoint to go on from; leave out resume (--resume) to begin")
+            raise ConfigError(f"{out} holds no checkpoint to resume; leave out resume (--resume) to start a new run")
         return Start()
     stopped = finished is not None and finished["num_steps"] < record.get("planned_steps", 0)  # by a callback
     if finished is not None and not lines and not (resume and stopped and checkpoint):
@@ -66,75 +66,75 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
     if not resume and (lines or not record):
         raise ConfigError(_refusal(out, lines, finished is not None))
     if checkpoint is None:
-        raise ConfigError(f"{out} holds a finished run and no checkpoint to go on from; name another folder (--out)")
+        raise ConfigError(f"{out} holds a finished run and no checkpoint to resume; name another folder (--out)")
     if any(line.startswith("sequences_a_step") for line in lines):
         line = next(line for line in lines if line.startswith("sequences_a_step"))
         raise ConfigError(
-            f"{checkpoint} cannot be gone on with ({line}): its place in the data would be lost; keep processes x "
-            "per_device_train_batch_size x gradient_accumulation_steps as they were"
+            f"{checkpoint} cannot be resumed ({line}): its position in the data would be lost; keep processes x "
+            "per_device_train_batch_size x gradient_accumulation_steps as in that run"
         )
     return Start(checkpoint, before)
 
 
 def begin(out: Path, parts: Parts, start: Start) -> None:
-    """Write down what a run is made of; delete checkpoints that are not whole, and all that it does not go on with."""
+    """Record the parts of a run. Delete incomplete checkpoints, and all checkpoints if the run starts at step 0."""
     for folder in _checkpoints(out):
-        if start.checkpoint is None or not _is_whole(folder):
+        if start.checkpoint is None or not _is_complete(folder):
             shutil.rmtree(folder)
     if start.checkpoint is None and (out / RUN_NAME).exists():
-        for file in out.glob("runs/events.out.tfevents.*"):  # curves of another run
+        for file in out.glob("runs/events.out.tfevents.*"):  # the curves of the previous run
             file.unlink()
     _write(out, {"parts": parts, "before": start.before})
 
 
 def note(out: Path, **values: Any) -> None:
-    """Add to what is known of a run: `before` it, or its `summary`."""
+    """Add values to the record of a run: its metrics `before` the first step, or its `summary`."""
     _write(out, _read(out) | values)
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """Return the folder of the last whole checkpoint of a run, None where there is none."""
-    whole = [folder for folder in _checkpoints(out) if _is_whole(folder)]
-    return str(max(whole, key=_step)) if whole else None
+    """Return the folder of the last complete checkpoint of a run; None if there is none."""
+    complete = [folder for folder in _checkpoints(out) if _is_complete(folder)]
+    return str(max(complete, key=_step)) if complete else None
 
 
 def weights_fingerprint(model: Model) -> str:
-    """Return a hash of a model's names, shapes and some of each of its tensors."""
+    """Return a hash of the names, the shapes and a sample of the numbers of a model's tensors."""
     parts: list[bytes] = []
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
-        some = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1)].float().cpu()
-        parts += [f"{name} {list(tensor.shape)} {tensor.dtype}".encode(), some.numpy().tobytes()]
+        sample = flat[:: max(flat.numel() // SAMPLED_WEIGHTS, 1)].float().cpu()
+        parts += [f"{name} {list(tensor.shape)} {tensor.dtype}".encode(), sample.numpy().tobytes()]
     return hash_bytes(parts)
 
 
 def _refusal(out: Path, lines: list[str], is_finished: bool) -> str:
-    holds = "a finished run" if is_finished else "the checkpoints of a run"
-    why = f"of other settings ({'; '.join(lines)})" if lines else f"without {RUN_NAME}, so its settings are unknown"
+    contents = "a finished run" if is_finished else "the checkpoints of a run"
+    reason = f"with other settings ({'; '.join(lines)})" if lines else f"without {RUN_NAME}: its settings are unknown"
     return (
-        f"{out} holds {holds} {why}; --resume goes on with it as set now, --no-resume deletes its checkpoints and "
-        "begins anew; or name another folder (--out)"
+        f"{out} holds {contents} {reason}; name another folder (--out), resume it with the new settings (--resume), or "
+        "delete its checkpoints and start again (--no-resume)"
     )
 
 
 def _require_ours(checkpoint: str | None, record: Parts) -> None:
     if checkpoint is not None and not record:
         raise ConfigError(
-            f"{checkpoint} lies in a folder without {RUN_NAME}, so it may be another program's and is not deleted; "
-            "name another folder (--out)"
+            f"{checkpoint} is in a folder without {RUN_NAME}: another program may have written it, so it is not "
+            "deleted; name another folder (--out)"
         )
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    found = out.iterdir() if out.is_dir() else ()
-    return [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    paths = out.iterdir() if out.is_dir() else ()
+    return [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_bytes())
     except (OSError, ValueError):
@@ -149,7 +149,7 @@ def _read(out: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}); delete it, or name another folder (--out)") from error
+        raise ConfigError(f"{file} is not valid JSON ({error}); delete it, or name another folder (--out)") from error
     return record
 
 

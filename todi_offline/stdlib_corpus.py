@@ -1,8 +1,8 @@
-"""The documentation inside Python's standard library in, instruction/response pairs out.
+"""The documentation inside Python's standard library comes in; instruction/response pairs go out.
 
-The embedded default data set: about a million characters of English, without a download. It is made of the
-topics behind `help("with")` and of the docstrings of public classes, functions and methods. One version of
-Python on one platform gives the same pairs in the same order.
+This is the default data set: about a million characters of English, without a download. It consists of the topics
+behind `help("with")` and the docstrings of public classes, functions and methods. The same version of Python on the
+same platform gives the same pairs in the same order.
 """
 
 import functools
@@ -22,13 +22,13 @@ from todi_offline.errors import DataError
 SPLITS = ("train", "heldout")
 
 MIN_CHARS = 220
-"""Shorter documentation says little more than the name: it is left out."""
+"""Shorter documentation is left out: it says little more than the name."""
 
 MAX_CHARS = 2400
-"""Longer documentation is told in parts, each cut between paragraphs."""
+"""Longer documentation is split into parts, between paragraphs."""
 
-# Chosen by hand: importing these neither prints, nor opens a window or a browser, nor touches the terminal.
-# A module that this Python lacks is passed over.
+# Chosen by hand: importing these modules prints nothing, opens no window or browser, and leaves the terminal alone.
+# A module that this Python lacks is skipped.
 MODULES = """
     builtins os os.path sys io re abc argparse array ast asyncio atexit base64 bdb binascii bisect bz2
     calendar cmath cmd code codecs codeop collections collections.abc colorsys compileall concurrent.futures
@@ -71,7 +71,7 @@ TOPIC_QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An instruction and the documentation that answers it; `id` is unique and the same on every run."""
+    """An instruction, and the documentation that answers it; `id` is unique and the same in every run."""
 
     id: str
     instruction: str
@@ -80,7 +80,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A piece of documentation; entries with one `key` fall into one split."""
+    """A piece of documentation; entries with the same `key` belong to the same split."""
 
     id: str
     key: str
@@ -92,7 +92,7 @@ class _Entry:
 def stdlib_pairs(split: str = "train") -> list[Pair]:
     """Return the pairs of a split, `train` or `heldout` (about a tenth).
 
-    The split is decided by a hash of the last part of a name, so `str.title` and `bytes.title` stay together.
+    A hash of the last part of a name decides the split, so `str.title` and `bytes.title` stay together.
 
     Raises:
         DataError: there is no such split.
@@ -123,7 +123,7 @@ def _pairs_of(entry: _Entry) -> Iterator[Pair]:
 
 @functools.cache
 def _entries() -> tuple[_Entry, ...]:
-    """All documentation, each text once: what several names share belongs to the first."""
+    """Return all documentation, each text once: a text that several names share belongs to the first name."""
     by_text: dict[str, _Entry] = {}
     for entry in (*_topics(), *_callables()):
         if len(entry.text) >= MIN_CHARS:
@@ -132,7 +132,7 @@ def _entries() -> tuple[_Entry, ...]:
 
 
 def _topics() -> Iterator[_Entry]:
-    """Yield the sections of pydoc's topics; topics overlap, so a whole topic would repeat others."""
+    """Yield the sections of pydoc's topics, not the topics: topics overlap, and sections can be told apart."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -162,7 +162,7 @@ def _callables() -> Iterator[_Entry]:
 
 def _modules() -> Iterator[tuple[str, ModuleType]]:
     for path in MODULES.split():
-        with warnings.catch_warnings(action="ignore"):  # some are deprecated in the one Python or the other
+        with warnings.catch_warnings(action="ignore"):  # some modules are deprecated in some versions of Python
             try:
                 module = importlib.import_module(path)
             except ImportError:
@@ -171,7 +171,7 @@ def _modules() -> Iterator[tuple[str, ModuleType]]:
 
 
 def _public_names(module: ModuleType) -> list[str]:
-    """Return what a module calls public, or else what is defined in it."""
+    """Return the names in `__all__` of a module, or the names that the module defines."""
     if hasattr(module, "__all__"):
         return sorted(set(module.__all__))
     return sorted(name for name, value in vars(module).items() if _home(value) == module.__name__)
@@ -197,7 +197,7 @@ def _documented(name: str, kind: str, value: object) -> Iterator[_Entry]:
 
 
 def _is_original(name: str, value: object) -> bool:
-    """Tell what came with Python from what packages add or put into a hook, which varies with what is imported."""
+    """Tell whether an object came with Python: packages add others to its modules, and replace hooks, when imported."""
     package, *_ = (_home(value) or "builtins").split(".")
     return package in sys.stdlib_module_names and not name.endswith("hook")
 
@@ -208,7 +208,7 @@ def _clean(text: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """Cut a long text between paragraphs into parts of like length: a block goes where its middle lies."""
+    """Split a long text between paragraphs into parts of similar length; a block joins the part where its middle is."""
     num_parts = math.ceil(len(text) / MAX_CHARS)
     parts = [""] * num_parts
     end = 0
@@ -219,7 +219,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """Yield the paragraphs of a text with the blank lines after them; a very long one line by line."""
+    """Yield the paragraphs of a text with the blank lines after them; a very long paragraph line by line."""
     for paragraph in re.findall(r"(?s).+?(?:\n\n|\Z)", text):
         yield from [paragraph] if len(paragraph) <= MAX_CHARS // 2 else paragraph.splitlines(keepends=True)
 

@@ -1,4 +1,4 @@
-"""Stage 2: a cache and a student in, a trained student out. The teacher is nowhere near."""
+"""Stage 2: a cache and a student come in; a trained student goes out. No teacher is loaded."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache, open_cache, select, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
-from todi_offline.config import Setting, as_tables, flat_fields, load_config, to_dict
+from todi_offline.config import Setting, as_tables, flat_fields, load_config, to_dict, unknown_setting
 from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
 from todi_offline.first_rank import of_first_rank
@@ -38,7 +38,7 @@ CONFIG_NAME = "todi_config.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
-    """Which student, and how it is loaded."""
+    """Which student to train, and how to load it."""
 
     student: str
     """The student: a folder or hub id."""
@@ -52,7 +52,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectedData:
-    """Which examples of the caches are trained on; all of them by default."""
+    """Which examples of the caches to train on; all of them by default."""
 
     data: str | None = None
     """Train on exactly the examples of this data set, which the cache must hold; by default on all of the cache."""
@@ -68,7 +68,7 @@ class SelectedData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """All that decides a training run."""
+    """All settings of a training run."""
 
     out: Path
     """Folder for checkpoints and the trained student."""
@@ -100,7 +100,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainSummary:
-    """What a training run did; the metrics are those of `ToDiTrainer`."""
+    """The results of a training run; the metrics are those of `ToDiTrainer`."""
 
     num_steps: int
     num_tokens: int
@@ -124,10 +124,10 @@ def train(
 ) -> TrainSummary:
     """Distil a cached teacher into a student, and save it in `out` with its tokenizer.
 
-    `config` is a `TrainConfig`, or a TOML file of one. What is given beside it wins: student, caches and out, and the
-    fields of the config's tables and of `transformers.TrainingArguments`, all by their own names (`beta=1.0`,
-    `max_steps=500`, `learning_rate=1e-4`, ...). A student that is already loaded needs its `tokenizer`. Of several
-    caches the union is trained on, and with `data` exactly the examples of that data set.
+    `config` is a `TrainConfig` or its TOML file. Settings passed by name win over it: the fields of the config's tables
+    and of `transformers.TrainingArguments` (`beta=1.0`, `max_steps=500`, `learning_rate=1e-4`, ...). A loaded student
+    needs its `tokenizer`. Several caches are trained on together, each sequence once. With `data`, only the examples of
+    that data set are trained on.
 
     Raises:
         TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.
@@ -151,14 +151,14 @@ def train(
 
 
 def load_train_config(base: TrainConfig | Path | None, settings: Mapping[str, Any]) -> TrainConfig:
-    """Return the config of a run: defaults < recipe < `base` < settings; what is no field of it goes to [trainer]."""
+    """Return the config of a run: defaults < recipe < `base` < settings. Unknown settings go into [trainer]."""
     given = {**_flat(base), **settings}
     if given.get("recipe") is not None:
         added = recipe_settings(given["recipe"], given)
         if added and isinstance(base, TrainConfig):
             raise ConfigError(
-                f"recipe {given['recipe']} sets what is not set, and in a TrainConfig everything is; give the settings "
-                "by their names, or a TOML file"
+                f"recipe {given['recipe']} sets only settings that are not set, and a TrainConfig sets them all; pass "
+                "the settings by name, or a TOML file"
             )
         settings = {**added, **settings}
     ours = {name for name, _ in flat_fields(TrainConfig)}
@@ -168,7 +168,7 @@ def load_train_config(base: TrainConfig | Path | None, settings: Mapping[str, An
 
 
 def _flat(base: TrainConfig | Path | None) -> dict[str, Any]:
-    """Return the settings of a config or a TOML file, those of its tables among them."""
+    """Return the settings of a config or a TOML file as one flat dict, including the settings in tables."""
     flat: dict[str, Any] = {}
     for name, value in as_tables(base).items():
         flat |= value if isinstance(value, dict) else {name: value}
@@ -176,7 +176,7 @@ def _flat(base: TrainConfig | Path | None) -> dict[str, Any]:
 
 
 def load_student(config: StudentConfig) -> tuple[Model, Tokenizer]:
-    """Load a student onto the CPU, with its tokenizer; the Trainer places it."""
+    """Load a student and its tokenizer onto the CPU; the Trainer moves the student to its device."""
     tokenizer = _load_tokenizer(config)
     return _load_model(config), tokenizer
 
@@ -196,22 +196,21 @@ def _load_model(config: StudentConfig) -> Model:
 
 
 def training_arguments(config: TrainConfig) -> Any:
-    """Return the Trainer's arguments: its own defaults, but for what suits a command.
+    """Return the Trainer's arguments: transformers' defaults, with a few changes for a command.
 
-    There is a log every ten steps and bars are for terminals; where there is no accelerator, the CPU need not be named.
+    A log is written every ten steps, progress bars need a terminal, and the CPU is used if there is no accelerator.
 
     Raises:
-        ConfigError: one is unknown to this release of transformers, or has a value that it refuses.
+        ConfigError: this release of transformers does not know an argument, or refuses its value.
     """
     from transformers import TrainingArguments
 
     known = {item.name for item in dataclasses.fields(TrainingArguments)}
     unknown = sorted(config.trainer.keys() - known)
     if unknown:
-        raise ConfigError(
-            f"{', '.join(unknown)} is neither a setting of todi_offline nor an argument of transformers' "
-            "TrainingArguments; `todi train --help` lists the former"
-        )
+        names = [*known, *dict(flat_fields(TrainConfig))]
+        other = "expected an option of `todi train --help`, or an argument of transformers' TrainingArguments"
+        raise ConfigError(unknown_setting(unknown[0], names, otherwise=other))
     require_kinds(config.trainer, TrainingArguments)
     refuse_ignored(config.trainer)
     values = {
@@ -230,7 +229,7 @@ def training_arguments(config: TrainConfig) -> Any:
 
 @memory_errors(
     "lower per_device_train_batch_size (--batch-size) and raise gradient_accumulation_steps as much, or use "
-    "--set gradient_checkpointing=true or bf16=true; the same command goes on from its last checkpoint"
+    "--set gradient_checkpointing=true or bf16=true; the same command resumes from its last checkpoint"
 )
 def _run(
     config: TrainConfig,
@@ -239,9 +238,9 @@ def _run(
     eval_cache: Cache | None,
     callbacks: list[Any] | None,
 ) -> TrainSummary:
-    """Load what is not given, evaluate, train, evaluate, save; or go on where a run of the same settings was stopped.
+    """Load, evaluate, train, evaluate and save; or resume a run with the same settings.
 
-    What can be refused without the student is refused before it is loaded.
+    Most errors appear before the student is loaded.
     """
     arguments = training_arguments(config)
     tokenizer = student[1] if student else _load_tokenizer(config.student)
@@ -266,7 +265,7 @@ def _run(
         callbacks=callbacks,
     )
     print_rows(trainer)
-    trainer.accelerator.wait_for_everyone()  # no rank is still looking at what another changes
+    trainer.accelerator.wait_for_everyone()  # every rank has read the folder before the first rank changes it
     if trainer.is_world_process_zero():
         begin(config.out, parts, start)
         (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
@@ -291,7 +290,7 @@ def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
         raise
     seconds = perf_counter() - started
     after = _without_prefix(trainer.evaluate()) if trainer.eval_dataset is not None else {}
-    if before:  # the Trainer began its log anew
+    if before:  # trainer.train() started a new log
         row = {f"eval_{name}": value for name, value in before.items()}
         trainer.state.log_history.insert(0, {**row, "epoch": 0.0, "step": 0})
     trainer.save_model()
@@ -309,14 +308,14 @@ def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
 def _how_to_go_on(out: Path) -> str:
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
-        return "no checkpoint was written yet, so the same command begins anew; --set save_steps=N writes them earlier"
-    return f"the same command goes on from {checkpoint}"
+        return "there is no checkpoint yet, so the same command starts again; --set save_steps=N writes one earlier"
+    return f"the same command resumes from {checkpoint}"
 
 
 def _open_caches(
     config: TrainConfig, cache: Cache | None, eval_cache: Cache | None, tokenizer: Tokenizer | None
 ) -> tuple[Cache, Cache | None]:
-    """Open what is not given, and refuse caches that do not fit the tokenizer or the objective."""
+    """Open the caches that are not open yet, and refuse caches that do not fit the tokenizer or the objective."""
     staging = Staging(config.staging, config.staging_gb)
 
     def opened(place: str) -> Cache:
@@ -337,9 +336,9 @@ def _open_caches(
 
 
 def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache | None) -> dict[str, Any]:
-    """Return what the outcome of a run follows from, but for the student's weights; see `todi_offline.runs`.
+    """Return everything that decides the outcome of a run, except for the student's weights; see `todi_offline.runs`.
 
-    Places are left out where their content stands for them, and how a step is split where its size does.
+    A hash of the content replaces the path of a cache, and the sequences per step replace the batch settings.
     """
     settings = to_dict(config)
     for name in ("out", "cache", "eval_cache", "data", "staging", "staging_gb", "resume"):
@@ -360,12 +359,12 @@ def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -
     """Return the sequences of a cache that are the examples of a data set, in its order.
 
     Raises:
-        CacheMismatchError: the tokenizer is not the cache's.
-        CacheIncompleteError: an example is not in the cache; names the first few and what captures them.
+        CacheMismatchError: the tokenizer differs from the cache's.
+        CacheIncompleteError: the cache lacks an example; the message names a few and the command that captures them.
         DataError: the data set cannot be read.
     """
     if tokenizer is None:
-        raise ModelError("to find a data set in a cache, the student's tokenizer is needed; pass tokenizer")
+        raise ModelError("finding a data set in a cache needs the student's tokenizer; pass tokenizer")
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
     recipe = cache.manifest.parts[0].recipe
     lengths = {name: getattr(data, name) or recipe.get(name) for name in ("max_length", "max_prompt_length")}
@@ -374,18 +373,19 @@ def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -
     examples = load_examples(
         DataConfig(data=data.data or "", split=data.split, limit=data.limit, **settings), tokenizer
     )
-    found = cache.content_keys.find(examples.content_keys())
-    if missing := np.flatnonzero(found < 0).tolist():
+    indices = cache.content_keys.find(examples.content_keys())
+    if missing := np.flatnonzero(indices < 0).tolist():
         names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
         reuse = "".join(f" --reuse {member.store}" for member in cache.members)
         options = {"data": data.data, "split": data.split, "limit": data.limit, **known}
         shown = (f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
         command = f"todi capture --teacher ... {' '.join(shown)}"
         raise CacheIncompleteError(
-            f"{len(missing):,} of the {len(examples):,} examples of {data.data} are not in {cache.root}: {names}; "
-            f"`{command} --out {cache.members[0].store}` appends them, `{command}{reuse} --out NEW` copies the others"
+            f"{cache.root} lacks {len(missing):,} of the {len(examples):,} examples of {data.data}: {names}; append "
+            f"them with `{command} --out {cache.members[0].store}`, or copy the others into a new cache with "
+            f"`{command}{reuse} --out NEW`"
         )
-    return select(cache, found)
+    return select(cache, indices)
 
 
 def _without_prefix(metrics: dict[str, float]) -> dict[str, float]:

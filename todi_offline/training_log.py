@@ -1,4 +1,4 @@
-"""A Trainer's logs in, a row each on the terminal out."""
+"""The logs of a Trainer come in; one row per log goes out to the terminal."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _COLUMNS = {
 
 
 def print_rows(trainer: Trainer) -> None:
-    """Let a trainer print a row a log in place of a dict, above its bars where it has them; a notebook has its own."""
+    """Make a trainer print a row per log, above its progress bar, instead of a dict; a notebook keeps its own table."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -30,9 +30,9 @@ def print_rows(trainer: Trainer) -> None:
 
 
 class LogRows(TrainerCallback):
-    """Prints the main numbers of a training step's log and of an evaluation's, under a header.
+    """Prints the main numbers of each training and evaluation log under a header.
 
-    All numbers are in `trainer_state.json`, and go where the run reports to.
+    All numbers are in `trainer_state.json` and in the reports of `report_to`.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class LogRows(TrainerCallback):
         self._has_header = False
 
     def on_log(self, _args: Any, state: Any, _control: Any, *, logs: dict[str, Any], **_: Any) -> None:
-        """Print what is a step's or an evaluation's."""
+        """Print a row if the log is of a training step or an evaluation."""
         prefix = "eval_" if "eval_loss" in logs else ""
         if not state.is_world_process_zero or f"{prefix}loss" not in logs:
             return
@@ -53,10 +53,10 @@ class LogRows(TrainerCallback):
 
 
 class _Bars(ProgressCallback):
-    """The Trainer's own bars, without the dicts."""
+    """The Trainer's own progress bars, without its printed dicts."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Leave it to the rows."""
+        """Print nothing: `LogRows` prints the log."""
 
 
 def _row(first: str, cells: list[str]) -> str:

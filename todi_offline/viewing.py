@@ -1,4 +1,4 @@
-"""A student and a cache, runs, scores, or any of these in; one page that shows them out."""
+"""A student with a cache, training runs or scores come in; one page that shows them goes out."""
 
 import dataclasses
 import json
@@ -62,14 +62,14 @@ class ViewConfig:
     """Allow an unfinished cache: what is committed of it is used."""
 
     def __post_init__(self) -> None:
-        """Refuse what leaves nothing to show, and half of a pair.
+        """Refuse settings with nothing to show, a student without a cache, and a cache without a student.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: an option is missing; the message names it.
         """
         if (self.student is None) != (self.cache is None):
             missing = "--cache" if self.cache is None else "--student"
-            raise ConfigError(f"a student needs a cache to read, and the other way round; name {missing} too")
+            raise ConfigError(f"{missing} is missing: a student needs a cache to read, and a cache needs a student")
         if not (self.student or self.run or self.scores):
             raise ConfigError("nothing to show; name a student and a cache (--student, --cache), --run or --scores")
 
@@ -81,9 +81,9 @@ def view(
     progress: Progress | None = None,
     **settings: Setting,
 ) -> Page:
-    """Write a page, and return what it shows; `answers` are texts that lie in no folder.
+    """Write a page and return its contents. `answers` adds texts that are not in a folder of `todi evaluate --out`.
 
-    `config` is a `ViewConfig`, or a TOML file of one; its fields given by their own names win over it.
+    `config` is a `ViewConfig` or its TOML file; settings passed by name win over it.
 
     Raises:
         TodiError: the student, the cache, a run or scores cannot be read, or the page cannot be written.
@@ -108,7 +108,7 @@ def view(
 
 
 def _read(config: ViewConfig, student: str, cache: Cache, progress: Progress | None) -> Section:
-    """Let the student read what the page has room for."""
+    """Return the section of the student's predictions, for as many sequences as the page has room for."""
     own = run_settings(Path(student))
     temperature = config.temperature if config.temperature is not None else own.get("temperature", 1.0)
     beta = config.beta if config.beta is not None else own.get("beta", 1.0)
@@ -119,13 +119,13 @@ def _read(config: ViewConfig, student: str, cache: Cache, progress: Progress | N
     )
     sequences = read_shown(cache, shown)
     predictions = read_sequences(model, tokenizer, cache, [item.sequence for item in sequences], temperature)
-    read = []
+    predicted = []
     for item, rows in zip(sequences, predictions, strict=True):
-        read.append(dataclasses.replace(item, student=rows))
+        predicted.append(dataclasses.replace(item, student=rows))
         if progress:
-            progress(len(read), len(sequences))
+            progress(len(predicted), len(sequences))
     return token_section(
-        read,
+        predicted,
         cache_texts(cache),
         names={"Student": student, "Cache": cache.root},
         num_sequences=len(cache),
@@ -135,7 +135,7 @@ def _read(config: ViewConfig, student: str, cache: Cache, progress: Progress | N
 
 
 def run_settings(folder: Path) -> dict[str, float]:
-    """Return beta and temperature of the run that wrote a folder; nothing where none did."""
+    """Return beta and temperature of the run in a folder; an empty dict if the folder has no run."""
     file = folder / RUN_CONFIG
     if not file.is_file():
         return {}

@@ -20,7 +20,7 @@ def without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
     form = form_of(row)
     if form is None or form.answer is None:
         shown = ", ".join(map(str, row))
-        raise DataError(f"it has the columns {shown}; expected messages, completion, output or response")
+        raise DataError(f"the row has the columns {shown}; expected messages, completion, output or response")
     if form.answer == "messages":
         *before, last = _list_of(row, "messages")
         _require_message(last)
@@ -44,7 +44,7 @@ def without_answer(row: Row) -> tuple[Row, tuple[str, ...]]:
 
 def _require_message(message: Any) -> None:
     if not isinstance(message, Mapping):
-        raise DataError(f"its last message is {message!r:.60}; expected an object with role and content")
+        raise DataError(f"the last message is {message!r:.60}; expected an object with role and content")
 
 
 def _list_of(row: Row, column: str) -> list[Any]:

@@ -1,9 +1,10 @@
-"""A student in; its distance to a cached teacher, and how what it writes compares with references, out.
+"""A student comes in; its distance to a cached teacher goes out, and ROUGE-L of its responses.
 
 distance    a held-out cache -> divergences, agreement, calibration; no teacher is needed
-tally       the means and their standard errors
+tally       measures of targets -> means and standard errors
 generation  instructions with references -> responses and their ROUGE-L
-evaluating  the settings of both, and both as one call
+reading     sequences of a cache -> the student's predictions at every target, for a page
+evaluating  the settings of both measurements, and one call for both
 """
 
 from todi_offline.evaluation.distance import Distance, evaluate_cache

@@ -1,30 +1,32 @@
-"""A student and a held-out cache in, the student's distance to the cached teacher out; no teacher is present.
+"""A student and a held-out cache come in; the student's distance to the cached teacher goes out. No teacher is loaded.
 
-What is measured, as means over targets. p is the teacher, q the student; KLs are at the chosen temperature, all else
-is at temperature 1; everything in nats.
+All measures are means over targets, in nats. p is the teacher and q the student. The KLs are at the chosen temperature,
+all other measures at temperature 1.
 
-    forward_kl, reverse_kl   KL(p || q) and KL(q || p) with all ids that are not kept as one entry: lower bounds of the
-                             dense ones. `ToDiTrainer` logs the same.
-    forward_kl_full          where tail samples are stored: an unbiased estimate of the dense KL(p || q), by the chain
-                             rule; see `todi_offline.losses.sparse_divergence`. Its standard error includes the
-                             samples' chance, which at the temperature that they were drawn at is small beside that of
-                             the text, and at another may not be
-    top1_agreement           share of targets whose most probable id is the teacher's
-    top1_accuracy            share of targets whose most probable id is the label
-    cross_entropy            of the labels; perplexity is its exponential; teacher_cross_entropy is the teacher's own
+    forward_kl, reverse_kl   KL(p || q) and KL(q || p) with all ids outside the top k as one entry: lower bounds of the
+                             dense KLs. `ToDiTrainer` logs the same measures.
+    forward_kl_full          an unbiased estimate of the dense KL(p || q) by the chain rule, if the cache has tail
+                             samples; see `todi_offline.losses.sparse_divergence`. Its standard error includes the
+                             sampling noise. At the temperature of the samples this noise is small beside the noise of
+                             the text; at other temperatures it may not be.
+    top1_agreement           share of targets at which student and teacher have the same most probable id
+    top1_accuracy            share of targets at which the student's most probable id is the label
+    cross_entropy            cross-entropy of the labels; perplexity is its exponential, teacher_cross_entropy the
+                             teacher's own
     confidence               the student's largest probability
-    teacher_confidence       the teacher's probability of that same id; 0 where it did not keep it
-    calibration_error        expected calibration error (Guo et al. 2017, arXiv 1706.04599): over 15 bins of equal
-                             width of the confidence, the mean, weighted by the targets in each, of
+    teacher_confidence       the teacher's probability of the same id; 0 if the cache does not hold it
+    calibration_error        expected calibration error (Guo et al. 2017, arXiv 1706.04599): the mean over 15 bins of
+                             confidence, of equal width and weighted by their targets, of
                              |mean confidence - mean top1_accuracy|
     calibration_error_to_teacher
-                             the same with teacher_confidence in place of top1_accuracy: 0 for a student equal to its
+                             the same with teacher_confidence instead of top1_accuracy: 0 for a student equal to its
                              teacher
 
-There is no estimate of the dense reverse KL: it needs log p where the student has mass, and the samples lie where the
-teacher has. Weighting them by q/p is unbiased, with a variance that has no useful bound. Measured on 1,409 targets of
-a real teacher (V = 49,152, K = 64, 8 samples, T = 1) and a student at a dense reverse KL of 6.67: 5.13, standard error
-0.23; with K = 32 5.49 and 0.38; self-normalised weights gave 3.39, less than the bucket's lower bound of 3.73.
+There is no estimate of the dense reverse KL. It needs log p where the student has mass, and the samples lie where the
+teacher has mass. Weights q/p make the estimate unbiased, but its variance has no useful bound. Measured on 1,409
+targets of a real teacher (V = 49,152, K = 64, 8 samples, T = 1) and a student at a dense reverse KL of 6.67: the
+estimate was 5.13 with standard error 0.23; with K = 32, 5.49 and 0.38. Self-normalised weights gave 3.39, less than the
+bucket's lower bound of 3.73.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,29 +54,29 @@ from todi_offline.targets import SparseTargets
 Progress = Callable[[int, int], None]
 
 POSITION_EDGES = (1, 4, 16, 64, 256)
-"""Bounds of the groups by position within the response, whose first token is 0."""
+"""Bounds of the groups by position in the response; its first token has position 0."""
 
 ENTROPY_EDGES = (0.5, 1.0, 2.0, 3.0)
-"""Bounds of the groups by the teacher's entropy in nats, at the chosen temperature. What is stored gives a lower bound
-of it, which stands for it here: -sum of p log p over the stored entries, and - p_tail log m over the tail, each of
-whose ids has at most m, the least of p_tail and the least stored p. The samples have no part in it: a group chosen by
-them would be one of high or low estimates."""
+"""Bounds of the groups by the teacher's entropy in nats, at the chosen temperature. The groups use a lower bound of the
+entropy that needs only the stored entries: -sum of p log p over them, and -p_tail log m for the tail, where m, the
+smaller of p_tail and the smallest stored p, bounds the probability of each tail id. Tail samples are not used: groups
+chosen by samples would select high or low estimates."""
 
 CHUNK_BYTES = 64 * 2**20
-"""Logits in float32 that exist at a time."""
+"""Bytes of float32 logits in memory at a time."""
 
 SORTED_BATCHES = 32
-"""Batches whose sequences are sorted by length together: little padding, and shards are read one after the other."""
+"""Number of batches whose sequences are sorted by length together: little padding, and each shard is read once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """A student's distance to a cached teacher; groups without a target are left out."""
+    """A student's distance to a cached teacher; groups without targets are left out."""
 
     num_sequences: int
     temperature: float
     k: int
-    """Entries kept in the lower bounds."""
+    """Entries of the top k used in the lower bounds."""
     overall: Group
     by_position: list[Group]
     by_teacher_entropy: list[Group]
@@ -91,20 +93,20 @@ def evaluate_cache(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Distance:
-    """Measure a student against the teacher of a cache, over its first `limit` sequences.
+    """Measure a student against the teacher of a cache, over the cache's first `limit` sequences.
 
-    `k` keeps fewer entries than are stored; it concerns the lower bounds alone. The head runs at the targets only, and
-    memory does not grow with the cache but for an index.
+    `k` uses fewer entries than the cache stores, and only in the lower bounds. The head runs only at the targets, and
+    only an index of the cache is kept in memory.
 
     Raises:
         ModelError: the student's head lacks ids that the cache holds.
-        CacheMismatchError: the tokenizer is not the one whose ids the cache holds.
-        TargetsError: the temperature was not captured, k is out of range, or the cache holds samples alone.
+        CacheMismatchError: the tokenizer differs from the cache's.
+        TargetsError: the cache was not captured at the temperature or holds samples alone, or k is out of range.
     """
     if not cache.manifest.settings.k or k == 0:
         raise TargetsError(
-            f"without kept ids ({cache.root}, k = 0) the teacher's most probable id is unknown; evaluate on a held-out "
-            "cache that was captured with k of 1 or more, and with k of 1 or more"
+            f"{cache.root} is used with k = 0, so the teacher's most probable id is unknown; evaluate on a held-out cache "
+            "that was captured with k of 1 or more, and leave out k"
         )
     require_vocabulary(model, cache.manifest.vocab_size)
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
@@ -130,9 +132,9 @@ def evaluate_cache(
 
 
 def position_in_response(target_positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Count the targets of each response from 0, given the positions that `Collator` makes of unpacked sequences.
+    """Return the position of each target in its response, from 0; the input is `Collator`'s for unpacked sequences.
 
-    Responses are runs: a turn ends before the next prompt, and a row's last token is no target.
+    A response is a run of adjacent targets: prompts separate turns, and the last token of a row is never a target.
     """
     index = np.arange(len(target_positions))
     starts = np.diff(target_positions, prepend=-2) != 1
@@ -146,7 +148,7 @@ def measure_targets(
     temperature: float,
     k: int | None,
 ) -> dict[str, Float[Tensor, " target"]]:
-    """Return the measures of each target, and `teacher_entropy` as `ENTROPY_EDGES` says."""
+    """Return the measures of each target, and `teacher_entropy` as `ENTROPY_EDGES` defines it."""
     logits = logits.float()
     teacher = teacher_entries(targets, temperature)
     student, _ = student_entries(logits, targets, temperature)
@@ -182,16 +184,16 @@ def _batches(cache: Cache, total: int, batch_size: int) -> Iterator[dict[str, Te
 def _measure_batch(
     head: Head, batch: dict[str, Tensor], cache: Cache, temperature: float, k: int | None
 ) -> tuple[dict[str, npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
-    """Return the measures of a batch's targets, and the teacher's entropy at each."""
+    """Return the measures of a batch's targets, and the teacher's entropy at each target."""
     device, vocab = head.model.get_input_embeddings().weight.device, cache.manifest.vocab_size
     batch = {name: value.to(device) for name, value in batch.items()}
     targets = batch_targets(batch, cache)
     parts: list[dict[str, Tensor]] = []
     start, rows = 0, max(1, CHUNK_BYTES // (4 * vocab))
     for logits in head.chunks(batch["target_positions"], rows, input_ids=batch["input_ids"]):
-        some = slice(start, start + len(logits))
-        parts.append(measure_targets(logits[:, :vocab], batch["labels"][some], targets[some], temperature, k))
-        start = some.stop
+        chunk = slice(start, start + len(logits))
+        parts.append(measure_targets(logits[:, :vocab], batch["labels"][chunk], targets[chunk], temperature, k))
+        start = chunk.stop
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures["teacher_cross_entropy"] = -batch["label_logprob"]
     values = {name: value.cpu().numpy().astype(np.float64) for name, value in measures.items()}

@@ -1,4 +1,4 @@
-"""A student, and a held-out cache or instructions or both, in; its measures out."""
+"""A student comes in, with a held-out cache or instructions; its distance to the teacher and its ROUGE-L go out."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ METRICS_NAME = "metrics.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """All that decides an evaluation."""
+    """All settings of an evaluation."""
 
     student: str
     """The student: a folder, a hub id, a GGUF file, or a folder of LoRA adapters."""
@@ -73,10 +73,10 @@ class EvaluateConfig:
     """Forbid n-grams of this size to occur twice, the prompt included; 0 allows all. The paper's code has 6."""
 
     def __post_init__(self) -> None:
-        """Refuse what leaves nothing to do, and numbers out of range.
+        """Refuse numbers out of range, and settings with nothing to evaluate on.
 
         Raises:
-            ConfigError: naming the setting.
+            ConfigError: a setting is wrong; the message names it.
         """
         if self.cache is None and self.data is None:
             raise ConfigError("nothing to evaluate on; name a held-out cache (--cache), a data set (--data) or both")
@@ -93,7 +93,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateSummary:
-    """What an evaluation found; None is what was not asked for."""
+    """The results of an evaluation; None for a measurement that was not requested."""
 
     distance: Distance | None
     generation: Generation | None
@@ -111,11 +111,11 @@ def evaluate(
 ) -> EvaluateSummary:
     """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
 
-    `config` is an `EvaluateConfig`, or a TOML file of one; its fields given by their own names win over it. A student
-    that is already loaded needs its `tokenizer`, and stays where it is.
+    `config` is an `EvaluateConfig` or its TOML file; settings passed by name win over it. A loaded student needs its
+    `tokenizer`, and stays on its device.
 
     Raises:
-        TodiError: a setting, the student, the cache or the data cannot be used, or they do not fit.
+        TodiError: a setting, the student, the cache or the data cannot be used, or do not fit together.
     """
     loaded = None if student is None or isinstance(student, str) else student
     opened = cache if isinstance(cache, Cache) else None
@@ -139,13 +139,13 @@ def _evaluate(
     cache: Cache | None,
     progress: Progress | None,
 ) -> EvaluateSummary:
-    """Load what is not given, measure, and keep what was found where `out` says."""
+    """Load what is not loaded yet, measure, and write the results to `config.out`."""
     if cache is None and config.cache is not None:
         cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     model, tokenizer = student or _load(config)
     if tokenizer is None:
         raise ModelError("a student that is already loaded needs its tokenizer: pass tokenizer=...")
-    questions = _questions(config, tokenizer)  # what is wrong with the data shows before the cache is read
+    questions = _questions(config, tokenizer)  # wrong data fails here, before the cache is read
     summary = EvaluateSummary(
         distance=None if cache is None else _distance(config, model, tokenizer, cache, progress),
         generation=None if questions is None else _generation(config, model, tokenizer, questions, progress),
@@ -172,7 +172,7 @@ def _load(config: EvaluateConfig) -> tuple[Model, Tokenizer]:
 def _questions(config: EvaluateConfig, tokenizer: Tokenizer) -> Prompts | None:
     if config.data is None:
         return None
-    rouge_l_scorer()  # that it is missing shows here too
+    rouge_l_scorer()  # a missing rouge-score fails here too
     data = DataConfig(
         data=config.data,
         split=config.split,

@@ -1,14 +1,14 @@
-"""A student and instructions with references in, its responses and their ROUGE-L out.
+"""A student and instructions with references come in; the student's responses and their ROUGE-L go out.
 
-The protocol of the ToDi paper's scripts and of those before them (MiniLLM, DistiLLM, DSKD): the student samples at
-temperature 1 from its whole distribution, up to 256 new tokens after a prompt of at most 256, once for each of five
-seeds; ROUGE-L is rouge-score's F-measure with stemming, times 100, the best over the references, its mean over
-instructions, and then mean and deviation over seeds.
+The protocol is that of the ToDi paper's scripts and of MiniLLM, DistiLLM and DSKD before them. The student samples from
+its full distribution at temperature 1: up to 256 new tokens after a prompt of at most 256, once for each of five seeds.
+ROUGE-L is rouge-score's F-measure with stemming, times 100. The best over the references counts; the result is the mean
+over instructions, and then mean and deviation over seeds.
 
-The code of DSKD, which those scripts run, differs in three things. It forbids repeated 6-grams when it tests
-(`no_repeat_ngram_size`); here that is to be asked for. It cuts a long prompt at its end, where it asks for the
-response; here a prompt loses its oldest turns or its middle, as in
-training. It can draw ids of a padded embedding, which the tokenizer does not know; here it cannot.
+The code of DSKD, which those scripts run, differs in three ways. It forbids repeated 6-grams in its tests; here
+`no_repeat_ngram_size` is 0 by default. It cuts a long prompt at its end, which asks for the response; here a prompt
+loses its oldest turns or its middle, as in training. It can draw ids of a padded embedding that the tokenizer does not
+know; here these ids are suppressed.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ SEEDS = (10, 20, 30, 40, 50)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a student is asked, and what it may answer."""
+    """A prompt for the student, and the references for its response."""
 
     id: str
     token_ids: tuple[int, ...]
     end_id: int
-    """The token that ends a response to it in training: EOS, or the chat template's end of a turn."""
+    """The token that ends a response in training: EOS, or the end-of-turn token of the chat template."""
     references: tuple[str, ...]
 
 
@@ -56,12 +56,12 @@ class Prompts:
     prompts: tuple[Prompt, ...]
     num_cut: int = 0
     num_dropped: int = 0
-    """Rows that give none: no assistant answers at their end, or what cannot be cut of them is too long."""
+    """Rows without a prompt: they do not end with an assistant's answer, or are too long even after cutting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How a student's responses fare against references."""
+    """ROUGE-L of a student's responses against the references."""
 
     num_prompts: int
     num_prompts_cut: int
@@ -71,10 +71,10 @@ class Generation:
     rouge_l_deviation: float | None
     """Sample standard deviation over runs; None for a single one."""
     rouge_l_by_run: dict[str, float]
-    """By seed, or `greedy`."""
+    """Keys are the seeds, or `greedy`."""
     mean_new_tokens: float
     share_ended: float
-    """Of responses that the student ended itself, within `max_new_tokens`."""
+    """Share of responses that the student ended itself, within `max_new_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,8 @@ class _Response:
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
     """Read a data set as prompts and references.
 
-    Of `config` all that decides rows and prompts is used. The forms are those of `todi_offline.data` that have a
-    response; of `messages` it is the last one, and `output`, `response` and `completion` may be lists of references.
+    The rows may have any form of `todi_offline.data` with a response. The last of `messages` is the reference;
+    `output`, `response` and `completion` may be lists of references.
 
     Raises:
         DataError, ModelError: as `todi_offline.data.load_examples`.
@@ -99,13 +99,13 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
     num_cut = num_dropped = 0
     for number, row in enumerate(itertools.islice(source.rows, config.limit)):
         try:
-            question, references = without_answer(columns_of(row, "it"))
+            question, references = without_answer(columns_of(row, "the row"))
             if form is None:
                 form = recognise_form(question, encoder, source.name)
                 encoder = encoder_of(form, encoder)
             tokens = form.encode(encoder, question)
             if tokens.supervised[0]:
-                raise DataError("its prompt is empty, so there is nothing to answer; take such rows out")
+                raise DataError("the prompt is empty, so there is nothing to answer; take such rows out")
         except Dropped:
             num_dropped += 1
             continue
@@ -116,8 +116,8 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> Prompts:
         prompts.append(Prompt(str(row.get("id", number)), ids, tokens.ids[-1], references))
     if not prompts:
         raise DataError(
-            f"{source.name} gives no prompt: of its rows, {num_dropped} end without an assistant's answer or are over "
-            f"max_prompt_length, {config.prompt_limit}, with all cut off that can be"
+            f"{source.name} gives no prompt: {num_dropped} rows do not end with an assistant's answer, or exceed "
+            f"max_prompt_length, {config.prompt_limit}, even after cutting; use other rows, or raise max_prompt_length"
         )
     return Prompts(tuple(prompts), num_cut, num_dropped)
 
@@ -135,11 +135,10 @@ def evaluate_generation(
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> Generation:
-    """Let a student answer, once for each seed, or once with `greedy`, and compare with the references.
+    """Generate responses once for each seed, or once with `greedy`, and compare them with the references.
 
-    Of the model's own generation settings the tokens that end a text are used, and no other. A seed gives the same
-    responses again where batch size, device and libraries are the same. `out` receives `predictions-SEED.jsonl`, or
-    `predictions-greedy.jsonl`, when each is done.
+    Only the EOS tokens of the model's own generation config are used. The same seed, batch size, device and libraries
+    give the same responses. After each run, `out` receives `predictions-SEED.jsonl` or `predictions-greedy.jsonl`.
 
     Raises:
         ConfigError: rouge-score is not installed.
@@ -151,12 +150,12 @@ def evaluate_generation(
     if not greedy:
         settings.update(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
     runs = {"greedy": 0} if greedy else {str(seed): seed for seed in seeds}
-    everything: list[_Response] = []
+    all_responses: list[_Response] = []
     rouge: dict[str, float] = {}
 
     def report(num_done: int) -> None:
         if progress:
-            progress(len(everything) + num_done, len(runs) * len(prompts))
+            progress(len(all_responses) + num_done, len(runs) * len(prompts))
 
     for run, seed in runs.items():
         responses = _respond(model, tokenizer, prompts, settings, batch_size, seed, report)
@@ -166,7 +165,7 @@ def evaluate_generation(
         ]
         if out:
             _write(out / f"predictions-{run}.jsonl", tokenizer, prompts, responses, scores)
-        everything += responses
+        all_responses += responses
         rouge[run] = statistics.fmean(scores)
     return Generation(
         num_prompts=len(prompts),
@@ -175,13 +174,13 @@ def evaluate_generation(
         rouge_l=statistics.fmean(rouge.values()),
         rouge_l_deviation=statistics.stdev(rouge.values()) if len(rouge) > 1 else None,
         rouge_l_by_run=rouge,
-        mean_new_tokens=statistics.fmean(response.num_tokens for response in everything),
-        share_ended=statistics.fmean(response.ended for response in everything),
+        mean_new_tokens=statistics.fmean(response.num_tokens for response in all_responses),
+        share_ended=statistics.fmean(response.ended for response in all_responses),
     )
 
 
 def answer(model: Model, tokenizer: Tokenizer, questions: Prompts, max_new_tokens: int) -> list[str]:
-    """Return what a model writes in answer to each prompt, taking the most probable token each time."""
+    """Return a model's response to each prompt; the most probable token is taken each time."""
     settings = _generation_settings(model, tokenizer, questions.prompts)
     settings.update(max_new_tokens=max_new_tokens)
     responses = _respond(model, tokenizer, questions.prompts, settings, len(questions.prompts), 0, lambda _: None)
@@ -228,14 +227,14 @@ def _respond(
     seed: int,
     report: Callable[[int], None],
 ) -> list[_Response]:
-    """Return the response to each prompt. The longest go first, so that little is padded."""
+    """Return the response to each prompt. Batches are sorted by length, which saves padding."""
     device = model.get_input_embeddings().weight.device
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].token_ids))
-    found: dict[int, _Response] = {}
+    responses: dict[int, _Response] = {}
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         evaluation_mode(model),
-        _only(model, settings),
+        _generation_config_of(model, settings),
     ):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
@@ -244,23 +243,23 @@ def _respond(
             inputs = {name: value.to(device) for name, value in inputs.items()}
             generated = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
             for number, ids in zip(numbers, generated.tolist(), strict=True):
-                found[number] = _response(tokenizer, ids, settings.eos_token_id)
-            report(len(found))
-    return [found[number] for number in range(len(prompts))]
+                responses[number] = _response(tokenizer, ids, settings.eos_token_id)
+            report(len(responses))
+    return [responses[number] for number in range(len(prompts))]
 
 
 def _left_padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
     longest = max(map(len, sequences))
-    gaps = [longest - len(sequence) for sequence in sequences]
+    num_pads = [longest - len(sequence) for sequence in sequences]
     return {
-        "input_ids": torch.tensor([[pad] * gap + list(ids) for gap, ids in zip(gaps, sequences, strict=True)]),
-        "attention_mask": torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps]),
+        "input_ids": torch.tensor([[pad] * num + list(ids) for num, ids in zip(num_pads, sequences, strict=True)]),
+        "attention_mask": torch.tensor([[0] * num + [1] * (longest - num) for num in num_pads]),
     }
 
 
 @contextlib.contextmanager
-def _only(model: Model, settings: Any) -> Iterator[None]:
-    """Within, the model has these generation settings alone: `generate` fills in what is unset from its own."""
+def _generation_config_of(model: Model, settings: Any) -> Iterator[None]:
+    """Replace the model's generation config for a while: `generate` fills unset fields from the model's own."""
     own = model.generation_config
     model.generation_config = settings
     try:

@@ -1,4 +1,4 @@
-"""A student and some sequences of a cache in, what it predicts at their targets out: one forward pass each."""
+"""A student and sequences of a cache come in; the student's predictions at their targets go out, for a page."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,10 +21,12 @@ from todi_offline.targets import SparseTargets
 def read_sequences(
     model: Model, tokenizer: Tokenizer, cache: Cache, sequences: Sequence[CachedSequence], temperature: float
 ) -> Iterator[StudentRows]:
-    """Yield what a student predicts at the targets of each sequence, as log-probs at a temperature.
+    """Yield a student's predictions at the targets of each sequence, as log-probs at a temperature.
+
+    Each sequence takes one forward pass.
 
     Raises:
-        CacheMismatchError: the tokenizer is not the one whose ids the cache holds.
+        CacheMismatchError: the tokenizer differs from the cache's.
     """
     require_vocabulary(model, cache.manifest.vocab_size)
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
@@ -40,12 +42,12 @@ def read_sequences(
 def predict(
     logits: Float[Tensor, "target vocab"], labels: Int[Tensor, " target"], targets: SparseTargets, temperature: float
 ) -> StudentRows:
-    """Return a student's predictions at the ids of the targets, at the label, and at its own likeliest ids."""
+    """Return a student's predictions at the ids of the targets, at the label, and at its own most probable ids."""
     entries, log_partition = student_entries(logits, targets, temperature)
     logprobs = logits / temperature - log_partition[:, None]
     at_one = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     own, own_ids = logprobs.topk(min(2 * TEACHER_ENTRIES, logprobs.shape[1]), dim=-1)
-    found = {
+    predictions = {
         "kept": entries.kept,
         "tail": entries.tail,
         "label": logprobs.gather(-1, labels[:, None]).squeeze(-1),
@@ -54,5 +56,5 @@ def predict(
         "top": own,
     }
     return StudentRows(
-        top_ids=own_ids.cpu().numpy(), **{name: value.double().cpu().numpy() for name, value in found.items()}
+        top_ids=own_ids.cpu().numpy(), **{name: value.double().cpu().numpy() for name, value in predictions.items()}
     )

@@ -1,8 +1,8 @@
-"""Measures of targets in, batch by batch; means by group, their standard errors and the calibration out.
+"""Measures of targets come in, batch by batch; means by group, their standard errors and the calibration go out.
 
-Memory is of a fixed size. A mean is a ratio of sums over sequences, sum of s_i / sum of n_i, and the targets of one
-sequence are not independent, so its standard error is that of such a ratio: with N sequences in the group,
-sqrt(N / (N - 1) * sum of (s_i - mean n_i)^2) / sum of n_i.
+Memory use is constant. The targets of one sequence are not independent, so standard errors are over sequences. A mean
+is a ratio of sums over sequences, sum of s_i / sum of n_i; with N sequences in the group, the standard error of this
+ratio is sqrt(N / (N - 1) * sum of (s_i - mean n_i)^2) / sum of n_i.
 """
 
 import itertools
@@ -17,12 +17,12 @@ Values = npt.NDArray[np.float64]
 Bound = int | float
 
 NUM_BINS = 15
-"""Bins of the confidence, of equal width."""
+"""Number of bins of the confidence, of equal width."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over targets and its standard error over sequences, None where there is none to give."""
+    """A mean over targets and its standard error over sequences; the error is None if it cannot be estimated."""
 
     mean: float
     standard_error: float | None = None
@@ -30,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What was measured on the targets of which something is at least `low` and below `high`; None is no bound."""
+    """The measures of one group of targets: those whose key is at least `low` and below `high`; None is no bound."""
 
     low: Bound | None
     high: Bound | None
@@ -39,10 +39,10 @@ class Group:
 
 
 class Tally:
-    """Sums over targets by group; `edges` are the bounds of each way to group them, and none is one group of all."""
+    """Sums over targets by group. `edges` has the bounds of each grouping; no bounds make one group of all targets."""
 
     def __init__(self, names: Sequence[str], edges: Sequence[Sequence[Bound]]) -> None:
-        """Begin with nothing. `names` are those of the measures."""
+        """Begin with sums of 0 for the measures `names`."""
         self._names = ["num_targets", *names]
         self._edges = edges
         self._starts = list(itertools.accumulate((len(bounds) + 1 for bounds in edges), initial=0))
@@ -54,7 +54,7 @@ class Tally:
     def add(
         self, sequences: npt.NDArray[np.int64], keys: Sequence[npt.NDArray[np.generic]], measures: Mapping[str, Values]
     ) -> None:
-        """Add all targets of some sequences: the sequence of each, a key for each way to group them, its measures."""
+        """Add all targets of some sequences: each target's sequence, its key in each grouping, and its measures."""
         values = np.stack([np.ones(len(sequences)), *(measures[name] for name in self._names[1:])], axis=1)
         bins = np.minimum((measures["confidence"] * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         _, sequences = np.unique(sequences, return_inverse=True)
@@ -70,18 +70,18 @@ class Tally:
         self._products += (by_sequence * counts).sum(0)
 
     def groups(self) -> list[list[Group]]:
-        """Return, for each way to group the targets, the groups that have some."""
-        found = []
+        """Return the groups of each grouping, without empty groups."""
+        groupings = []
         for start, edges in zip(self._starts, self._edges, strict=False):
             bounds = list(zip([None, *edges], [*edges, None], strict=True))
-            found.append(
+            groupings.append(
                 [
                     Group(low, high, int(self._sums[start + number, 0]), self._estimates(start + number))
                     for number, (low, high) in enumerate(bounds)
                     if self._sums[start + number, 0]
                 ]
             )
-        return found
+        return groupings
 
     def _estimates(self, group: int) -> dict[str, Estimate]:
         count = self._sums[group, 0]
@@ -111,5 +111,5 @@ class Tally:
 
     def _calibration_error(self, group: int, truth: str) -> float:
         confidence, true = self._names.index("confidence"), self._names.index(truth)
-        gaps = self._bins[group, :, confidence] - self._bins[group, :, true]
-        return float(np.abs(gaps).sum() / self._sums[group, 0])
+        differences = self._bins[group, :, confidence] - self._bins[group, :, true]
+        return float(np.abs(differences).sum() / self._sums[group, 0])
