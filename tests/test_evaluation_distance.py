@@ -216,7 +216,7 @@ def test_without_samples_there_is_no_full_estimate(student, teacher, heldout_exa
 def test_a_cache_of_samples_alone_is_refused(student, teacher, heldout_examples, heldout, tmp_path):
     capture(teacher, heldout_examples, tmp_path / "cache", k=0, tail_samples=2)
     for cache, k in ((open_cache(tmp_path / "cache"), None), (heldout, 0)):
-        with pytest.raises(TargetsError, match=r"without kept ids .* evaluate on a held-out cache"):
+        with pytest.raises(TargetsError, match=r"is used with k = 0, .* evaluate on a held-out cache"):
             measured(student, cache, k=k)
 
 

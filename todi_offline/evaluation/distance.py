@@ -105,8 +105,8 @@ def evaluate_cache(
     """
     if not cache.manifest.settings.k or k == 0:
         raise TargetsError(
-            f"{cache.root} is used with k = 0, so the teacher's most probable id is unknown; evaluate on a held-out cache "
-            "that was captured with k of 1 or more, and leave out k"
+            f"{cache.root} is used with k = 0, so the teacher's most probable id is unknown; evaluate on a held-out "
+            "cache that was captured with k of 1 or more, and leave out k"
         )
     require_vocabulary(model, cache.manifest.vocab_size)
     require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
