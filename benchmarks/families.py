@@ -7,6 +7,10 @@ Tiny random models of the families in `_zoo.py`, with 32 ids of padding in their
     training   loss and gradients of a trainer's batch are those of plain calls; `fused`: without holding the logits, or
                `from logits`; `packed`: sequences share rows, or a row each, where they would see each other
     pruning    students of the layers 0, 2, 3 and of 0, 1, 3, saved and loaded, are these layers one after another
+    width      a student of half the hidden channels, half the heads and five eighths of the MLP, saved and loaded, is
+               the family's own modules with 0 for all other weights
+    fresh      a new student of half the hidden size and two layers is saved and loaded, and has the teacher's
+               embeddings, projected
     bfloat16   the mean target of a model in bfloat16 is that of plain calls to 0.05 nats; under autocast the trainer's
                loss is that from logits to 0.02
 
@@ -14,6 +18,7 @@ A cell that begins with `wrong` is a defect. Not claimed: anything of trained we
 """
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -27,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from benchmarks._environment import environment, listed
-from benchmarks._zoo import FAMILIES, logits_of_layers, tiny_model
+from benchmarks._zoo import FAMILIES, logits_of_layers, logits_of_parts, tiny_model
 from todi_offline import ToDiTrainer, capture, open_cache
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
@@ -35,12 +40,18 @@ from todi_offline.cache.reader import Cache
 from todi_offline.data import Example, Examples
 from todi_offline.errors import ModelError
 from todi_offline.losses import distillation_loss
-from todi_offline.student import prune_depth
+from todi_offline.student import Widths, fresh_student, prune_depth
+from todi_offline.student.fresh import principal_projection
+from todi_offline.student.importance import activation_importance
+from todi_offline.student.parts import width_parts
+from todi_offline.student.width import most_important, narrow_model, resolve_sizes
 from todi_offline.teacher import as_teacher, targets_of
 
 RESULT = Path(__file__).parent / "results" / "families.md"
 VOCAB, PADDED = 512, 544
 KEPT = ([0, 2, 3], [0, 1, 3])
+REMEDIES = r"; (?:choose|cut|make) |\. Its config"
+"""What a refusal goes on with."""
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 
 
@@ -69,7 +80,7 @@ def _outcome(check: Callable[[Any], str], model: Any) -> str:
     except AssertionError as error:
         return f"wrong: {error}"
     except ModelError as error:
-        return f"refused: {str(error).partition('; choose')[0].partition('. Its config')[0]}"
+        return f"refused: {re.split(REMEDIES, str(error))[0]}"
 
 
 def captured(model: Any) -> str:
@@ -111,6 +122,38 @@ def pruned(model: Any) -> str:
     return "yes"
 
 
+def narrowed(model: Any) -> str:
+    tokens = torch.from_numpy(_examples()[0].token_ids.astype(np.int64))[None]
+    parts = width_parts(model)
+    asked = Widths(hidden=parts.sizes.hidden // 2, heads=parts.sizes.heads // 2, mlp=parts.sizes.mlp * 5 // 8)
+    sizes = resolve_sizes(asked, parts.sizes)
+    kept = most_important(activation_importance(model, parts, tokens), parts.sizes, sizes)
+    student = _reloaded(narrow_model(model, parts, sizes, kept))
+    with torch.no_grad():
+        found = student(input_ids=tokens, use_cache=False).logits
+    _require_close("a logit", found, logits_of_parts(model, parts, kept, tokens), 1e-4)
+    return "cut"
+
+
+def made_anew(model: Any) -> str:
+    tokens = torch.from_numpy(_examples()[0].token_ids.astype(np.int64))[None]
+    old = model.get_input_embeddings().weight
+    made = fresh_student(model, Widths(hidden=old.shape[1] // 2), layers=2).eval()
+    student = _reloaded(made)
+    with torch.no_grad():
+        found, expected = (model(input_ids=tokens, use_cache=False).logits for model in (student, made))
+    _require_close("a logit", found, expected, 1e-5)
+    weight = student.get_input_embeddings().weight
+    assert torch.equal(weight, principal_projection(old, weight.shape[1])), "the embeddings are others"
+    return "yes"
+
+
+def _reloaded(model: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+
 def in_bfloat16(model: Any) -> str:
     trainer, batch = _trainer(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,6 +167,8 @@ CHECKS: dict[str, Callable[[Any], str]] = {
     "capture": captured,
     "training": trained,
     "pruning": pruned,
+    "width": narrowed,
+    "fresh": made_anew,
     "bfloat16": in_bfloat16,
 }
 
