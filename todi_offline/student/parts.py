@@ -92,7 +92,8 @@ def width_parts(model: Model) -> WidthParts:
     ]
     sizes = {_sizes(model, layer) for layer in layers}
     if len(sizes) != 1:
-        raise refusal(model, f"its layers have unlike sizes: {sorted(map(str, sizes))}")
+        unlike = sorted(f"{described(size)} (heads of {size.head_dim})" for size in sizes)
+        raise refusal(model, f"its layers have unlike sizes: {'; '.join(unlike)}")
     (size,) = sizes
     names = {id(module): name for name, module in model.named_modules()}
     owners = [f"{stack}.{number}" for number in range(len(layers))] + [stack.rpartition(".")[0]]
@@ -133,7 +134,8 @@ def _layer_parts(model: Model, name: str, layer: nn.Module) -> LayerParts:
             if all(type(getattr(module, part, None)) is nn.Linear for part in kind)
         ]
         if len(holders) != 1:
-            raise refusal(model, f"{name} has {len(holders)} modules with {', '.join(kind)}, expected one")
+            counted = "no module" if not holders else f"{len(holders)} modules"
+            raise refusal(model, f"{name} has {counted} of the linear layers {', '.join(kind)}")
         found.append(f"{name}.{holders[0]}")
     head_dim = _head_dim(model, found[0])
     whole = [
