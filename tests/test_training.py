@@ -184,7 +184,7 @@ def test_a_cache_or_student_that_does_not_fit_is_refused_before_anything_is_writ
         train(str(other), cache, run, **SMALL)
     with pytest.raises(TargetsError, match=r"or capture 4 too"):
         train(str(folder), cache, run, temperature=4, **SMALL)
-    with pytest.raises(TargetsError, match="top 16; choose 0 to 16"):
+    with pytest.raises(TargetsError, match="top 16; choose 1 to 16"):
         train(str(folder), cache, run, k=64, **SMALL)
     with pytest.raises(CacheFormatError, match="is not a cache"):
         train(str(folder), tmp_path / "nothing", run, **SMALL)
