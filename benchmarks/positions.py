@@ -45,7 +45,7 @@ def run(
             {
                 "kd_weight": weight_of_kd,
                 "positions": positions,
-                "seconds": round(min(times), 4),
+                "cpu_seconds": round(min(times), 4),
                 "ratio": round(ratio, 3),
             }
         )

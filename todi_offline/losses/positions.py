@@ -55,8 +55,11 @@ def parse_selection(text: str) -> Selection | None:
 
 def student_entropy(logits: Float[Tensor, "target vocab"]) -> Float[Tensor, " target"]:
     """Return the entropy of the student at T = 1, in nats, without gradient."""
-    terms: Tensor = torch.special.entr(logits.detach().softmax(-1))
-    return terms.sum(-1)
+    logits = logits.detach()
+    shifted = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e3)  # -inf times its probability, 0, would be NaN
+    exponentials = shifted.exp()
+    total = exponentials.sum(-1)
+    return total.log() - exponentials.mul_(shifted).sum(-1) / total
 
 
 def scores(
