@@ -9,6 +9,9 @@ The teacher has the shape of SmolLM2-135M and random weights, and reads Python's
 made on the spot; `--set teacher=FOLDER` takes a real one. The fingerprint of the teacher is computed once a capture of
 any length, so its time is also shown alone.
 
+With `--set ranks=2`, `--set actors=2` or both, compared are captures in one process, in so many ranks of torchrun and
+in so many actors of Ray, each worker on one thread, in turns; the start is stated apart.
+
 Not claimed: anything of a GPU, where the teacher is faster and the same encoding must keep up with it.
 """
 
@@ -24,6 +27,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks._scaling import compare
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, Examples, load_examples
 from todi_offline.stdlib_corpus import stdlib_pairs
@@ -42,7 +46,23 @@ BAR = 0.95
 """The capture's rate over the bare pass's, at least."""
 
 
-def run(quick: bool, teacher: str | None = None) -> dict[str, object]:
+def run(
+    quick: bool,
+    teacher: str | None = None,
+    ranks: str | None = None,
+    actors: str | None = None,
+    layers: str = "2",
+    texts: str = "60",
+    repetitions: str = "3",
+) -> dict[str, object]:
+    workers = {name: int(number) for name, number in (("ranks", ranks), ("actors", actors)) if number}
+    if workers:
+        made_up = _made_up_teacher(1 if quick else int(layers))
+        return compare(made_up, workers, 1 if quick else int(repetitions), 20 if quick else int(texts))
+    return _against_the_bare_pass(quick, teacher)
+
+
+def _against_the_bare_pass(quick: bool, teacher: str | None) -> dict[str, object]:
     repetitions, limit = (1, 4) if quick else (9, 12)
     loaded = _made_up_teacher(2 if quick else 30) if teacher is None else load_teacher(TeacherConfig(teacher=teacher))
     examples = load_examples(DataConfig(limit=limit), loaded.tokenizer)
