@@ -19,11 +19,15 @@ from support.programs import Answering, run
 from support.tiny_models import save_llama
 
 import cache_tools.__main__ as tools
+from todi_offline.cache.check.diff import compare_caches
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.objects import read_record
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store.locks import FolderLock
 from todi_offline.cache.store.remote import RemoteStore
+from todi_offline.capturing import CaptureConfig
+from todi_offline.config import load_config
+from todi_offline.errors import ConfigError
 
 SMALL = {"k": 4, "tail_samples": 1, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
 LENGTHS = {"max_length": 128, "max_prompt_length": 64}
@@ -241,6 +245,47 @@ def test_a_second_job_is_refused_by_the_lock_of_the_first_on_all_of_its_ranks(jo
     assert found["codes"] == [1, 1]
     (line,) = errors_of(found)
     assert "is being written by process" in line
+
+
+# A teacher that is split.
+
+
+def test_a_teacher_that_is_split_over_ranks_says_what_the_whole_one_does(jobs: Jobs, tmp_path: Path) -> None:
+    root, words = tmp_path / "cache", ["--tp", "2"]
+    found = jobs.run(root, words=words, loads=True)
+    assert found["codes"] == [0, 0], found
+    assert [name[:6] for name in json.loads(found["output"])["workers"]] == ["rank 0"]
+    split, whole = open_cache(root), open_cache(jobs.whole_root)
+    assert split.manifest == whole.manifest
+    compared = compare_caches(split, whole)
+    assert (compared["shared"], compared["only_first"], compared["only_second"]) == (len(whole), 0, 0)
+    assert compared["targets"]["mean_kl"] < 1e-5, compared
+    poison = {"id": example_of(jobs, 2), "how": "kill"}
+    killed = jobs.run(tmp_path / "again", words=words, loads=True, poison=poison)
+    assert all(killed["codes"]), killed
+    assert jobs.run(tmp_path / "again", words=words, loads=True)["codes"] == [0, 0]
+    assert sums_of(tmp_path / "again") == sums_of(root)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_teacher_is_split_over_all_ranks_or_not_at_all(jobs: Jobs, tmp_path: Path, size: int) -> None:
+    found = jobs.run(tmp_path / "cache", size, words=["--tp", "2"], loads=True)
+    assert found["codes"] == [1] * size
+    (line,) = errors_of(found)
+    assert line.startswith(f"Error: tp is 2, and this job has {size} rank")
+    assert "torchrun --nproc-per-node 2 -m todi_offline capture --tp 2" in line
+
+
+def test_a_teacher_that_transformers_spreads_leaves_the_same_bytes(jobs: Jobs, tmp_path: Path) -> None:
+    found = jobs.run(tmp_path / "cache", words=["--device-map", "auto"], loads=True)
+    assert found["codes"] == [0, 0], found
+    assert sums_of(tmp_path / "cache") == jobs.whole
+
+
+@pytest.mark.parametrize("other", [{"device_map": "auto"}, {"ray_actors": 2}, {"engine": "vllm"}])
+def test_a_split_teacher_is_refused_where_another_setting_spreads_it(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^tp "):
+        load_config(CaptureConfig, overrides={"teacher": "a", "data": "b", "out": "c", "tp": 2} | other)
 
 
 # Straight to an object store, which all ranks write to.

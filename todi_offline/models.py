@@ -61,6 +61,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     device_map: str | None = None,
+    tp: int = 1,
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
@@ -74,6 +75,7 @@ def load_model(
     location, options = _location(path)
     options |= {"attn_implementation": attention} if attention else {}
     options |= {"device_map": device_map} if device_map else {}
+    options |= {"distributed_config": _split_over(tp)} if tp > 1 else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=resolve_dtype(dtype), trust_remote_code=trust_remote_code, **options
@@ -82,7 +84,25 @@ def load_model(
         raise ModelError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
     if "gguf_file" in options:
         model = _without_quantization(model)
-    return model if device_map else model.to(resolve_device(device))
+    if tp > 1 and not model.supports_tp_plan:
+        raise ModelError(
+            f"transformers has no plan to split {type(model).__name__} over ranks; leave out tp, and use device_map"
+        )
+    return model if device_map or tp > 1 else model.to(resolve_device(device))
+
+
+def _split_over(num_ranks: int) -> Any:
+    """Return what tells transformers to load a part of every layer in each rank.
+
+    Raises:
+        ModelError: this release of transformers cannot.
+    """
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(tp_size=num_ranks)
+    except (ImportError, TypeError) as error:
+        raise ModelError(f"tp needs a newer release of transformers: {first_line(error)}") from error
 
 
 def real_vocab_size(tokenizer: Tokenizer, num_ids: int) -> int:

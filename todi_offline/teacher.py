@@ -41,7 +41,11 @@ class TeacherConfig:
     dtype: str = "auto"
     """Dtype of the weights: float32, bfloat16 or float16; `auto` keeps the dtype of the files."""
     device_map: str | None = None
-    """How transformers spreads a large teacher over several devices, such as `auto`."""
+    """How transformers spreads a large teacher over the devices of one process: `auto` puts layer after layer on them,
+    so one device is busy at a time and the others wait. With `tp`, all devices are busy."""
+    tp: int = 1
+    """Ranks that each layer is split over: `torchrun --nproc-per-node 8 -m todi_offline capture --tp 8 ...`. The
+    teacher needs a `tp_plan` in transformers."""
     attention: str | None = None
     """Attention of transformers (`attn_implementation`), such as `sdpa`."""
     adapter: str | None = None
@@ -52,9 +56,16 @@ class TeacherConfig:
     """Tokens in one forward pass, padding included."""
 
     def __post_init__(self) -> None:
-        """Refuse an empty batch."""
-        if self.batch_tokens < 1:
-            raise ConfigError(f"batch_tokens is {self.batch_tokens}; expected at least 1")
+        """Refuse numbers that make no sense, and two ways to spread a teacher.
+
+        Raises:
+            ConfigError: a value is out of range or contradicts another.
+        """
+        for name in ("batch_tokens", "tp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.tp > 1 and self.device_map:
+            raise ConfigError("tp and device_map are two ways to spread a teacher over devices; leave out one of them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         dtype=config.dtype,
         device=config.device,
         device_map=config.device_map,
+        tp=config.tp,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )

@@ -15,6 +15,7 @@ A run is a line of JSON:
     odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
     lease     seconds: ranks cannot tell whether the holder of a lock is dead, and wait for so long a lease
     environ   more variables of the environment
+    loads     whether each rank loads the teacher itself
     restarts  for each attempt but the last, its `signals`; the attempts share a store, as those of torchrun do
 
 An outcome, of the last attempt, is {"codes": [...], "errors": [...], "output": ..., "seconds": ..., "were_ended": ...,
@@ -139,6 +140,8 @@ def fork(run: Run, config: dict[str, Any], environ: dict[str, str], rank: int, o
         os.dup2(errors, 2)
         if run["size"] > 1:
             os.environ |= environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if run.get("loads"):
+            mock.patch.object(todi_offline.capturing.loading, "load_teacher", load_teacher).start()
         os.environ |= run.get("environ", {})
         fsspec.config.set_conf_env(fsspec.config.conf)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -91,6 +91,18 @@ class CaptureConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse to split a teacher over ranks where other processes hold it.
+
+        Raises:
+            ConfigError: `tp` contradicts another setting.
+        """
+        if self.teacher.tp > 1 and (self.engine.engine != "transformers" or self.ray.ray_actors):
+            raise ConfigError(
+                "tp splits a teacher that transformers runs in ranks of torchrun; with --engine vllm, in actors of Ray "
+                f"or without, it is --engine-set tensor_parallel_size={self.teacher.tp}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class CaptureSummary:

@@ -64,10 +64,12 @@ def _capture(
 
     Every rank of a job of torchrun or accelerate runs this; rank 0 alone plans, locks, begins and seals the cache.
     """
-    with join_ranks(config.teacher.device) as ranks, contextlib.ExitStack() as stack:
+    with join_ranks(config.teacher.device, config.teacher.tp) as ranks, contextlib.ExitStack() as stack:
         if examples is None:  # before the teacher: wrong data are refused at once
             examples = ranks.node_by_node(lambda: load_examples(config.data, _tokenizer(config, teacher)))
-        workers = stack.enter_context(ranks.together(lambda: start_workers(config, ranks.name, teacher)))
+        workers = stack.enter_context(
+            ranks.together(lambda: start_workers(config, ranks.name, teacher, commits=ranks.commits))
+        )
         described = ranks.together(workers.describe)
         job = Job.of(examples, described, config.cache)
         ranks.require_same(job.manifest.to_json())

@@ -16,13 +16,15 @@ from todi_offline.teacher import Teacher
 class InProcess:
     """One worker: this process, with its engine."""
 
-    def __init__(self, config: CaptureConfig, name: str, teacher: Teacher | None) -> None:
+    def __init__(self, config: CaptureConfig, name: str, teacher: Teacher | None, *, commits: bool = True) -> None:
         """Load the engine; its teacher may be loaded already.
+
+        Without `commits`, this process holds a part of the teacher, and another process commits the shards.
 
         Raises:
             ModelError: the teacher cannot be loaded.
         """
-        self._name, self._config = name, config
+        self._name, self._config, self._commits = name, config, commits
         self._engine = load_engine(config, teacher)
 
     def describe(self) -> TeacherDescription:
@@ -34,6 +36,10 @@ class InProcess:
         worker = ShardWorker.start(
             self._name, self._engine, writer, self._config.reuse, skip_failed=self._config.skip_failed
         )
+        if not self._commits:
+            for task in tasks:
+                worker.rows(task, lambda _: None)
+            return
         for result in _each_behind_the_next(worker, tasks, report):
             report(0, 1)
             yield result

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,14 +23,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from todi_offline.cache.format.fingerprint import differences
 from todi_offline.capturing.meter import Meter, Report
-from todi_offline.errors import CacheMismatchError, ModelError, TodiError, first_line
+from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TodiError, first_line
 
 T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(days=100)  # a rank that has done its shards waits for the slowest one
 _START = datetime.timedelta(minutes=30)
 _POLL_SECONDS = 0.5
-_TOKENS, _SHARDS, _FAILED = "tokens", "shards", "failed"  # keys of the board
+_MEET_SECONDS = 0.005
+_STEP = datetime.timedelta(minutes=10)  # a layer of a teacher that is split over ranks
+_TOKENS, _SHARDS, _FAILED, _BEGUN = "tokens", "shards", "failed", "begun"  # keys of the board
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Ranks:
     group: Any = None
     board: Any = None
     """Counters that all ranks add to and read at any time, in between what they do together."""
+    is_one_worker: bool = False
+    """Whether all ranks work on each shard together, each with a part of the teacher; then rank 0 alone commits."""
 
     @property
     def name(self) -> str:
@@ -96,12 +101,31 @@ class Ranks:
                 f"the ranks do not work on one capture: {'; '.join(lines)}; start all of them alike"
             )
 
+    @property
+    def commits(self) -> bool:
+        """Whether this rank commits the shards that it captures."""
+        return self.rank == 0 or not self.is_one_worker
+
     def share(self, items: Sequence[T]) -> Iterator[T]:
-        """Yield this rank's share, each when it is asked for, until another rank fails."""
-        for item in items[self.rank :: self.size]:
+        """Yield this rank's share, each when it is asked for, until another rank fails.
+
+        Ranks that are one worker get all items, each item once all ranks ask for it: a rank that has failed would not
+        join the others in the teacher's collectives.
+        """
+        share = items if self.is_one_worker else items[self.rank :: self.size]
+        for number, item in enumerate(share):
+            if self.is_one_worker:
+                self._meet(f"{_BEGUN} {number}")
             if self._has_failed():
                 return
             yield item
+
+    def _meet(self, name: str) -> None:
+        """Return when all ranks have come here, or one has failed."""
+        with _lost_ranks():
+            self.board.add(name, 1)
+            while self.board.add(name, 0) < self.size and not self.board.check([_FAILED]):
+                time.sleep(_MEET_SECONDS)
 
     def _has_failed(self) -> bool:
         """Whether a rank has raised an error."""
@@ -143,19 +167,34 @@ def one_rank_speaks() -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str, tp: int = 1) -> Iterator[Ranks]:
     """Yield the ranks that this process is one of: all of a job of torchrun or accelerate, else itself alone.
+
+    With `tp` above 1, the teacher is split over so many ranks.
 
     Raises:
         ModelError: a node has fewer devices than ranks.
+        ConfigError: the job has another number of ranks than `tp`.
     """
     if not dist.is_initialized() and not _is_launched():
+        _require_size(tp, 1)
         yield Ranks()
         return
     _take_device(device)
-    with _default_sigterm(), _group() as group:
+    with _default_sigterm(), _group(is_split=tp > 1) as group:
         rank, size = dist.get_rank(), dist.get_world_size()
-        yield Ranks(rank, size, group, _board(rank, group))
+        _require_size(tp, size)
+        yield Ranks(rank, size, group, _board(rank, group), is_one_worker=tp > 1)
+
+
+def _require_size(tp: int, size: int) -> None:
+    """Refuse a teacher that is to be split over another number of ranks than there are."""
+    if tp not in (1, size):
+        raise ConfigError(
+            f"tp is {tp}, and this job has {size} rank{'s' * (size > 1)}; start it with `torchrun --nproc-per-node "
+            f"{tp} -m todi_offline capture --tp {tp} ...`; for several copies of a split teacher, "
+            "use actors of Ray with --engine vllm"
+        )
 
 
 def _is_launched() -> bool:
@@ -186,8 +225,12 @@ def _default_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _group() -> Iterator[Any]:
-    """Yield a group of all ranks that waits for as long as a capture takes."""
+def _group(*, is_split: bool) -> Iterator[Any]:
+    """Yield a group of all ranks that waits for as long as a capture takes.
+
+    A teacher that is split over the ranks has the default group for itself, on the backend of its device and with the
+    patience of a single step.
+    """
     if dist.is_initialized():
         yield dist.new_group(backend="gloo", timeout=_PATIENCE)
         return
@@ -195,9 +238,11 @@ def _group() -> Iterator[Any]:
         store, rank, size = next(rendezvous("env://", timeout=_START))
         # Ranks that torchrun has started again would find what the dead ones wrote: addresses where nobody answers.
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=size)
+        backend = "cpu:gloo,cuda:nccl" if is_split and torch.cuda.is_available() else "gloo"
+        patience = _STEP if is_split else _PATIENCE
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
     try:
-        yield None
+        yield dist.new_group(backend="gloo", timeout=_PATIENCE) if is_split else None
     finally:
         dist.destroy_process_group()
 

@@ -28,8 +28,10 @@ class Workers(AbstractContextManager["Workers"], Protocol):
         """
 
 
-def start_workers(config: CaptureConfig, name: str, teacher: Teacher | None) -> Workers:
+def start_workers(config: CaptureConfig, name: str, teacher: Teacher | None, *, commits: bool = True) -> Workers:
     """Return the workers that the settings ask for; `name` is that of this process.
+
+    Without `commits`, this process holds a part of the teacher, and another process commits the shards.
 
     Raises:
         ModelError: the teacher cannot be loaded.
@@ -41,4 +43,4 @@ def start_workers(config: CaptureConfig, name: str, teacher: Teacher | None) -> 
         from todi_offline.capturing.ray_actors import RayActors
 
         return RayActors(config)
-    return InProcess(config, name, teacher)
+    return InProcess(config, name, teacher, commits=commits)
