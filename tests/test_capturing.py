@@ -134,7 +134,7 @@ def test_the_cache_says_what_the_teacher_does_at_every_target(
     folder: Path, chats: Path, tmp_path: Path, encoding: str, conversations: list[Row]
 ) -> None:
     settings = {"limit": 21, "max_length": 128, "max_prompt_length": 64, "encoding": encoding}
-    summary = capture(str(folder), str(chats), tmp_path / "cache", **SMALL, **settings, device="cpu")
+    summary = capture(str(folder), str(chats), tmp_path / "cache", **(SMALL | settings), device="cpu")
     cache, model = open_cache(tmp_path / "cache"), AutoModelForCausalLM.from_pretrained(folder)
     examples = tokenised(conversations[:21])
     assert summary.data_report.num_responses_cut > 5

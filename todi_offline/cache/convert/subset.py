@@ -8,7 +8,6 @@ import numpy as np
 
 from todi_offline.cache.convert.choosing import Selection
 from todi_offline.cache.convert.copying import sequence_rows
-from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, Part
@@ -19,7 +18,7 @@ from todi_offline.cache.planning import plan_shards
 from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.reader import Cache
 from todi_offline.cache.writer import CacheWriter
-from todi_offline.errors import CacheMismatchError
+from todi_offline.errors import CacheMismatchError, TargetsError
 
 _COARSE = ("q8", "root8")
 
@@ -51,8 +50,7 @@ def subset_cache(
         )
     asked = dataclasses.replace(cache.manifest.settings, **settings)
     _require_precise(cache, asked)
-    sample = narrow(cache[0].targets[:1], asked, cache.content_keys[0])
-    encode_rows(sample, asked.encoding)  # raises before anything is written
+    narrow(cache[0].targets[:1], asked, cache.content_keys[0])  # raises before anything is written
     indices = np.flatnonzero(chosen)
     plan = plan_shards(cache.num_tokens[indices].tolist(), asked.shard_tokens)
     part = Part(
@@ -76,12 +74,18 @@ def subset_cache(
 
 
 def _require_precise(cache: Cache, asked: CacheSettings) -> None:
-    """Refuse to store log-probs that a coarse encoding has rounded in another one: they would leave its bounds."""
+    """Refuse an encoding that is finer than the stored numbers: they would leave its bounds."""
     encodings = {member.manifest.settings.encoding for member in cache.members}
     if coarse := sorted(encodings & set(_COARSE) - {asked.encoding}):
         raise CacheMismatchError(
             f"{cache.root} holds log-probs in {', '.join(coarse)}, too coarse for the bounds of {asked.encoding}; keep "
             f"{coarse[0]}, or take the subset of the f16 or bf16_logit cache from which it was made"
+        )
+    others = sorted(encodings - {"bf16_logit"})
+    if others and asked.encoding == "bf16_logit":
+        raise TargetsError(
+            f"{cache.root} holds log-probs in {', '.join(others)}, not the logits that bf16_logit keeps; choose "
+            "another encoding"
         )
 
 
