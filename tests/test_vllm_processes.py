@@ -43,6 +43,10 @@ def test_processes_that_have_ended_already_are_no_error() -> None:
     started = StartedProcesses()
     process = waiting()
     started.note()
+    assert not started.has_one_ended()
     end(process)
+    assert started.has_one_ended()
+    started.forget_ends()
+    assert not started.has_one_ended()
     started.kill()
     assert process.returncode == -9

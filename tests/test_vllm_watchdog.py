@@ -42,6 +42,17 @@ def test_a_call_without_a_sign_of_life_ends_and_no_other_is_made() -> None:
     watchdog.close()
 
 
+def test_an_engine_that_has_died_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("todi_offline.vllm_teacher.watchdog._LOOK_SECONDS", 0.01)
+    released, looks = threading.Event(), iter([False, False, True])
+    watchdog = Watchdog("the engine", 30.0, lambda: next(looks))
+    with pytest.raises(EngineError, match="the engine has died as it was to work"):
+        watchdog.call("work", released.wait)
+    assert watchdog.is_stuck
+    released.set()
+    watchdog.close()
+
+
 def test_a_wait_that_is_interrupted_leaves_the_watchdog_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -23,7 +23,7 @@ from todi_offline.target_rows import sparsify_chunks
 from todi_offline.vllm_teacher.messages import KEY, Message, example_message, parse_rows, settings_message
 from todi_offline.vllm_teacher.processes import StartedProcesses
 from todi_offline.vllm_teacher.runners import is_death, require_tested, run, shut_down
-from todi_offline.vllm_teacher.watchdog import Watchdog
+from todi_offline.vllm_teacher.watchdog import Watchdog, died
 from todi_offline.vllm_teacher.worker import EXTENSION
 
 _TAKEN_BYTES = 64 * 2**20  # of targets in one answer of a worker
@@ -56,8 +56,8 @@ class Client:
         require_tested(vllm.__version__, is_tried=is_tried)
         self.version: str = vllm.__version__
         self._vocab_size, self._make_params = vocab_size, vllm.SamplingParams
-        self._watchdog = Watchdog("vLLM", patience_seconds)
         self._processes = StartedProcesses()
+        self._watchdog = Watchdog("vLLM", patience_seconds, self._processes.has_one_ended)
         try:
             self._llm = self._watchdog.call(
                 "load the teacher",
@@ -106,6 +106,7 @@ class Client:
         """End the engine and all its processes."""
         if not self._watchdog.is_stuck:
             with contextlib.suppress(Exception):
+                self._processes.forget_ends()
                 self._watchdog.call("shut down", lambda: shut_down(self._llm))
         self._processes.kill()
         self._watchdog.close()
@@ -148,10 +149,7 @@ class Client:
             return self._watchdog.call(task, function)
         except Exception as error:
             if is_death(error):
-                raise EngineError(
-                    f"vLLM has died as it was to {task}; its log is above, if it wrote one. What is committed is "
-                    "safe: run the same command again"
-                ) from error
+                raise EngineError(died("vLLM", task)) from error
             raise
 
 

@@ -1,4 +1,4 @@
-"""The processes that an engine has started in, their end out, where the engine itself does not answer."""
+"""The processes that an engine has started in, whether they live and their end out: where the engine does not say."""
 
 import contextlib
 from typing import Any
@@ -11,10 +11,19 @@ class StartedProcesses:
         """Take the first moment."""
         self._before = set(_children())
         self._started: list[Any] = []
+        self._may_end = False
 
     def note(self) -> None:
         """Take the second moment."""
         self._started = [process for process in _children() if process not in self._before]
+
+    def has_one_ended(self) -> bool:
+        """Whether one of these processes has ended, though none may."""
+        return not self._may_end and not all(map(_lives, self._started))
+
+    def forget_ends(self) -> None:
+        """Let the processes end from now on."""
+        self._may_end = True
 
     def kill(self) -> None:
         """End these processes, and those that they have started since."""
@@ -25,6 +34,15 @@ class StartedProcesses:
                 for each in (process, *process.children(recursive=True)):
                     each.kill()
         psutil.wait_procs(self._started, timeout=10)
+
+
+def _lives(process: Any) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _children() -> list[Any]:

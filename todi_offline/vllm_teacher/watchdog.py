@@ -1,7 +1,7 @@
 """A call in, its result out; or an error, once the call has shown no sign of life for some time.
 
-An engine of several processes may wait for ever: for a worker that was killed, or for an answer that could not be
-serialised. Python cannot end such a wait in its own thread. So one thread of its own makes all calls.
+An engine of several processes may wait for ever: for a process of its own that was killed, or for an answer that could
+not be serialised. Python cannot end such a wait in its own thread. So one thread of its own makes all calls.
 """
 
 import queue
@@ -15,13 +15,15 @@ from todi_offline.errors import EngineError
 
 T = TypeVar("T")
 
+_LOOK_SECONDS = 1.0  # between two looks at the processes of an engine that is at work
+
 
 class Watchdog:
     """Makes calls in a thread of its own, one after the other, and waits for each with patience that ends."""
 
-    def __init__(self, name: str, patience_seconds: float) -> None:
-        """Start the thread; `name` is that of the engine, for messages."""
-        self._name, self._patience_seconds = name, patience_seconds
+    def __init__(self, name: str, patience_seconds: float, has_died: Callable[[], bool] = lambda: False) -> None:
+        """Start the thread; `name` is that of the engine, for messages, and `has_died` says whether it has died."""
+        self._name, self._patience_seconds, self._has_died = name, patience_seconds, has_died
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._alive_at = time.monotonic()
         self.is_stuck = False
@@ -32,7 +34,8 @@ class Watchdog:
         """Return what the function returns; `task` says for people what the function does, such as `load the model`.
 
         Raises:
-            EngineError: the function neither returned nor called `is_alive` for the time that the watchdog waits.
+            EngineError: the engine has died, or the function neither returned nor called `is_alive` for the time that
+                the watchdog waits.
         """
         if self.is_stuck:
             raise EngineError(f"{self._name} did not answer an earlier call, so it is not asked to {task}")
@@ -56,10 +59,12 @@ class Watchdog:
         while True:
             left = self._alive_at + self._patience_seconds - time.monotonic()
             try:
-                return future.result(max(left, 0))
+                return future.result(max(min(left, _LOOK_SECONDS), 0))
             except TimeoutError:
                 if future.done():  # the function's own error, or its result of this very moment
                     return future.result()
+                if self._has_died():
+                    raise EngineError(died(self._name, task)) from None
                 if time.monotonic() >= self._alive_at + self._patience_seconds:
                     raise EngineError(
                         f"{self._name} was asked to {task} and showed no sign of life for "
@@ -74,3 +79,11 @@ class Watchdog:
                 future.set_result(function())
             except BaseException as error:  # whatever it is, the caller is to see it
                 future.set_exception(error)
+
+
+def died(name: str, task: str) -> str:
+    """Return the message of an engine that has died, and what it was to do."""
+    return (
+        f"{name} has died as it was to {task}; its log is above, if it wrote one. What is committed is safe: run the "
+        "same command again"
+    )
