@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import todi_offline.losses.fused
+import todi_offline.tuning
 from todi_offline.errors import TargetsError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.targets import sparsify
@@ -365,21 +366,21 @@ def chunks(monkeypatch):
 
 @pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 1), ({"softcap": 3.0}, 2)])
 def test_what_is_as_large_as_a_chunk_is_counted_into_its_bytes(options, num_copies, chunks, monkeypatch):
-    monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 8 * VOCAB * 4)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_LOSS_BYTES", 8 * VOCAB * 4)
     fused(*case(num_targets=8, dtype=torch.float32), **options)
     assert chunks == [8 // num_copies] * num_copies
 
 
 def test_no_chunk_is_much_smaller_than_the_others(chunks, monkeypatch):
-    monkeypatch.setattr(todi_offline.losses.fused, "CPU_CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_LOSS_BYTES", 4 * VOCAB * 8)
     assert_equal(case(num_targets=9), chunk_targets=None)
     assert chunks == [3, 3, 3]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_size_of_pieces_and_blocks_does_not_matter(temperature, monkeypatch):
-    monkeypatch.setattr(todi_offline.losses.passes, "CPU_PIECE_BYTES", 2 * VOCAB * 8)
-    monkeypatch.setattr(todi_offline.losses.fused, "CPU_BLOCK_IDS", 4)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_PASS_BYTES", 2 * VOCAB * 8)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_BLOCK_IDS", 4)
     hidden, weight, bias, labels, targets = case()
     for either in (bias, None):
         assert_equal((hidden, weight, either, labels, targets), temperature=temperature, chunk_targets=5)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support import reference
 
 import todi_offline.targets
+import todi_offline.tuning
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 from todi_offline.losses import dense_divergence, sparse_divergence
@@ -210,7 +211,7 @@ def test_a_row_is_the_same_whatever_stands_beside_it():
 def test_targets_are_the_same_bits_however_few_rows_are_copied_together(rows, monkeypatch):
     logits, uniforms = random_logits(5, 700), torch.linspace(0, 0.99, 15, dtype=torch.float64).view(5, 3)
     whole = sparsify(logits, 4, uniforms=uniforms)
-    monkeypatch.setattr(todi_offline.targets, "_PIECE_BYTES", rows * logits.itemsize * 700)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_COPY_BYTES", rows * logits.itemsize * 700)
     found = sparsify(logits, 4, uniforms=uniforms)
     for name in ("ids", "logprobs", "tail_logsumexp", "tail_ids", "tail_logprobs"):
         assert getattr(found, name).equal(getattr(whole, name))

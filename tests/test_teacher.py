@@ -15,14 +15,14 @@ from support.tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
 import todi_offline.checkpoint
-import todi_offline.target_rows
 import todi_offline.teacher
+import todi_offline.tuning
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.capturing import capture
 from todi_offline.checkpoint import checkpoint_fingerprint
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TeacherOutputError
-from todi_offline.head import output_module
+from todi_offline.head import in_dtype, output_module
 from todi_offline.models import load_model, load_tokenizer
 from todi_offline.teacher import (
     Teacher,
@@ -111,7 +111,7 @@ def test_the_fallback_of_an_unknown_head_gives_the_same_targets(monkeypatch: pyt
     members = some_examples(40, 25, 33)
     known = as_teacher(gemma2(), tiny_tokenizer())
     unknown = dataclasses.replace(known, head=dataclasses.replace(known.head, runs_apart=False))
-    monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", 5 * 4 * VOCAB)  # five rows a chunk
+    monkeypatch.setattr(todi_offline.tuning, "CPU_TARGET_BYTES", 5 * 4 * VOCAB)  # five rows a chunk
     for found, expected in zip(
         targets_of(unknown, members, SETTINGS), targets_of(known, members, SETTINGS), strict=True
     ):
@@ -129,7 +129,7 @@ def test_the_head_runs_at_the_targets_alone_and_in_chunks(
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
         sizes.append(output.numel() // VOCAB)
 
-    monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_TARGET_BYTES", chunk_rows * 4 * VOCAB)
     handle = output_module(teacher.model).register_forward_hook(note)
     try:
         targets_of(teacher, members, SETTINGS)
@@ -155,7 +155,7 @@ def test_a_broken_logit_is_located_by_example_and_position(
             rows[broken - seen, 5] = value
         seen += len(rows)
 
-    monkeypatch.setattr(todi_offline.target_rows, "_LOGIT_BYTES", chunk_rows * 4 * VOCAB)
+    monkeypatch.setattr(todi_offline.tuning, "CPU_TARGET_BYTES", chunk_rows * 4 * VOCAB)
     handle = output_module(teacher.model).register_forward_hook(breaking)
     try:
         with pytest.raises(TeacherOutputError, match=r"example '1' at position 7 hold NaN or \+inf"):
@@ -270,6 +270,39 @@ def test_the_log_partition_gives_the_logits_of_a_bfloat16_head_back() -> None:
     by_id = np.take_along_axis(kept, np.argsort(rows.ids), axis=1)
     bits = encode_rows(rows, "bf16_logit")["topk_logprobs"].astype(np.uint32) << 16
     np.testing.assert_array_equal(bits.view(np.float32), by_id)
+
+
+def test_a_head_in_float32_brings_targets_nearer_to_those_of_the_float32_model(tmp_path: Path) -> None:
+    """The weights are bfloat16 in each: what differs is how they are computed with. Layers add little, as yet."""
+    model = llama(tie_word_embeddings=True, initializer_range=1.0)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data *= 1e-3
+        layer.mlp.down_proj.weight.data *= 1e-3
+    folder, examples = save(model.bfloat16(), tmp_path), some_examples(40, 25, 33)
+
+    def logprobs(**settings: str) -> Any:
+        loaded = load_teacher(TeacherConfig(teacher=str(folder), device="cpu", **settings))
+        rows = targets_of(loaded, examples, dataclasses.replace(SETTINGS, k=VOCAB, tail_samples=0))
+        return np.concatenate([np.take_along_axis(row.logprobs, np.argsort(row.ids), 1) for row in rows]), loaded
+
+    (plain, _), (exact, loaded), (expected, _) = logprobs(), logprobs(head_dtype="float32"), logprobs(dtype="float32")
+    rounding, left = (np.abs(found - expected).mean() for found in (plain, exact))
+    assert left < 0.6 * rounding
+    assert loaded.model.dtype == loaded.model.lm_head.weight.dtype == torch.bfloat16
+    found = teacher_fingerprint(loaded)
+    assert (found["dtype"], found["head_dtype"]) == ("bfloat16", "float32")
+
+
+def test_a_head_that_has_no_dtype_of_its_own_is_refused() -> None:
+    head = as_teacher(llama(), tiny_tokenizer()).head
+    with pytest.raises(ModelError, match="no plain linear layer on a device"):
+        in_dtype(dataclasses.replace(head, runs_apart=False), torch.float32)
+    model = llama().bfloat16()
+    model.lm_head.register_forward_hook(lambda _, __, output: 2 * output)
+    with pytest.raises(ModelError, match="more than its weight and bias"):
+        in_dtype(as_teacher(model, tiny_tokenizer()).head, torch.float32)
+    with pytest.raises(ConfigError, match="head_dtype is 'int8'"):
+        TeacherConfig(teacher="x", head_dtype="int8")
 
 
 def test_a_batch_holds_at_least_a_token() -> None:

@@ -68,6 +68,12 @@ class Head:
         return self.stand_in if self.stand_in is not None else output_module(self.model)
 
     @property
+    def device(self) -> torch.device:
+        """Where the logits are made."""
+        device: torch.device = self.module.weight.device
+        return device
+
+    @property
     def num_ids(self) -> int:
         """Ids that have a logit."""
         module: Any = output_module(self.model)
@@ -76,7 +82,7 @@ class Head:
     def logits(self, hidden: Float[Tensor, "target d"]) -> Float[Tensor, "target vocab"]:
         """Return the model's logits of these hidden states, where the head runs apart."""
         if self.stand_in is not None:
-            hidden = hidden.to(self.stand_in.weight.dtype)
+            hidden = hidden.to(self.stand_in.weight)  # dtype, and device where accelerate's hooks would move it
         logits = self.module(hidden) * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
@@ -197,6 +203,38 @@ def tried_head(model: Model, *, linear: bool = False) -> Head:
         )
         return head
     return dataclasses.replace(head, runs_apart=True, is_linear=_not_linear(head.module) is None)
+
+
+def in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    """Return a head that runs in a dtype of its own, by a copy of its weight and bias.
+
+    In bfloat16 logits are rounded to 8 bits; a product in float32 of the same hidden states is not.
+
+    Raises:
+        ModelError: the head is no linear layer, or does more than its weight and bias say.
+    """
+    module = head.module
+    if not head.runs_apart or type(module).forward is not nn.Linear.forward or module.weight.is_meta:
+        raise ModelError(
+            f"the head of {type(head.model).__name__} is no plain linear layer on a device, so that it has no dtype of "
+            "its own; leave head_dtype (--head-dtype) out"
+        )
+    weight, bias = module.weight, module.bias
+    with torch.no_grad():
+        num_ids, width = weight.shape
+        copy = nn.Linear(width, num_ids, bias=bias is not None, device="meta", dtype=dtype)
+        copy = copy.to_empty(device=weight.device)
+        copy.weight.copy_(weight)
+        if bias is not None:
+            copy.bias.copy_(bias)
+        changed = dataclasses.replace(head, stand_in=copy)
+        difference = logits_difference(changed.logits(weight[:4]), head.logits(weight[:4]))
+    if difference is not None:
+        raise ModelError(
+            f"the head of {type(head.model).__name__} is more than its weight and bias ({difference}); leave "
+            "head_dtype (--head-dtype) out"
+        )
+    return changed
 
 
 def logits_difference(found: Tensor, expected: Tensor) -> str | None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from todi_offline import tuning
 from todi_offline.cache.format.keys import content_key
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
@@ -19,12 +21,15 @@ from todi_offline.targets import SparseTargets, teacher_targets
 MIN_ROWS = 16
 """Rows of a product of the head at least, and always a multiple: a few rows are summed in another order."""
 
-_LOGIT_BYTES = 64 * 2**20  # of one chunk of float32 logits, the largest tensor that the head makes
 
+def chunk_rows(vocab_size: int, device: torch.device | None = None) -> int:
+    """Return how many rows of logits over a vocabulary of that size are made at a time on a device.
 
-def chunk_rows(vocab_size: int) -> int:
-    """Return how many rows of logits over a vocabulary of that size are made at a time."""
-    return max(1, _LOGIT_BYTES // (4 * vocab_size) // MIN_ROWS) * MIN_ROWS
+    Without one, as on a CPU: for a device whose memory something else has taken.
+    """
+    on_cpu = tuning.CPU_TARGET_BYTES  # in float32: the largest tensor that the head makes
+    num_bytes = on_cpu if device is None else tuning.chunk_bytes(device, on_cpu)
+    return max(1, num_bytes // (4 * vocab_size) // MIN_ROWS) * MIN_ROWS
 
 
 def filled_up(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from todi_offline import tuning
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 from todi_offline.top_k import top_k
 
 _BLOCK = 256  # columns summed at once, of which those of a drawn block are looked at one by one
-_PIECE_BYTES = 8 * 2**20  # of logits that a CPU copies at a time: larger copies are new pages, and leave its cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,7 +258,7 @@ def _tails(
     """Yield the logits less the largest of the tail, -inf at the kept ids, some rows at a time, in the same memory."""
     step = max(len(logits), 1)
     if logits.device.type == "cpu":
-        step = min(step, max(1, _PIECE_BYTES // (largest.itemsize * logits.shape[1])))
+        step = min(step, max(1, tuning.CPU_COPY_BYTES // (largest.itemsize * logits.shape[1])))
     buffer = largest.new_empty(step, logits.shape[1])
     for start in range(0, max(len(logits), 1), step):  # once where there are no rows
         rows = slice(start, start + step)

@@ -23,7 +23,7 @@ from todi_offline.checkpoint import (
 )
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
-from todi_offline.head import Head, tried_head
+from todi_offline.head import Head, in_dtype, tried_head
 from todi_offline.models import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer, real_vocab_size
 from todi_offline.target_rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
 
@@ -40,6 +40,8 @@ class TeacherConfig:
     """Device of the teacher: auto, cpu, cuda, cuda:N or mps; `auto` takes an accelerator if there is one."""
     dtype: str = "auto"
     """Dtype of the weights: float32, bfloat16 or float16; `auto` keeps the dtype of the files."""
+    head_dtype: str | None = None
+    """Dtype of the head alone, for a teacher in bfloat16: float32 keeps its logits from being rounded to 8 bits."""
     device_map: str | None = None
     """How transformers spreads a large teacher over the devices of one process: `auto` puts layer after layer on them,
     so one device is busy at a time and the others wait. With `tp`, all devices are busy."""
@@ -56,7 +58,7 @@ class TeacherConfig:
     """Tokens in one forward pass, padding included."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no sense, and two ways to spread a teacher.
+        """Refuse numbers and dtypes that make no sense, and two ways to spread a teacher.
 
         Raises:
             ConfigError: a value is out of range or contradicts another.
@@ -66,6 +68,8 @@ class TeacherConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.tp > 1 and self.device_map:
             raise ConfigError("tp and device_map are two ways to spread a teacher over devices; leave out one of them")
+        if self.head_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"head_dtype is {self.head_dtype!r}; expected float32, bfloat16 or float16, or none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,10 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     )
     if config.adapter:
         model = _with_adapter(model, config.adapter)
-    return dataclasses.replace(as_teacher(model, tokenizer), checkpoint=(config.teacher, config.adapter))
+    teacher = dataclasses.replace(as_teacher(model, tokenizer), checkpoint=(config.teacher, config.adapter))
+    if config.head_dtype is None:
+        return teacher
+    return dataclasses.replace(teacher, head=in_dtype(teacher.head, getattr(torch, config.head_dtype)))
 
 
 def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
@@ -180,10 +187,15 @@ def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
     Raises:
         ModelError: the files of the checkpoint cannot be read, or weights in memory are on no device.
     """
-    dtype = str(teacher.model.dtype).removeprefix("torch.")
-    if teacher.checkpoint is not None:
-        return {**checkpoint_fingerprint(*teacher.checkpoint), "dtype": dtype}
-    return {**_memory_fingerprint(teacher.model), "dtype": dtype}
+    dtypes = {"dtype": _name(teacher.model.dtype)}
+    if teacher.head.stand_in is not None:
+        dtypes["head_dtype"] = _name(teacher.head.stand_in.weight.dtype)
+    found = checkpoint_fingerprint(*teacher.checkpoint) if teacher.checkpoint else _memory_fingerprint(teacher.model)
+    return {**found, **dtypes}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _memory_fingerprint(model: Model) -> dict[str, Any]:
@@ -213,7 +225,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
 def _logit_chunks(
     teacher: Teacher, input_ids: Int[Tensor, "batch seq"], positions: Int[Tensor, " target"]
 ) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    for logits in teacher.head.chunks(positions, chunk_rows(teacher.vocab_size), input_ids=input_ids):
+    rows = chunk_rows(teacher.vocab_size, teacher.head.device)
+    for logits in teacher.head.chunks(positions, rows, input_ids=input_ids):
         yield logits[:, : teacher.vocab_size]
 
 

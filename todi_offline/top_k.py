@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_GROUP = 8  # columns of which the largest is looked at first
+from todi_offline.tuning import TOP_K_GROUP
 
 
 def top_k(
@@ -36,11 +36,11 @@ def _largest(
     Of groups of columns those with the `count` largest maxima hold them: no other group has a larger one, and these
     have `count` already. So only the maxima and the columns of a few groups are sorted.
     """
-    num_groups = logits.shape[1] // _GROUP
+    num_groups = logits.shape[1] // TOP_K_GROUP
     if num_groups < 8 * count:
         return logits.topk(count)
-    whole = num_groups * _GROUP
-    maxima = logits[:, :whole].view(len(logits), _GROUP, num_groups).amax(1)
+    whole = num_groups * TOP_K_GROUP
+    maxima = logits[:, :whole].view(len(logits), TOP_K_GROUP, num_groups).amax(1)
     groups = maxima.topk(count, sorted=False).indices[:, :, None]
     members = (groups + torch.arange(0, whole, num_groups, device=logits.device)).flatten(1)
     others = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)

@@ -87,6 +87,7 @@ def _require_usable(teacher: TeacherConfig) -> None:
     remedies = {
         "device_map": "use --engine-set tensor_parallel_size=N, or pipeline_parallel_size=N",
         "attention": "use --engine-set attention_backend=NAME",
+        "head_dtype": "use --engine transformers",
         "adapter": "merge the adapter into the teacher, and name the result",
     }
     for name, remedy in remedies.items():

@@ -49,6 +49,7 @@ from todi_offline.losses.divergences import forward_kl, reverse_kl
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
 from todi_offline.models import Model, Tokenizer, evaluation_mode
 from todi_offline.stream import Collator, batch_targets, prefetch
+from todi_offline.target_rows import chunk_rows
 from todi_offline.targets import SparseTargets
 
 Progress = Callable[[int, int], None]
@@ -61,9 +62,6 @@ ENTROPY_EDGES = (0.5, 1.0, 2.0, 3.0)
 entropy that needs only the stored entries: -sum of p log p over them, and -p_tail log m for the tail, where m, the
 smaller of p_tail and the smallest stored p, bounds the probability of each tail id. Tail samples are not used: groups
 chosen by samples would select high or low estimates."""
-
-CHUNK_BYTES = 64 * 2**20
-"""Bytes of float32 logits in memory at a time."""
 
 SORTED_BATCHES = 32
 """Number of batches whose sequences are sorted by length together: little padding, and each shard is read once."""
@@ -189,7 +187,7 @@ def _measure_batch(
     batch = {name: value.to(device) for name, value in batch.items()}
     targets = batch_targets(batch, cache)
     parts: list[dict[str, Tensor]] = []
-    start, rows = 0, max(1, CHUNK_BYTES // (4 * vocab))
+    start, rows = 0, chunk_rows(vocab, head.device)
     for logits in head.chunks(batch["target_positions"], rows, input_ids=batch["input_ids"]):
         chunk = slice(start, start + len(logits))
         parts.append(measure_targets(logits[:, :vocab], batch["labels"][chunk], targets[chunk], temperature, k))

@@ -26,25 +26,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from todi_offline import tuning
 from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teacher_entries
 from todi_offline.losses.objective import reverse_kl_with_bucket, sums_to_log
 from todi_offline.losses.passes import combine_rows, exponentiate_rows, pieces
 from todi_offline.losses.positions import parse_selection, position_weights, student_entropy
 from todi_offline.targets import SparseTargets
-
-CPU_CHUNK_BYTES = 72 * 2**20
-"""Bytes of a chunk's logits, and of all else of their size, on a CPU. With a head of [49152, 576] sizes from 24 to 96
-MiB were tried, and the largest was the fastest: every chunk reads the head and adds to all of its gradient."""
-
-DEVICE_CHUNK_BYTES = 512 * 2**20
-"""The same on other devices. A chunk reads the head twice and its gradient once, so it should have about as many rows
-as the device does operations for each byte that it reads: several hundred. An estimate, not a measurement."""
-
-CPU_BLOCK_IDS = 1024
-"""Rows of the head that a CPU multiplies at a time. For 342 rows of hidden states and a head of [49152, 576] its matrix
-library takes 140 ms this way and 169 ms at once; for 128 rows and [32000, 2048] 137 ms and 192 ms. The other two
-products gain nothing."""
 
 
 def fused_linear_distill(
@@ -252,14 +240,14 @@ def _chunk_targets(num_targets: int, device: torch.device, vocab: int, dtype: to
 
     Each chunk reads the whole head and adds to all of its gradient, however few rows it has.
     """
-    num_bytes = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
+    num_bytes = tuning.chunk_bytes(device, tuning.CPU_LOSS_BYTES)
     num_copies = 1 + (terms.softcap is not None)  # see _scale_and_cap
     most = max(num_bytes // (vocab * dtype.itemsize * num_copies), 1)
     return math.ceil(num_targets / max(math.ceil(num_targets / most), 1)) or 1
 
 
 def _project(hidden: Tensor, head: _Head, out: Tensor) -> Float[Tensor, "target vocab"]:
-    step = CPU_BLOCK_IDS if hidden.device.type == "cpu" else len(head.weight)
+    step = tuning.CPU_BLOCK_IDS if hidden.device.type == "cpu" else len(head.weight)
     for start in range(0, len(head.weight), step):
         ids = slice(start, start + step)
         if head.bias is None:

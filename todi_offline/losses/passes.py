@@ -18,11 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from todi_offline import tuning
 
-CPU_PIECE_BYTES = 4 * 2**20
-"""Bytes of logits that a CPU passes over at a time. Sizes from 0.5 to 128 MiB were tried: half and twice this size are
-about as fast; the whole chunk at once takes twice as long at T = 2."""
+logger = logging.getLogger(__name__)
 
 
 def exponentiate_rows(
@@ -102,5 +100,5 @@ def pieces(logits: Float[Tensor, "target vocab"]) -> list[slice]:
     """Return the rows to pass over at a time: on a CPU few, so that its cache holds them from pass to pass."""
     step = max(len(logits), 1)
     if logits.device.type == "cpu":
-        step = min(step, max(1, CPU_PIECE_BYTES // (logits.itemsize * logits.shape[1])))
+        step = min(step, max(1, tuning.CPU_PASS_BYTES // (logits.itemsize * logits.shape[1])))
     return [slice(start, start + step) for start in range(0, max(len(logits), 1), step)]  # one where there are no rows
