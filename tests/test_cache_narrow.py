@@ -110,9 +110,9 @@ def test_which_samples_stay_follows_from_content_and_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 7}, "6 entries, 7 asked for"),
+        ({"k": 7}, "the cache holds k = 6, not 7; request"),
         ({"temperatures": (1.0, 3.0)}, "no tail at the temperatures 3"),
-        ({"tail_samples": 4}, "3 tail samples, 4 asked for"),
+        ({"tail_samples": 4}, "3 tail samples, not 4; request"),
         ({"tail_temperature": 2.0}, "samples drawn at temperature 1, not 2"),
     ],
 )

@@ -79,7 +79,7 @@ def test_every_setting_is_listed_with_its_table() -> None:
         ('out = "o"\nlimit = true', {}, r"limit in .* is True; expected int"),
         ('out = "o"\nflag = 1', {}, r"flag in .* is 1; expected bool"),
         ('out = "o"\ninner = 3', {}, r"inner in .* is 3; expected a table"),
-        ("", {}, r"out is required; name it in .*, or as --out"),
+        ("", {}, r"out is missing; set it in .*, or as --out"),
         ("out = ", {}, r"is not valid TOML"),
     ],
 )

@@ -739,10 +739,10 @@ def test_an_installed_package_may_name_a_divergence(installed):
     ("name", "message"),
     [
         ("square", "is 'square'; expected one of todi, .*entropy_gate, absent, gone, .*; did you mean 'squares'"),
-        ("gone", "'gone', made_divergences:gone, cannot be loaded: .*no attribute 'gone'"),
-        ("absent", "'absent', made_by_nobody:squares, cannot be loaded: No module named 'made_by_nobody'"),
-        ("made_divergences:gone", "'made_divergences:gone', made_divergences:gone, cannot be loaded"),
-        ("number", "'number', made_divergences:number, is 3; expected a function of two tensors"),
+        ("gone", "'gone' cannot be loaded from made_divergences:gone: .*no attribute 'gone'"),
+        ("absent", "'absent' cannot be loaded from made_by_nobody:squares: No module named 'made_by_nobody'"),
+        ("made_divergences:gone", "'made_divergences:gone' cannot be loaded: "),
+        ("number", "'number' is 3; expected a function of two tensors"),
     ],
 )
 def test_a_divergence_that_no_package_has_is_refused(name, message, installed):

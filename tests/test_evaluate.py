@@ -106,6 +106,9 @@ def test_a_student_cache_or_data_set_that_cannot_be_used_is_named(folder: Path, 
         evaluate(str(tmp_path / "nothing"), cache=heldout, **QUICK)
     with pytest.raises(DataError, match="there is no file or folder"):
         evaluate(str(folder), data=str(tmp_path / "no.jsonl"), **QUICK)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file is a file; name a folder for the results \(--out\)"):
+        evaluate(str(folder), cache=heldout, out=tmp_path / "file", **QUICK)
     other = save(llama(seed=1), tmp_path / "other", chat=False)
     with pytest.raises(CacheMismatchError, match="special_ids"):
         evaluate(str(other), cache=heldout, **QUICK)

@@ -46,6 +46,10 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
         load_model(str(tmp_path / "empty"))
     with pytest.raises(ModelError, match=r"there is no folder .*nothing; name a folder with a model"):
         load_model(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match=r"there is no folder nothing/; name a folder with a model"):
+        load_tokenizer("nothing/")
+    with pytest.raises(ModelError, match=r"nothing has no tokenizer .*; check the name: no such folder exists"):
+        load_tokenizer("nothing")
     with pytest.raises(ModelError, match=r"there is no file .*missing\.gguf"):
         load_model(str(tmp_path / "missing.gguf"))
 
@@ -64,6 +68,8 @@ def test_devices_and_dtypes_go_by_their_names() -> None:
     assert resolve_dtype("auto") == "auto"
     with pytest.raises(ModelError, match="device 'gpu' is unknown"):
         resolve_device("gpu")
+    with pytest.raises(ModelError, match=r"device 'cuda:99' cannot be used here \(.*\); use auto or cpu"):
+        resolve_device("cuda:99")
     for name in ("float31", "int64", "nn"):
         with pytest.raises(ModelError, match=f"dtype '{name}' is unknown"):
             resolve_dtype(name)

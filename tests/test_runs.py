@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 import todi_offline.training
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError, DivergedError, OutOfMemoryError
+from todi_offline.runs import find_start
 from todi_offline.training import TrainSummary, train
 
 SETTINGS: dict[str, Any] = {
@@ -178,6 +179,12 @@ def test_a_run_without_a_checkpoint_starts_again_with_any_settings(student: str,
     train(student, cache, tmp_path / "run", **(SETTINGS | {"max_steps": 1, "learning_rate": 0.1}))
     with pytest.raises(ConfigError, match="holds no checkpoint to resume; leave out resume"):
         train(student, cache, tmp_path / "other", resume=True, **SETTINGS)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file is a file; name a folder for the run \(--out\)"):
+        find_start(tmp_path / "file", {}, None)
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,15 @@ def checkpoint_fingerprint(path: str, adapter: str | None = None) -> dict[str, A
 
 
 def locate(path: str) -> Path | None:
-    """Return the folder or GGUF file at a path, None for a hub id.
+    """Return the folder or GGUF file at a path; None for a hub id.
 
     Raises:
-        ModelError: there is none, and the path is no hub id.
+        ModelError: nothing is at the path, and the path cannot be a hub id.
     """
     file = Path(path).expanduser()
     if file.suffix == ".gguf" and not file.is_file():
         raise ModelError(f"there is no file {path}; name a GGUF file, a folder with a model, or a hub id")
-    if not file.exists() and (path.startswith((".", "~", "/")) or path.count("/") > 1):
+    if not file.exists() and (path.startswith((".", "~", "/")) or path.endswith("/") or path.count("/") > 1):
         raise ModelError(f"there is no folder {path}; name a folder with a model, a GGUF file, or a hub id")
     return file if file.exists() else None
 

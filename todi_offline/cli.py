@@ -60,7 +60,7 @@ def cli() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def demo(out: Path, as_json: bool) -> None:
-    """Capture a real teacher over real text and distil a student from it, in some minutes.
+    """Distil a student from a real teacher over real text, in some minutes.
 
     \b
     Example: todi demo --out todi-demo
@@ -90,7 +90,9 @@ def demo(out: Path, as_json: bool) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
-    """Run a teacher once over a data set, and keep its sparse targets. A stopped capture resumes with the same command.
+    """Run a teacher once over a data set, and keep its sparse targets.
+
+    The same command resumes a capture that was stopped.
 
     \b
     Example: todi capture --teacher teacher/ --data dolly.jsonl --out cache/ --k 32
@@ -116,9 +118,10 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of a capture's settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(config: Path | None, as_json: bool, **settings: Any) -> None:
-    """Say what a capture will cost before it runs: time, memory, bytes by shape, files, and a student's training.
+    """Say what a capture will cost, before it runs.
 
-    It takes the options of `todi capture`, and refuses what a capture would refuse.
+    The plan has time, memory, files, bytes by shape, and the cost of training a student. It takes the options of `todi
+    capture`, and refuses what a capture would refuse.
 
     \b
     Example: todi plan --teacher teacher/ --data dolly.jsonl --probe 64 --student student/
@@ -142,7 +145,9 @@ def _shown(report: Any) -> Any:
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the student is made of as JSON.")
 def student(config: Path | None, keep: str | None, as_json: bool, **settings: Any) -> None:
-    """Make a student from a teacher: cut its depth, its width or both, or begin anew in its family with --fresh.
+    """Make a student from a teacher: cut from it, or new in its family.
+
+    Name the sizes of the student to cut depth, width or both. With --fresh its weights are random.
 
     \b
     Example: todi student --from teacher/ --layers 8 --out student/
@@ -223,7 +228,9 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
-    """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
+    """Measure a student's distance to a cached teacher, and its ROUGE-L.
+
+    --cache names a held-out cache for the distance, --data instructions with references for ROUGE-L; either or both.
 
     \b
     Example: todi evaluate --student run/ --cache heldout/ --data dolly-dev.jsonl --out scores/
@@ -249,9 +256,10 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON.")
 def view(config: Path | None, as_json: bool, **settings: Any) -> None:
-    """Write a page that shows a student's predictions beside the teacher's, its training, and what it writes.
+    """Write a page of a student: its predictions, training and responses.
 
-    The page is one file that opens in a browser by double click and asks the network for nothing.
+    The predictions are shown beside the teacher's, token by token. The page is one file that opens in a browser by
+    double click, without a server or the network.
 
     \b
     Example: todi view --student run/ --cache heldout/ --run run/ --scores scores/ --out run.html
@@ -285,9 +293,9 @@ def keys(tokenizer: str, out: Path, **settings: Any) -> None:
     from todi_offline.models import load_tokenizer
 
     examples = load_examples(load_config(DataConfig, overrides=given(settings)), load_tokenizer(tokenizer))
-    found = examples.content_keys()
-    out.write_text("".join(f"{key}\n" for key in found.to_hex()), encoding="utf-8")
-    click.echo(f"{out} has the keys of {len(found):,} examples")
+    content_keys = examples.content_keys()
+    out.write_text("".join(f"{key}\n" for key in content_keys.to_hex()), encoding="utf-8")
+    click.echo(f"{out} has the keys of {len(content_keys):,} examples")
 
 
 def main() -> None:

@@ -110,7 +110,8 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
         elif field.name in values:
             arguments[field.name] = _coerce(values[field.name], kind, f"{field.name} in {where}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{field.name} is required; name it in {where}, or as --{field.name} on the command line")
+            option = field.name.replace("_", "-")
+            raise ConfigError(f"{field.name} is missing; set it in {where}, or as --{option} on the command line")
     return cls(**arguments)
 
 

@@ -1,6 +1,6 @@
-"""A folder, hub id or GGUF file in, a causal language model and its tokenizer out.
+"""A folder, hub id or GGUF file comes in; a causal language model and its tokenizer go out.
 
-Everything here serves teacher and student alike. What transformers knows is left to transformers.
+Teacher and student are loaded in the same way, by transformers.
 """
 
 import contextlib
@@ -20,17 +20,26 @@ Tokenizer = Any  # transformers.PreTrainedTokenizerBase
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the accelerator where there is one, else the CPU."""
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ModelError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps") from error
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """Return the device of that name; `auto` is an accelerator if there is one, else the CPU.
+
+    Raises:
+        ModelError: the device is unknown, or this machine does not have it.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps") from error
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device {name!r} cannot be used here ({first_line(error)}); use auto or cpu") from error
+    return device
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:
-    """Return the dtype of that name; `auto` is left to transformers, which takes the checkpoint's."""
+    """Return the dtype of that name; transformers resolves `auto` to the checkpoint's dtype."""
     dtype = getattr(torch, name, None)
     if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ModelError(f"dtype {name!r} is unknown; expected auto, float32, bfloat16 or float16")
@@ -49,10 +58,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{path} has no tokenizer that can be loaded ({first_line(error)}); if the folder holds a model alone, "
-            "save the teacher's tokenizer into it"
-        ) from error
+        remedy = "save the teacher's tokenizer there" if locate(path) else "check the name: no such folder exists"
+        raise ModelError(f"{path} has no tokenizer that can be loaded ({first_line(error)}); {remedy}") from error
 
 
 def load_model(

@@ -49,6 +49,7 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
         ConfigError: the folder holds a different run; there is no checkpoint to resume; or the number of sequences per
             step differs, so the position in the data would be lost.
     """
+    _require_folder(out)
     checkpoint, record = last_checkpoint(out), _read(out)
     if resume is False:
         _require_ours(checkpoint, record)
@@ -115,6 +116,11 @@ def _refusal(out: Path, lines: list[str], is_finished: bool) -> str:
         f"{out} holds {contents} {reason}; name another folder (--out), resume it with the new settings (--resume), or "
         "delete its checkpoints and start again (--no-resume)"
     )
+
+
+def _require_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; name a folder for the run (--out)")
 
 
 def _require_ours(checkpoint: str | None, record: Parts) -> None:

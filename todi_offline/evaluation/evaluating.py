@@ -140,6 +140,8 @@ def _evaluate(
     progress: Progress | None,
 ) -> EvaluateSummary:
     """Load what is not loaded yet, measure, and write the results to `config.out`."""
+    if config.out is not None and config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"{config.out} is a file; name a folder for the results (--out)")
     if cache is None and config.cache is not None:
         cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     model, tokenizer = student or _load(config)

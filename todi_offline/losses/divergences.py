@@ -256,9 +256,10 @@ def installed_divergence(name: str) -> Divergence:
     try:
         function: Divergence = point.load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"divergence {name!r}, {point.value}, cannot be loaded: {first_line(error)}") from error
+        source = "" if point.value == name else f" from {point.value}"
+        raise ConfigError(f"divergence {name!r} cannot be loaded{source}: {first_line(error)}") from error
     if not callable(function):
-        raise ConfigError(f"divergence {name!r}, {point.value}, is {function!r}; expected a function of two tensors")
+        raise ConfigError(f"divergence {name!r} is {function!r}; expected a function of two tensors")
     return function
 
 

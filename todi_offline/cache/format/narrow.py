@@ -50,14 +50,14 @@ def require_enough(rows: TargetRows, settings: CacheSettings) -> None:
     samples = 0 if rows.tail_ids is None else rows.tail_ids.shape[1]
     missing = [f"{t:g}" for t in settings.temperatures if t not in rows.temperatures]
     lacks = [
-        *([f"{rows.ids.shape[1]} entries, {settings.k} asked for"] if rows.ids.shape[1] < settings.k else []),
+        *([f"k = {rows.ids.shape[1]}, not {settings.k}"] if rows.ids.shape[1] < settings.k else []),
         *([f"no tail at the temperatures {', '.join(missing)}"] if missing else []),
-        *([f"{samples} tail samples, {settings.tail_samples} asked for"] if samples < settings.tail_samples else []),
+        *([f"{samples} tail samples, not {settings.tail_samples}"] if samples < settings.tail_samples else []),
     ]
     if settings.tail_samples and rows.tail_temperature != settings.tail_temperature:
         lacks.append(f"samples drawn at temperature {rows.tail_temperature:g}, not {settings.tail_temperature:g}")
     if lacks:
-        raise CacheMismatchError(f"the cache holds {'; '.join(lacks)}; ask for no more than it holds, or capture again")
+        raise CacheMismatchError(f"the cache holds {'; '.join(lacks)}; request what it holds or less, or capture again")
 
 
 def _with_dropped_samples(

@@ -52,8 +52,7 @@ def _manifest(data: bytes | None, where: str) -> Manifest:
         values = json.loads(data or b"")["attributes"][ATTRIBUTE]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheFormatError(
-            f"{where} is not a cache: it has no cache.json, and no manifest in zarr.json; name the folder that "
-            "`todi capture` wrote"
+            f"{where} is not a cache: it has no cache.json; name the folder or URL that `todi capture` wrote"
         ) from error
     return Manifest.from_json(values, where)
 
