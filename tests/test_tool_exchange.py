@@ -107,6 +107,24 @@ def test_a_label_beside_the_first_k_gives_its_log_prob_and_belongs_to_the_tail(t
         np.testing.assert_allclose(found.targets.tail_logsumexp, made.targets.tail_logsumexp, atol=0.1)
 
 
+def test_samples_alone_are_imported_with_k_0(tmp_path: Path) -> None:
+    chosen = settings(k=0, temperatures=(1.0,))
+    rows = plain_rows(range(2))
+    for number, row in enumerate(rows):
+        del row["target_ids"], row["target_logprobs"]
+        targets = sequence(number, chosen).targets.arrays()
+        row |= {name: targets[name].tolist() for name in ("tail_ids", "tail_logprobs")}
+    table = write_rows(tmp_path / "rows.parquet", rows)
+    described = imported_manifest(chosen, VOCAB, "elsewhere", {"vocabulary": "a"})
+    import_table(table, str(tmp_path / "cache"), described)
+    assert verify_cache(tmp_path / "cache") == []
+    for number, found in enumerate(open_cache(tmp_path / "cache")):
+        np.testing.assert_array_equal(found.targets.tail_ids, sequence(number, chosen).targets.tail_ids)
+        np.testing.assert_array_equal(found.targets.tail_logsumexp, 0)  # all ids are in the tail
+    with pytest.raises(DataError, match="lacks the columns target_ids, target_logprobs"):
+        import_table(table, str(tmp_path / "none"), DESCRIBED)
+
+
 def test_equal_entries_out_of_order_are_put_by_id(tmp_path: Path) -> None:
     (row,) = plain_rows(range(1))
     for ids, logprobs in zip(row["target_ids"], row["target_logprobs"], strict=True):
