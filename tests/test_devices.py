@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.backend_registration as backends
+from support.flash import with_flash
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 from support.tiny_runs import trainer_of
@@ -123,26 +124,37 @@ def test_a_teacher_reads_where_it_is() -> None:
         np.testing.assert_allclose(rows.tail_logsumexp, same.tail_logsumexp, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
 @pytest.mark.parametrize("is_fused", [True, False])
-def test_a_step_is_made_where_the_student_is(is_fused: bool, cache: Cache, tmp_path: Path) -> None:
+def test_a_step_is_made_where_the_student_is_and_its_layers_and_loss_read_nothing_from_there(
+    is_fused: bool, attention: str, cache: Cache, tmp_path: Path
+) -> None:
+    """From the first layer to the end of backward: before it, transformers reads once whether sequences are packed."""
+
+    def student() -> Any:
+        return with_flash(llama(seed=1).bfloat16()) if attention == "flash" else llama(seed=1)
+
     def step(trainer: ToDiTrainer, device: torch.device | str) -> list[Tensor]:
         trainer.head = dataclasses.replace(trainer.head, is_linear=is_fused)
         batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-        inputs = {name: value.to(device) for name, value in batches[0].items()}
+        inputs = {name: value.to(device) if name != "longest" else value for name, value in batches[0].items()}
         scale, count = torch.full((), 2.0).to(device), count.to(device)
-        with contextlib.ExitStack() as stack:  # from the head on: transformers reads to find out what is packed
-            trainer.model.model.norm.register_forward_hook(lambda *_: stack.enter_context(without_reads()))
+        with contextlib.ExitStack() as stack:
+            first = trainer.model.model.layers[0]
+            first.register_forward_pre_hook(lambda *_: stack.enter_context(without_reads()) and None)
             loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
             (scale * loss).backward()  # as a GradScaler does
         return [loss.detach(), *(weight.grad for weight in trainer.model.parameters())]
 
-    expected = step(trainer_of(tmp_path, cache), "cpu")
-    trainer = trainer_of(tmp_path, cache)
+    expected = step(trainer_of(tmp_path, cache, student()), "cpu")
+    trainer = trainer_of(tmp_path, cache, student())
+    assert trainer.data_collator.bounds == (attention == "flash")
     with Elsewheres():
         settle(trainer.model)
         found = step(trainer, ELSEWHERE)
+    tolerance = 2e-2 if attention == "flash" else 1e-5
     for there, same in zip(found, expected, strict=True):
-        torch.testing.assert_close(here(there), same, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(here(there), same, atol=tolerance, rtol=max(tolerance, 1e-4))
 
 
 def test_a_head_on_another_device_than_the_logits_runs_apart() -> None:
