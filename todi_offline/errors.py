@@ -5,15 +5,15 @@
     ├── DataError                a data set that cannot be read as examples
     ├── ModelError               a model, tokenizer or adapter that cannot be loaded or does not fit
     │   └── TeacherOutputError   NaN or +inf among the teacher's logits
-    ├── EngineError              a serving engine that has failed, does not answer, or is not one known here
+    ├── EngineError              a serving engine that has failed, does not answer, or is unknown
     ├── TargetsError             targets asked for in a form that they do not have
-    ├── DivergedError            a run whose loss is no finite number any more
+    ├── DivergedError            a run whose loss is no longer finite
     ├── OutOfMemoryError         the machine or a device has no memory left
     └── CacheError               a cache that cannot be used
-        ├── CacheFormatError     not a cache, or one of a version or layout unknown here
+        ├── CacheFormatError     not a cache, or a cache of an unknown version or layout
         ├── CacheIncompleteError not sealed, or a shard is missing
-        ├── CacheCorruptError    bytes that are not those which were written
-        ├── CacheMismatchError   made by or for something else than what it is used with
+        ├── CacheCorruptError    bytes differ from those that were written
+        ├── CacheMismatchError   made by another teacher, or with another tokenizer or other settings
         └── CacheLockedError     another process is writing to it
 
 A message says what was found, what was expected, where, and what to do.
@@ -31,10 +31,10 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")  # torch, of a device an
 
 
 class TodiError(Exception):
-    """Base of every error that this library raises on purpose; it survives pickling, whatever it is made from."""
+    """Base of every error that this library raises on purpose; it can be pickled, whatever its arguments."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how another process makes the same error: not by `__init__`, which may ask for more than `args`."""
+        """Return how another process rebuilds the error: without `__init__`, which may ask for more than `args`."""
         return Exception.__new__, (type(self), *self.args), vars(self)
 
 
@@ -51,7 +51,7 @@ class ModelError(TodiError):
 
 
 class TeacherOutputError(ModelError):
-    """The teacher's logits hold NaN or +inf; `row` says which row of those given."""
+    """The teacher's logits hold NaN or +inf; `row` is the number of the first such row."""
 
     def __init__(self, message: str, row: int) -> None:
         """Keep the row, so that a caller can name the example that it belongs to."""
@@ -80,7 +80,7 @@ class CacheError(TodiError):
 
 
 class CacheFormatError(CacheError):
-    """A folder is not a cache, or one of a version or layout unknown here."""
+    """A folder is not a cache, or a cache of an unknown version or layout."""
 
 
 class CacheIncompleteError(CacheError):
@@ -88,11 +88,11 @@ class CacheIncompleteError(CacheError):
 
 
 class CacheCorruptError(CacheError):
-    """Bytes of a cache are not those that were written."""
+    """Bytes of a cache differ from those that were written."""
 
 
 class CacheMismatchError(CacheError):
-    """A cache was made by or for something else than what it is used with."""
+    """A cache was made by another teacher, or with another tokenizer or other settings."""
 
 
 class CacheLockedError(CacheError):
@@ -101,7 +101,7 @@ class CacheLockedError(CacheError):
 
 @contextlib.contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
-    """Within, memory that runs out is an error of ours, which says what to do."""
+    """In this context, running out of memory raises `OutOfMemoryError`, which says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -112,9 +112,9 @@ def memory_errors(remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within, an error of ours is one line on stderr and exit code 1: the last resort of a command line.
+    """In this context, a `TodiError` becomes one line on stderr and exit code 1, as a command line needs.
 
-    So are the signals that ask a process to end: what is open is closed, and no lock or temporary file stays behind.
+    So do the signals that stop a process: files are closed, and no lock or temporary file stays behind.
     """
     with _signals_that_exit():
         try:
@@ -129,9 +129,10 @@ def _signals_that_exit() -> Iterator[None]:
     ours = os.getpid()
 
     def end(number: int, _: Any) -> None:
-        if os.getpid() != ours:  # a worker, which has nothing to say
+        if os.getpid() != ours:  # a worker: only the first process prints
             os._exit(128 + number)
-        sys.exit(f"Error: ended by {signal.Signals(number).name}; what is committed is safe, the same command goes on")
+        name = signal.Signals(number).name
+        sys.exit(f"Error: stopped by {name}; committed work is safe, and the same command resumes it")
 
     free = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     for number in free:

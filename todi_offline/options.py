@@ -1,4 +1,4 @@
-"""A config class in, the options of a command out: a field is an option, with the field's own documentation as help."""
+"""A config class in, the options of a command out: each field is an option, with its documentation as help."""
 
 import ast
 import dataclasses
@@ -95,7 +95,7 @@ class _NamedValue(click.ParamType[tuple[str, Any]]):
 
 
 def _option(field: str, holder: type) -> click.Option | None:
-    """Return the option of a config's field, or None for a table that has no single value."""
+    """Return the option of a field, or None for a table, which has no single value."""
     item = next(item for item in dataclasses.fields(holder) if item.name == field)
     kind = typing.get_type_hints(holder)[field]
     args = typing.get_args(kind)
@@ -137,7 +137,7 @@ def _help(field: str, holder: type, item: "dataclasses.Field[Any]") -> str:
 
 
 def _field_docs(holder: type) -> dict[str, str]:
-    """Return the string that stands below each field of a class."""
+    """Return the docstring below each field of a class."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(holder))).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs = {}
@@ -149,7 +149,7 @@ def _field_docs(holder: type) -> dict[str, str]:
 
 
 def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that stand on the command line."""
+    """Return the options that the command line has set."""
     return {name: value for name, value in settings.items() if value is not None and value != ()}
 
 

@@ -1,4 +1,4 @@
-"""Summaries in, tables on the terminal out; and the progress of long work."""
+"""Summaries in, tables on the terminal out; progress bars for long work."""
 
 import contextlib
 import dataclasses
@@ -14,16 +14,16 @@ import click
 
 
 def no_bars_in_logs() -> None:
-    """Keep the bars of other libraries to terminals; called before those are imported, which is when tqdm looks."""
+    """Disable the bars of other libraries outside terminals; called before they are imported, when tqdm looks."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextlib.contextmanager
 def progress(unit: str, *, quiet: bool) -> Iterator[Any]:
-    """Yield a callback of (done, total, note): a bar on a terminal, a line for every tenth elsewhere.
+    """Yield a callback of (done, total, note): a bar on a terminal, elsewhere a line for each tenth.
 
-    Both show the rate since the first call, and the time that is left at this rate.
+    Both show the rate since the first call, and the time left at this rate.
     """
     if quiet:
         yield None
@@ -55,13 +55,13 @@ def progress(unit: str, *, quiet: bool) -> Iterator[Any]:
 
 
 class _Rate:
-    """How fast work goes since the first call."""
+    """The rate of work since the first call."""
 
     def __init__(self) -> None:
         self._begun: tuple[float, int] | None = None
 
     def words(self, unit: str, done: int, total: int) -> str:
-        """Return the rate and the time left, once there is something to go by."""
+        """Return the rate and the time left in words, or nothing at the first call."""
         now = time.monotonic()
         since, first = self._begun = self._begun or (now, done)
         if done <= first or now <= since:
@@ -72,7 +72,7 @@ class _Rate:
 
 
 def cache_rows(summary: Any) -> list[tuple[str, str]]:
-    """Return what any summary of a capture shows of its cache."""
+    """Return the rows about the cache that every summary of a capture shows."""
     return [
         ("bytes a target", f"{summary.bytes_per_target:.1f}"),
         ("mass of the kept ids", f"{summary.mean_topk_mass:.3f}"),
@@ -80,7 +80,7 @@ def cache_rows(summary: Any) -> list[tuple[str, str]]:
 
 
 def print_capture(summary: Any) -> None:
-    """Print what a capture did, and what its cache holds."""
+    """Print the work of a capture, and the contents of its cache."""
     _print_report(summary.data_report)
     print_table(
         "Cache",
@@ -245,7 +245,7 @@ _DISTANCES_OF_GROUPS = {
 
 
 def print_distance(distance: Any) -> None:
-    """Print a student's distance to a cached teacher, in all and by groups."""
+    """Print a student's distance to a cached teacher, overall and by groups."""
     overall = distance.overall
     rows: list[tuple[str, ...]] = [("targets", f"{overall.num_targets:,}", "")]
     for name, label in _DISTANCES.items():
@@ -272,7 +272,7 @@ def _print_groups(title: str, groups: Sequence[Any], *, is_whole: bool) -> None:
 
 
 def _range(low: float, high: float | None, is_whole: bool) -> str:
-    """Name the numbers from `low` to below `high`."""
+    """Return the range from `low` to below `high` in words."""
     if high is None:
         return f"{low:g} and more"
     if is_whole:
@@ -296,7 +296,7 @@ def print_generation(generation: Any) -> None:
 
 
 def print_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = (), min_width: int = 14) -> None:
-    """Print rows, the first column on the left."""
+    """Print rows; the first column is aligned left, the others right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -309,7 +309,7 @@ def print_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, 
 
 
 def print_texts(texts: Mapping[str, str], num_letters: int = 400) -> None:
-    """Print the beginnings of texts, each below its name."""
+    """Print the beginning of each text below its name."""
     for name, text in texts.items():
         click.echo(f"\n{name}")
         for line in text[:num_letters].splitlines():

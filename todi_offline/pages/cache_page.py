@@ -1,4 +1,4 @@
-"""A cache in, its page out: what it holds, what that costs, and some of its text with the teacher's predictions."""
+"""A cache in, its page out: its contents, its size, and some of its text with the teacher's predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from todi_offline.pages.texts import cache_texts
 from todi_offline.pages.tokens import BYTES_PER_TARGET, BYTES_PER_TOKEN, ShownSequence, token_block
 
 MEASURED_SEQUENCES = 200
-"""Read for the charts, spread evenly over the cache."""
+"""Sequences that the charts read, spread evenly over the cache."""
 
 TABLE_ROWS = 500
 
@@ -81,7 +81,8 @@ def describe_cache(cache: Cache) -> list[tuple[str, str]]:
     manifest, settings = cache.manifest, cache.manifest.settings
     num_targets, num_bytes = int(cache.num_targets.sum()), sum(cache.bytes_by_array.values())
     kept = f"the {settings.k:,} likeliest of {manifest.vocab_size:,} ids" if settings.k else "none of the likeliest ids"
-    samples = f"{settings.tail_samples} ids drawn from the rest at T = {settings.tail_temperature:g}"
+    drawn = f"{settings.tail_samples} ids drawn from the others at T = {settings.tail_temperature:g}"
+    samples = drawn if settings.tail_samples else "no ids drawn from the others"
     nll = float(np.average(cache.columns["teacher_nll"], weights=cache.num_targets))
     return [
         ("Place", cache.root),
@@ -190,7 +191,7 @@ def _coverage(measured: _Measured) -> Block:
     low, high = np.percentile(measured.mass, (10, 90), axis=0)
     return lines(
         "Probability of the first k ids",
-        "Mean of the teacher's; the band holds eight targets of ten.",
+        "The teacher's mean; eight targets of ten are within the band.",
         ("k", "probability"),
         [series("mean", k, measured.mass.mean(axis=0), low, high)],
         log_x=len(k) > 1,
@@ -201,8 +202,7 @@ def _tail_chart(measured: _Measured) -> Block:
     shares = np.linspace(0, 100, 101)
     return lines(
         "Probability of the tail",
-        "What the kept ids leave to all others, at each temperature. To the left of a point are the targets that "
-        "leave less.",
+        "The probability of all ids that are not kept, at each temperature. Targets to the left of a point have less.",
         ("percent of targets", "probability"),
         [series(f"T = {t:g}", shares, np.percentile(tail, shares)) for t, tail in measured.tails.items()],
     )

@@ -1,4 +1,4 @@
-"""A cache in, the sequences that its page shows out: a seeded sample and the worst, as many as there is room for."""
+"""A cache in, the sequences that its page shows out: a seeded sample and the worst, up to a size of the file."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BUDGET_MB = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A sequence of a page, by its number in the cache, and why it is there."""
+    """A sequence that a page shows, by its number in the cache, and the reason."""
 
     number: int
     why: str
@@ -28,10 +28,10 @@ def shown_sequences(
     budget_mb: float = BUDGET_MB,
     seed: int = 0,
 ) -> list[Shown]:
-    """Return sequences whose data take about `budget_mb` in the file, one at least.
+    """Return sequences whose data take about `budget_mb` in the file, at least one.
 
-    They are the first of `chosen` where these are named; else by turns one of a random sample, the highest teacher NLL
-    and the least kept mass.
+    They are the first of `chosen`, if given. Else they alternate between a random sample, the highest teacher NLL and
+    the least kept mass.
     """
     candidates = _sample_and_worst(cache, seed) if chosen is None else {"chosen": chosen}
     budget = left = budget_mb * 1e6

@@ -1,8 +1,8 @@
 """Log-probs of the teacher's and the student's entries in; ToDi's gate and each entry's part of the divergence out.
 
-In float64, and the same as `todi_offline.losses.divergences.todi` and `forward_kl`, which a test compares. With beta
-not negative no part is: where the teacher gives more, a p > (1 - a) q, and the other way round. So the parts of one
-position can be shown as shares of its sum.
+In float64, and equal to `todi_offline.losses.divergences.todi` and `forward_kl`, as a test checks. With beta >= 0 no
+part is negative: where p > q, a p > (1 - a) q, and where p < q, a p < (1 - a) q. So the parts of a position can be
+shown as shares of its sum.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from todi_offline.errors import TargetsError
 Values = npt.NDArray[np.float64]
 
 FLOOR = -1e3
-"""Where a log-prob is -inf; as `losses.entries` has it, but from 0 rather than from the largest of the row."""
+"""The log-prob that replaces -inf; `losses.entries` has the same, below the largest of the row."""
 
 
 def teacher_entries(rows: TargetRows, temperature: float) -> tuple[Values, Values, Values]:
@@ -37,21 +37,21 @@ def teacher_entries(rows: TargetRows, temperature: float) -> tuple[Values, Value
 
 
 def entropy_bound(kept: Values, tail: Values) -> Values:
-    """Return a lower bound of the entropy of each target: no id of the tail has more than the least kept one."""
+    """Return a lower bound of the entropy of each target: no id of the tail is likelier than the last kept id."""
     likeliest = np.minimum(kept[:, -1:].min(axis=1, initial=0), tail)
     bound: Values = -(np.exp(kept) * kept).sum(1) - np.exp(tail) * likeliest
     return bound
 
 
 def gate(teacher: Values, student: Values, beta: float) -> Values:
-    """Return a = sigmoid(beta (log p - log q)): above one half where the teacher gives more than the student."""
+    """Return a = sigmoid(beta (log p - log q)): above one half where the teacher gives an id more than the student."""
     opened: Values = 0.5 * (1 + np.tanh(0.5 * beta * (teacher - student)))
     return opened
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the entries of each target add to its sums, in nats; the tail is the last entry."""
+    """What each entry of a target adds to its divergences, in nats; the tail is the last entry."""
 
     todi: Values
     """[target, entry]"""
@@ -60,7 +60,7 @@ class Parts:
     reverse_kl: Values
     """[target]"""
     mean_gate: Values
-    """[target]: the mean of a, weighted by the teacher's mass. (By the mean of both it were 1/2 wherever beta = 1.)"""
+    """[target]: the mean of a, weighted by p. (Weighted by (p + q) / 2, it would be 1/2 wherever beta = 1.)"""
 
 
 def divide(teacher: Values, student: Values, beta: float) -> Parts:

@@ -1,8 +1,8 @@
-"""Blocks of numbers and texts in, one HTML file out that needs nothing else.
+"""Blocks of numbers and texts in, one self-contained HTML file out.
 
-Everything that a page shows lies in one block of data: a header in JSON, then the arrays, deflated and in base64.
-The scripts write it into the document as text, never as markup. The policy of the page allows its own style and
-scripts, by their hashes, and nothing else: no request, no image, no frame, no form.
+A page's data are one block: a header in JSON, then the arrays, deflated and in base64. The scripts write them into
+the document as text, never as markup. The page's Content-Security-Policy allows its own style and scripts, by their
+hashes, and nothing else: no request, no image, no frame, no form.
 """
 
 import base64
@@ -26,7 +26,7 @@ from todi_offline.errors import DataError
 from todi_offline.pages.texts import printable
 
 SCRIPTS = ("dom.js", "chart.js", "table.js", "texts.js", "tokens.js", "page.js")
-"""In the order in which they are joined: the last one begins."""
+"""The scripts in the order in which they are joined; the last one starts the page."""
 
 _ALIGNMENT = 4  # bytes: of the widest numbers in an array
 _DTYPES = ("u1", "u2", "u4", "f4")
@@ -68,7 +68,7 @@ class Page:
         """Write the file.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

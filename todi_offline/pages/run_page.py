@@ -48,12 +48,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What `todi evaluate --out` kept of a student."""
+    """The scores and texts that `todi evaluate --out` wrote."""
 
     name: str
     distance: Mapping[str, Any] | None
     predictions: Mapping[str, Mapping[str, Any]]
-    """By prompt, those of the first file."""
+    """By prompt; from the first file of predictions."""
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -80,7 +80,7 @@ def read_scores(folder: Path, name: str) -> Scores:
     """Read what an evaluation kept in a folder.
 
     Raises:
-        DataError: it is none of `todi evaluate --out`.
+        DataError: `todi evaluate --out` did not write it.
     """
     metrics = _read_json(folder / "metrics.json", "name the folder that `todi evaluate --out` wrote")
     if not isinstance(metrics, Mapping) or not {"distance", "generation"} <= metrics.keys():
@@ -99,14 +99,14 @@ def _read_json(file: Path, remedy: str) -> Any:
 
 
 def run_section(runs: Sequence[Run]) -> Section:
-    """Return the curves of some runs over each other, and what held-out data said before and after."""
+    """Return the curves of some runs over each other, and their held-out metrics before and after."""
     charts = [_curve(name, label, unit, runs) for name, (label, unit) in CURVES.items()]
     blocks: list[Block] = [chart for chart in charts if chart["series"]]
     if any(_held_out(run) for run in runs):
         blocks = [_before_and_after(runs), *blocks]
     note = (
-        "Each point is a mean over the steps since the one before. Held out: on the evaluation cache, before the first "
-        "step and at the end. A lower bound counts all ids that the cache does not keep as one."
+        "Each point is the mean over the steps since the point before. Held out: on the evaluation cache, before "
+        "the first step and at the end. A lower bound counts all ids that the cache does not keep as one id."
     )
     return Section("Training", note, blocks)
 
@@ -171,7 +171,7 @@ def _by_group(
 
 
 def _middle(group: Mapping[str, Any], is_position: bool) -> float:
-    """Return where a group stands on its axis; the last one has no end, and counts as wide as it is far."""
+    """Return the place of a group on its axis; the last group, which has no end, reaches to twice its start."""
     low = group["low"] or 0
     high = group["high"] if group["high"] is not None else 2 * low
     return float(np.sqrt((low + 1) * high)) if is_position else (low + high) / 2

@@ -1,7 +1,7 @@
 """Token ids in, texts out that people can read and that cannot do harm.
 
-Text of a data set is not to be trusted: an override of the direction of writing turns what follows round, a control
-character hides. So whatever is no letter, mark, number, punctuation, symbol or plain space is written as its name.
+The text of a data set is not trusted: a bidi override reverses what follows, and a control character is invisible. So
+every character that is not a letter, mark, number, punctuation, symbol or plain space is written as ⟨U+202E⟩.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Sequences that a student has read in, their part of a page out: ToDi's gate at work."""
+"""Sequences with a student's predictions in, their section of a page out: ToDi's gate at work."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,9 +20,9 @@ def token_section(
     temperature: float,
     beta: float,
 ) -> Section:
-    """Return the section of sequences that a student has read, those of the largest KL first.
+    """Return the section of sequences with a student's predictions, the largest KL first.
 
-    `names` say whose they are: what the page shows beside "Student" and "Cache".
+    `names` are the facts that the page lists first, such as "Student" and "Cache".
     """
     shown = sorted(shown, key=lambda item: -_mean_kl(item, temperature, beta))
     block = token_block(shown, texts, temperature=temperature, beta=beta)

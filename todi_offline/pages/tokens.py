@@ -1,6 +1,6 @@
-"""Sequences, and what a student makes of them, in; the token view of a page out.
+"""Sequences and a student's predictions in, the token view of a page out.
 
-A prediction stands with the token that it is about: what the models made at t colours token t + 1.
+A prediction is shown at the token that it predicts: the models' output at position t colours token t + 1.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from todi_offline.pages.texts import TokenTexts
 
 TEACHER_ENTRIES = 8
 STUDENT_ENTRIES = 5
-"""Shown of a target: the teacher's likeliest ids, and as many of the student's that are not among them."""
+"""Ids shown at a target: the teacher's likeliest, then the student's likeliest that are not among these."""
 
 BYTES_PER_TOKEN = 7.0
 BYTES_PER_TARGET = {False: 45.0, True: 130.0}
-"""What they take in a file, with and without a student; measured with a real teacher, and what is within a fifth."""
+"""Bytes in the file, with a student (True) and without; measured with a real teacher, right to a fifth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ShownSequence:
 
 @dataclass(frozen=True, slots=True)
 class _Measure:
-    """How the view speaks of a number of each target; `middle` is given to those that have two sides."""
+    """The name and the words for a number of each target; `middle` is the neutral value of a two-sided one."""
 
     name: str
     label: str
@@ -87,7 +87,7 @@ _STUDENT_MEASURES = (
 
 
 def token_block(shown: Sequence[ShownSequence], texts: TokenTexts, *, temperature: float, beta: float) -> Block:
-    """Return the view of some sequences; all of them have been read by the student, or none."""
+    """Return the view of some sequences; the student has read all of them, or none."""
     targets = [_target_arrays(item.sequence, item.student, temperature, beta) for item in shown]
     joined = {name: np.concatenate([arrays[name] for arrays in targets]) for name in targets[0]}
     ids = np.concatenate([item.sequence.token_ids for item in shown]).astype(np.int64)
@@ -112,7 +112,7 @@ def token_block(shown: Sequence[ShownSequence], texts: TokenTexts, *, temperatur
 def _target_arrays(
     sequence: CachedSequence, student: StudentRows | None, temperature: float, beta: float
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return what is shown of each target of a sequence: measures [target], entries and the rest [target, ...]."""
+    """Return the arrays of a sequence's targets: measures [target], entries and sums of the others [target, ...]."""
     rows = sequence.targets
     kept, tail, label = teacher_entries(rows, temperature)
     ids = rows.ids.astype(np.int64)
@@ -142,12 +142,12 @@ def _target_arrays(
 def _entries(
     ids: npt.NDArray[np.int64], kept: Values, tail: Values, student: StudentRows, parts: Values, width: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return the entries of both models: the teacher's first, then the student's own, then the rest in two sums.
+    """Return the entries of both models: the teacher's ids, then the student's own, then two sums.
 
-    The rest are the other kept ids and the tail. A student's own id that the teacher did not keep is of the tail: the
-    teacher's probability of it is not known, nor is its part.
+    The sums are over the other kept ids and over the tail. An id of the student's that the teacher did not keep belongs
+    to the tail: the teacher's probability of it is unknown, and so is its part of the divergence.
     """
-    own_ids, own = _first_of_its_own(student, ids[:, :width])
+    own_ids, own = _student_only(student, ids[:, :width])
     found = np.full((len(ids), ids.shape[1] + 1), -1)
     place = _places(ids, own_ids)
     found[:, :-1] = np.where(np.arange(ids.shape[1]) < width, 0, 1)  # 0: shown, 1: among the other kept ids
@@ -172,8 +172,8 @@ def _entries(
     }
 
 
-def _first_of_its_own(student: StudentRows, shown: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Values]:
-    """Return the student's first likeliest ids that are not among those shown, and their log-probs; -1 is none."""
+def _student_only(student: StudentRows, shown: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Values]:
+    """Return the student's likeliest ids that are not shown yet, and their log-probs; -1 stands for no id."""
     is_new = (student.top_ids[:, :, None] != shown[:, None, :]).all(axis=2)
     order = np.argsort(~is_new, axis=1, kind="stable")[:, :STUDENT_ENTRIES]
     ids, logprobs, new = (
@@ -183,7 +183,7 @@ def _first_of_its_own(student: StudentRows, shown: npt.NDArray[np.int64]) -> tup
 
 
 def _places(ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the column of `ids` in which each wanted id stands; -1 where it does not."""
+    """Return the column of `ids` that has each wanted id, or -1."""
     equal = ids[:, None, :] == wanted[:, :, None]
     return np.where(equal.any(axis=2), equal.argmax(axis=2), -1)
 
@@ -221,7 +221,7 @@ def _smallest(numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.unsignedi
 
 
 def _rounded(values: Values) -> npt.NDArray[np.float32]:
-    """Return numbers exact to one part in 4,096: the rest of their bits would not deflate, and nobody sees them."""
+    """Return numbers exact to one part in 4,096: more bits would not compress, and nobody sees them."""
     bits = np.maximum(values, FLOOR).astype(np.float32).view(np.uint32)
     is_number = ~np.isnan(values)
     return np.where(is_number, (bits + 0x800) & 0xFFFFF000, 0x7FC00000).astype(np.uint32).view(np.float32)
