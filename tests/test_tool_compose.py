@@ -122,7 +122,7 @@ def test_nothing_chosen_and_more_than_is_held_are_refused(tmp_path: Path) -> Non
     root = write_cache(tmp_path / "cache")
     with pytest.raises(CacheMismatchError, match=r"none of the 24 sequences of .* is chosen"):
         run("subset", root, "--where", "num_tokens < 0", "--out", tmp_path / "small")
-    with pytest.raises(CacheMismatchError, match="6 entries, 7 asked for"):
+    with pytest.raises(CacheMismatchError, match="the cache holds k = 6, not 7"):
         run("subset", root, "--k", 7, "--out", tmp_path / "small")
     (tmp_path / "ids").write_text("fake:1\nno such\n")
     with pytest.raises(CacheMismatchError, match="has no sequence 'no such'"):
