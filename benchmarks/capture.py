@@ -12,12 +12,14 @@ any length, so its time is also shown alone.
 With `--set ranks=2`, `--set actors=2` or both, compared are captures in one process, in so many ranks of torchrun and
 in so many actors of Ray, each worker on one thread, in turns; the start is stated apart.
 
-Not claimed: anything of a GPU, where the teacher is faster and the same encoding must keep up with it.
+`--set device=cuda` takes a GPU, where the teacher is faster and the same encoding must keep up with it; `--set
+limit=200` takes more examples.
+
+Not claimed: anything of other devices than it ran on.
 """
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks._peak import now
 from benchmarks._scaling import compare
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, Examples, load_examples
@@ -54,25 +57,30 @@ def run(
     layers: str = "2",
     texts: str = "60",
     repetitions: str = "3",
+    device: str = "cpu",
+    limit: str = "12",
 ) -> dict[str, object]:
     workers = {name: int(number) for name, number in (("ranks", ranks), ("actors", actors)) if number}
     if workers:
-        made_up = _made_up_teacher(1 if quick else int(layers))
+        made_up = _made_up_teacher(1 if quick else int(layers), "cpu")
         return compare(made_up, workers, 1 if quick else int(repetitions), 20 if quick else int(texts))
-    return _against_the_bare_pass(quick, teacher)
+    return _against_the_bare_pass(quick, teacher, device, int(limit))
 
 
-def _against_the_bare_pass(quick: bool, teacher: str | None) -> dict[str, object]:
-    repetitions, limit = (1, 4) if quick else (9, 12)
-    loaded = _made_up_teacher(2 if quick else 30) if teacher is None else load_teacher(TeacherConfig(teacher=teacher))
-    examples = load_examples(DataConfig(limit=limit), loaded.tokenizer)
+def _against_the_bare_pass(quick: bool, teacher: str | None, device: str, limit: int) -> dict[str, object]:
+    repetitions, limited = (1, 4) if quick else (9, limit)
+    if teacher is None:
+        loaded = _made_up_teacher(2 if quick else 30, device)
+    else:
+        loaded = load_teacher(TeacherConfig(teacher=teacher, device=device))
+    examples = load_examples(DataConfig(limit=limited), loaded.tokenizer)
     num_tokens = int(examples.num_tokens.sum())
     seconds: dict[str, list[float]] = {"bare": [], "capture": [], "fingerprint": []}
     for _ in range(repetitions):
-        seconds["bare"].append(_seconds(partial(_bare, loaded, examples)))
+        seconds["bare"].append(_seconds(device, partial(_bare, loaded, examples)))
         with tempfile.TemporaryDirectory() as folder:
-            seconds["capture"].append(_seconds(partial(capture, loaded, examples, Path(folder) / "cache")))
-        seconds["fingerprint"].append(_seconds(partial(teacher_fingerprint, loaded)))
+            seconds["capture"].append(_seconds(device, partial(capture, loaded, examples, Path(folder) / "cache")))
+        seconds["fingerprint"].append(_seconds(device, partial(teacher_fingerprint, loaded)))
     rows = zip(*seconds.values(), strict=True)
     whole, shards = zip(*((bare / took, bare / (took - once)) for bare, took, once in rows), strict=True)
     for name, values in seconds.items():
@@ -91,10 +99,10 @@ def _against_the_bare_pass(quick: bool, teacher: str | None) -> dict[str, object
     }
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _seconds(device: str, work: Callable[[], object]) -> float:
+    started = now(device)
     work()
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def _batches(examples: Examples) -> list[list[int]]:
@@ -118,12 +126,13 @@ def _bare(teacher: Teacher, examples: Examples) -> None:
             input_ids[row, : len(example.token_ids)] = example.token_ids
         columns = [row * length + np.flatnonzero(example.target_mask) for row, example in enumerate(members)]
         positions = torch.from_numpy(np.concatenate(columns))
-        hidden = teacher.head.hidden_states(positions, input_ids=torch.from_numpy(input_ids))
+        ids = torch.from_numpy(input_ids).to(teacher.model.device)
+        hidden = teacher.head.hidden_states(positions, input_ids=ids)
         for chunk in torch.split(hidden, CHUNK_ROWS):
             teacher.head.logits(chunk)
 
 
-def _made_up_teacher(layers: int) -> Teacher:
+def _made_up_teacher(layers: int, device: str) -> Teacher:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=8_000, special_tokens=["<unk>", "<eos>"], show_progress=False)
@@ -140,5 +149,5 @@ def _made_up_teacher(layers: int) -> Teacher:
     )
     torch.manual_seed(0)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    made = as_teacher(LlamaForCausalLM(config), fast)
+    made = as_teacher(LlamaForCausalLM(config).to(device), fast)
     return Teacher(made.model, made.tokenizer, VOCAB, made.head)

@@ -92,35 +92,41 @@ def run(quick: bool, vocab: str | None = None, repetitions: str = "7") -> dict[s
 
 
 def _measured(num_targets: int, vocab: int, repetitions: int) -> Measured:
-    given = _given(num_targets, vocab)
-    steps = _steps(given) | peer_steps(given)
+    given = make_given(num_targets, vocab)
+    steps = make_steps(given) | peer_steps(given)
     measured = _times(steps, repetitions)
     measured["peak_bytes"] = {name: [peak_bytes(step)] for name, step in steps.items()}
     torch.compiler.reset()  # else the next vocabulary is compiled for any size
     return measured
 
 
-def _given(num_targets: int, vocab: int) -> Given:
+def make_given(
+    num_targets: int, vocab: int, width: int = WIDTH, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Given:
+    """Return what all methods are given, the same numbers on every device."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(num_rows: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(num_rows, WIDTH, generator=generator) * scale
+        return (torch.randn(num_rows, width, generator=generator) * scale).to(device, dtype)
 
     teacher_hidden, teacher_weight = normal(num_targets), normal(vocab, 1 / 8)
     teacher_logits = teacher_hidden @ teacher_weight.T
     return Given(
         hidden=normal(num_targets).requires_grad_(),
         weight=normal(vocab, 1 / 10).requires_grad_(),
-        labels=torch.randint(vocab, (num_targets,), generator=generator),
+        labels=torch.randint(vocab, (num_targets,), generator=generator).to(device),
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
         teacher_logits=teacher_logits,
         bucket=sparsify(teacher_logits, K),
-        sampled=sparsify(teacher_logits, K, num_tail_samples=NUM_SAMPLES, generator=generator),
+        sampled=sparsify(
+            teacher_logits, K, num_tail_samples=NUM_SAMPLES, generator=torch.Generator(device).manual_seed(0)
+        ),
     )
 
 
-def _steps(given: Given) -> dict[str, Step]:
+def make_steps(given: Given) -> dict[str, Step]:
+    """Return what is timed, by its name."""
     hidden, weight, labels = given.hidden, given.weight, given.labels
 
     def fused(targets: SparseTargets, temperature: float = 1.0) -> Step:

@@ -19,9 +19,12 @@ student and of the teacher where there is one; the optimizer's states, alike for
 
 By default models and tokenizer are made on the spot, of Llama's shape with random weights, and the data are Python's
 own documentation. `--set teacher=T --set student=S --set cache=CACHE` takes real ones, the cache being of that teacher;
-without a cache, `--set data=D` is captured first. `--set batch_size=8` is the number of sequences in a step.
+without a cache, `--set data=D` is captured first. `--set batch_size=8` is the number of sequences in a step. On
+`--set device=cuda`, forward and backward passes are under bfloat16's autocast; `--set scale=4` makes models four times
+as wide.
 
-Not claimed: anything of a GPU, of bfloat16, of other sizes, of several processes, or of the quality of what is trained.
+Not claimed: anything of other devices than it ran on, of other sizes, of several processes, or of the quality of what
+is trained.
 """
 
 import copy
@@ -30,7 +33,6 @@ import importlib
 import importlib.util
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from benchmarks._peak import peak_bytes
+from benchmarks._peak import now, peak_bytes
 from todi_offline import ToDiTrainer, capture, open_cache
 from todi_offline.cache.reader import Cache
 from todi_offline.head import head_of
@@ -78,6 +80,7 @@ class World:
     cache: Cache
     batch_size: int
     num_steps: int
+    device: str
 
     def step_tokens(self) -> list[int]:
         """Return the tokens of each step."""
@@ -102,6 +105,8 @@ def run(
     cache: str | None = None,
     data: str = "stdlib",
     batch_size: str = "8",
+    device: str = "cpu",
+    scale: str = "1",
 ) -> dict[str, object]:
     num_rounds, num_steps = (1, 3) if quick else (5, 5)
     transformers.utils.logging.set_verbosity_error()
@@ -109,30 +114,31 @@ def run(
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         root = Path(folder)
         if teacher is None or student is None:
-            teacher, student = _made_models(root, small=quick)
+            teacher, student = _made_models(root, int(scale), small=quick)
         if cache is None:
             cache = str(root / "cache")
             limit = max(2 * num_steps * int(batch_size), 64)
             capture(teacher, data, cache, k=64, tail_samples=8, max_length=512, max_prompt_length=256, limit=limit)
-        world = _world(teacher, student, cache, int(batch_size), num_steps)
+        world = _world(teacher, student, cache, int(batch_size), num_steps, device)
         methods = _methods(world, root)
-        rounds = [{name: _round(build) for name, build in methods.items()} for _ in range(num_rounds)]
-        memory = {name: _memory(build) for name, build in methods.items()}
+        rounds = [{name: _round(build, device) for name, build in methods.items()} for _ in range(num_rounds)]
+        memory = {name: _memory(build, device) for name, build in methods.items()}
     return _report(world, rounds, memory)
 
 
-def _world(teacher: str, student: str, cache: str, batch_size: int, num_steps: int) -> World:
+def _world(teacher: str, student: str, cache: str, batch_size: int, num_steps: int, device: str) -> World:
     return World(
-        teacher=load_model(teacher, dtype="float32", device="cpu").eval(),
-        student=load_model(student, dtype="float32", device="cpu"),
+        teacher=load_model(teacher, dtype="float32", device=device).eval(),
+        student=load_model(student, dtype="float32", device=device),
         tokenizer=load_tokenizer(student),
         cache=open_cache(cache),
         batch_size=batch_size,
         num_steps=num_steps,
+        device=device,
     )
 
 
-def _made_models(root: Path, *, small: bool) -> tuple[str, str]:
+def _made_models(root: Path, scale: int, *, small: bool) -> tuple[str, str]:
     """Save a teacher and a student with random weights, whose tokenizer is trained on the data."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,7 +153,7 @@ def _made_models(root: Path, *, small: bool) -> tuple[str, str]:
     tokenizer.train_from_iterator((pair.response for pair in stdlib_pairs()), bpe)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     torch.manual_seed(SEED)
-    for name, width, num_layers in (("teacher", 384, 12), ("student", 256, 6)):
+    for name, width, num_layers in (("teacher", 384 * scale, 12), ("student", 256 * scale, 6)):
         config = LlamaConfig(
             vocab_size=len(fast),
             hidden_size=width // 4 if small else width,
@@ -198,7 +204,8 @@ def _methods(world: World, root: Path) -> dict[str, Callable[[], Trainer]]:
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": world.device == "cpu",
+        "bf16": world.device != "cpu",
         "save_strategy": "no",
         "seed": SEED,
     }
@@ -235,7 +242,7 @@ def _methods(world: World, root: Path) -> dict[str, Callable[[], Trainer]]:
     trl = importlib.import_module("trl.experimental.gkd")
 
     def gkd() -> Trainer:
-        args = trl.GKDConfig(**common, lmbda=0.0, temperature=1.0, bf16=False, gradient_checkpointing=False)
+        args = trl.GKDConfig(**common, lmbda=0.0, temperature=1.0, gradient_checkpointing=False)
         return padded(trl.GKDTrainer, args, teacher_model=world.teacher, processing_class=world.tokenizer)
 
     return {**methods, "gkd": gkd}
@@ -262,8 +269,9 @@ def _instructions(world: World) -> Any:
 class Clock(TrainerCallback):  # type: ignore[misc]
     """Notes when each step ends, and the time that a module's forward pass took in each."""
 
-    def __init__(self, timed: nn.Module | None) -> None:
-        """Watch a module, if there is one."""
+    def __init__(self, timed: nn.Module | None, device: str) -> None:
+        """Watch a module, if there is one, on a device."""
+        self.device = device
         self.ends: list[float] = []
         self.forward_seconds: list[float] = [0.0]
         self._hooks: list[Any] = []
@@ -271,14 +279,14 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             self._hooks = [timed.register_forward_pre_hook(self._begin), timed.register_forward_hook(self._end)]
 
     def _begin(self, *_: Any) -> None:
-        self.forward_seconds[-1] -= time.perf_counter()
+        self.forward_seconds[-1] -= now(self.device)
 
     def _end(self, *_: Any) -> None:
-        self.forward_seconds[-1] += time.perf_counter()
+        self.forward_seconds[-1] += now(self.device)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the end of a step."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(now(self.device))
         self.forward_seconds.append(0.0)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -287,10 +295,10 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             hook.remove()
 
 
-def _round(build: Callable[[], Trainer]) -> Round:
+def _round(build: Callable[[], Trainer], device: str) -> Round:
     trainer = build()
     trainer.remove_callback(PrinterCallback)
-    clock = Clock(getattr(trainer, "teacher", None) or getattr(trainer, "teacher_model", None))
+    clock = Clock(getattr(trainer, "teacher", None) or getattr(trainer, "teacher_model", None), device)
     trainer.add_callback(clock)
     trainer.train()
     waits = [entry["data_wait_share"] for entry in trainer.state.log_history if "data_wait_share" in entry]
@@ -298,13 +306,13 @@ def _round(build: Callable[[], Trainer]) -> Round:
     return Round(seconds, clock.forward_seconds[1 : len(clock.ends)], waits[1:])
 
 
-def _memory(build: Callable[[], Trainer]) -> dict[str, float]:
+def _memory(build: Callable[[], Trainer], device: str) -> dict[str, float]:
     """Return the bytes that are handed out in a pass, and those of the weights."""
     trainer = build()
-    batches, num_targets = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    batches, num_targets = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device(device))
     teacher = getattr(trainer, "teacher", None) or getattr(trainer, "teacher_model", None)
     parameters = [*trainer.model.parameters(), *(teacher.parameters() if teacher is not None else [])]
-    passes = peak_bytes(lambda: trainer.training_step(trainer.model, batches[0], num_targets))
+    passes = peak_bytes(lambda: trainer.training_step(trainer.model, batches[0], num_targets), device)
     return {"pass": passes, "weights": float(sum(parameter.nbytes for parameter in parameters))}
 
 
