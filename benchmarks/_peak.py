@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(step: Callable[[], object], device: str = "cpu") -> float:
-    """Return it in bytes: of what is made during the step, not of what it is given or a matrix library works in."""
+    """Return the peak in bytes, without the step's inputs and the working memory of matrix libraries."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
