@@ -4,7 +4,7 @@ Every method trains the same student on the same sequences in the same order wit
 float32, and its steps are timed from the end of one to the end of the next: data, forward and backward pass, update.
 
     fused       ToDiTrainer: packed rows, the objective in the forward pass, from hidden states at the targets
-    readable    ToDiTrainer with `head = None`: packed rows, the objective from logits at the targets
+    readable    ToDiTrainer as for a head that is no linear layer: packed rows, the objective from logits at the targets
     sft         transformers.Trainer: cross-entropy of responses alone (prompts have the label -100), batches padded to
                 their longest sequence with a mask, as its DataCollatorForSeq2Seq makes them
     online      dense ToDi with the teacher in memory, spared all that can be spared: packed rows and logits at the

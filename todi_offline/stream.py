@@ -57,8 +57,8 @@ class CacheDataset(Dataset[CachedSequence]):
 class ShuffledOrder(Sampler[int]):
     """All sequences in an order that follows from seed, epoch and their number alone.
 
-    The state is one number, how many were consumed: whoever skips as many goes on in the same order, whatever the
-    number of ranks, workers or sequences in a batch.
+    The state is one number, how many sequences were consumed. A run that skips that many goes on in the same order,
+    whatever the number of ranks, of workers, or of sequences in a batch.
     """
 
     def __init__(self, num_sequences: int, seed: int) -> None:
@@ -87,13 +87,12 @@ class ShuffledOrder(Sampler[int]):
 class WindowShuffledOrder(ShuffledOrder):
     """An order that needs few shards at a time: the shards are shuffled, and `window` of them at a time as one.
 
-    It follows from seed, epoch, and the shard of every sequence alone, with the same state. What it lacks of a full
-    shuffle: two sequences of one shard never lie further apart than a window holds, and two of different windows are
-    never mixed. Which shards share a window is drawn anew every epoch. A cache of no more shards than the window is
-    shuffled as a whole.
+    It follows from seed, epoch, and the shard of every sequence alone, with the same state. It mixes less than a full
+    shuffle: sequences of different windows never mix. The shards of each window are drawn again every epoch. A cache
+    that has no more shards than a window is shuffled as a whole.
 
     `prepare` is called with the shards of the window that begins and of the next one, in a thread, so that they are
-    at hand when their sequences are read. What it raises is dropped: whoever reads the sequence meets it again.
+    at hand when their sequences are read. Its errors are dropped here: reading the sequence raises them again.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ def training_order(cache: Cache, seed: int) -> ShuffledOrder:
 class FilledOrder(Sampler[int | None]):
     """An order of sequences, filled up with `EMPTY` to a multiple of what all ranks take at once.
 
-    Else some ranks would begin anew to be even with the others, and sequences would count twice.
+    Without that, a rank that runs out of sequences would start from the first again, and these would count twice.
     """
 
     def __init__(self, order: ShuffledOrder | range, multiple: int) -> None:
@@ -162,7 +161,7 @@ class FilledOrder(Sampler[int | None]):
 
 
 def pack_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Lay sequences of these lengths into as few rows as first-fit-decreasing does; return the members of each."""
+    """Place sequences of these lengths into rows by first-fit-decreasing; return the members of each row."""
     rows: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -201,7 +200,7 @@ class Collator:
         and where the row is one, `bounds` [sequence + 1], where each begins, and `longest`, the tokens of the longest.
         """
         lengths = [len(sequence.token_ids) for sequence in sequences]
-        longest = max(sum(lengths) if self.one_row else max(lengths), 1)  # models do not read rows of nothing
+        longest = max(sum(lengths) if self.one_row else max(lengths), 1)  # models do not read empty rows
         rows = pack_rows(lengths, longest) if self.pack else [[index] for index in range(len(lengths))]
         # A row is filled up with a token of the batch: a pad's embedding may be 0, where a norm has no gradient.
         filling = next((int(sequence.token_ids[0]) for sequence in sequences if len(sequence.token_ids)), 0)
@@ -220,7 +219,7 @@ class Collator:
                 labels.append(sequence.token_ids[columns + 1].astype(np.int64))
                 order.append(index)
                 start = stop
-            # What is left of the row is one more sequence, which nobody looks at.
+            # The rest of the row is filled with one more sequence, whose logits are never used.
             position_ids[row, start:] = np.arange(longest - start) if self.pack else np.arange(start, longest)
         targets = TargetRows.concatenate([sequences[index].targets for index in order])
         return {
@@ -244,7 +243,7 @@ def model_inputs(batch: Batch) -> Batch:
 
 
 def _bounds(lengths: Sequence[int]) -> Batch:
-    """Return where the sequences of a single row begin and end; a row of nothing has a token."""
+    """Return where the sequences of a single row begin and end; a row without sequences has one token."""
     kept = [length for length in lengths if length] or [1]
     return {"bounds": torch.tensor([0, *itertools.accumulate(kept)], dtype=torch.int32), "longest": max(kept)}
 
@@ -267,8 +266,8 @@ def batch_targets(batch: Batch, cache: Cache) -> SparseTargets:
 def prefetch(batches: Iterator[T], depth: int = 2) -> Iterator[T]:
     """Yield what `batches` yields, made up to `depth` ahead in a thread; its errors are raised here.
 
-    The first is made in the caller's thread: torch's loaders draw a seed there, and the order of draws must not
-    depend on threads.
+    The first batch is made in the thread of the caller: torch's loaders draw a seed for it, and the order of draws must
+    not depend on threads.
     """
     end: Any = object()
     if (first := next(batches, end)) is end:

@@ -1,4 +1,4 @@
-"""Chunks of a teacher's logits in, rows of targets as a cache holds them out: whatever runs the teacher."""
+"""Chunks of a teacher's logits in, rows of targets as a cache stores them out, for every engine."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from todi_offline.errors import TeacherOutputError
 from todi_offline.targets import SparseTargets, teacher_targets
 
 MIN_ROWS = 16
-"""Rows of a product of the head at least, and always a multiple: a few rows are summed in another order."""
+"""Products of the head have a multiple of this many rows: with fewer, a kernel sums in another order."""
 
 
 def chunk_rows(vocab_size: int, device: torch.device | None = None) -> int:
@@ -33,7 +33,7 @@ def chunk_rows(vocab_size: int, device: torch.device | None = None) -> int:
 
 
 def filled_up(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Return rows end to end, the last one repeated to a multiple of `MIN_ROWS`."""
+    """Concatenate rows, and repeat the last one up to a multiple of `MIN_ROWS`."""
     rows = np.concatenate(parts)
     return np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % MIN_ROWS, axis=0)])
 
@@ -97,7 +97,7 @@ def _log_partition(logits: Float[Tensor, "target vocab"], targets: SparseTargets
 
 
 def located(error: TeacherOutputError, sources: Sequence[tuple[str, npt.NDArray[np.int64]]]) -> TeacherOutputError:
-    """Say which example and position a row is; `sources` are the id of each example and the positions of its rows."""
+    """Return the error with the example and position of its row; `sources` has each example's id and positions."""
     row = error.row
     for example_id, positions in sources:
         if row < len(positions):

@@ -116,10 +116,10 @@ def as_teacher(model: Model, tokenizer: Tokenizer) -> Teacher:
 
 
 def padded_length(num_tokens: int, num_positions: int | None = None) -> int:
-    """Return the length that a sequence is padded to: of eight steps from one power of two to the next, the one above.
+    """Return the length to pad a sequence to: the next multiple of an eighth of the power of two below it.
 
-    A step is 8 tokens at least, the length 16. It follows from the sequence's own length alone, for how a kernel rounds
-    may depend on it. A model that has fewer positions is not asked for more.
+    The multiple is at least 8 tokens, and the length at least 16. The length depends on the sequence alone, because the
+    rounding of a kernel may depend on the length. It never exceeds the positions that the model has.
     """
     step = 1 << max(3, (num_tokens - 1).bit_length() - 4)
     padded = max(-(-num_tokens // step) * step, MIN_ROWS)
@@ -150,10 +150,10 @@ def num_positions(teacher: Teacher) -> int | None:
 def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSettings) -> list[TargetRows]:
     """Run the teacher over one batch, padded on the right, and return the targets of each example.
 
-    Padding needs no mask: a causal model never looks to the right. For the sequences of a batch of `length_batches`,
-    the kernels of CPUs give the same bits whatever else is in it: each row of a matrix product is summed alike, but for
-    products of very few rows, which are made up to 16. Where kernels choose by the number of rows, as on GPUs, targets
-    are the same up to rounding.
+    Padding needs no mask: a causal model never looks to the right. On a CPU, a sequence of a batch of `length_batches`
+    has the same bits whatever else is in the batch: each row of a matrix product is summed in the same order, unless
+    there are very few rows, so products have at least 16. A GPU's kernels choose an order by the number of rows, so
+    targets are the same up to rounding there.
 
     Raises:
         TeacherOutputError: a logit is NaN or +inf; names the example and the position.

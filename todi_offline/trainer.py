@@ -197,7 +197,7 @@ class ToDiTrainer(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """Take the batches of a step, made ahead of it, and count their targets over all ranks.
 
-        There are none where the run is finished: a checkpoint of the last step, within an epoch, was resumed.
+        There are no batches where the run is finished: a checkpoint of the last step was resumed within an epoch.
         """
         if self.state.max_steps and self.state.global_step >= self.state.max_steps:
             return [], torch.zeros((), device=device)
@@ -218,7 +218,7 @@ class ToDiTrainer(Trainer):
         return batches, num_targets
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Keep what is measured of a batch for `evaluation_loop`; a mean of means of batches is nothing to return."""
+        """Add what is measured of a batch to the meter; `evaluation_loop` takes the means over targets."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             self.compute_loss(model, inputs)
@@ -258,7 +258,7 @@ class ToDiTrainer(Trainer):
         return FilledOrder(range(len(eval_dataset)), self.args.eval_batch_size * self.args.world_size)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate on a cache, on a mapping of names to caches, or on those that were given at first."""
+        """Evaluate on a cache or a mapping of names to caches; by default on the eval_dataset of the constructor."""
         metrics: dict[str, float] = super().evaluate(self._datasets(eval_dataset), *args, **kwargs)
         return metrics
 
@@ -327,7 +327,7 @@ def _student_tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
 
 
 def _require_alike(cache: Cache, first: Cache) -> None:
-    """Refuse a cache whose rows would be read as what they are not: one reading serves all of a trainer."""
+    """Refuse a cache whose vocabulary or temperatures differ: a trainer reads all of its caches alike."""
 
     def reading(cache: Cache) -> dict[str, Any]:
         settings = cache.manifest.settings
