@@ -11,7 +11,7 @@ Rooms, and in each the order in which to read:
     stored          one cache -> its sequences
     reader          caches, or a part of one -> sequences in any order: `open_cache`, `union`, `select`
 
-    planning        a data set and what its cache holds -> the shards to capture
+    planning        a data set and the sequences of its cache -> the shards to capture
     shard_writer    rows -> one committed shard, in any process
     writer          a plan -> a cache: lock, begin, seal
     reuse           earlier caches -> rows of a new one

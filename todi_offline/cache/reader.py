@@ -145,7 +145,7 @@ class Cache:
         return sums
 
     def prepare(self, shard: int) -> None:
-        """Fetch what an object store holds of a shard, so that reading it soon need not wait."""
+        """Fetch the objects of a shard from an object store, so that a later read need not wait."""
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
         self.members[number].prepare(shard - int(self._first_shards[number]))
 

@@ -92,16 +92,16 @@ def _target_problems(
                 yield Problem(manifest.arrays[name].object_key(shard), what, redo(shard))
         used = {name: values[: len(owners)] for name, values in stored.items()}
         rows = decode_rows(used, settings.encoding, settings.temperatures, settings.tail_temperature)
-        for what, wrong in faults(rows, labels[span], settings.encoding, manifest.vocab_size).items():
+        for fault, wrong in faults(rows, labels[span], settings.encoding, manifest.vocab_size).items():
             if wrong.any():
-                found.setdefault(what, []).extend(owners[wrong].tolist())
+                found.setdefault(fault, []).extend(owners[wrong].tolist())
         label = bounds(rows, settings.encoding)["label_logprob"]
         numbers: list[npt.NDArray[Any]] = [*label, *mass_bounds(rows, settings.encoding)]
         for index, weights in enumerate(numbers):
             sums[index] += np.bincount(owners, weights=weights, minlength=len(table))
-    for what, sequences in found.items():
+    for fault, sequences in found.items():
         others = f", and {len(sequences) - 1} more targets of shard {shard}" if len(sequences) > 1 else ""
-        yield Problem(_name(table, sequences[0]), f"{what}: in one of its targets{others}", redo(shard))
+        yield Problem(_name(table, sequences[0]), f"{fault}: in one of its targets{others}", redo(shard))
     yield from _mean_problems(table, shard, sums)
 
 

@@ -175,7 +175,7 @@ def expected_metadata(store: Store, root: Root) -> dict[str, bytes]:
 
 
 def _says_the_same(found: bytes, expected: bytes) -> bool:
-    """Whether metadata differ only in what releases of zarr-python add or leave out."""
+    """Whether metadata differ only in fields that releases of zarr-python add or leave out."""
     try:
         mine, wanted = json.loads(found), json.loads(expected)
         if wanted["node_type"] == "group":

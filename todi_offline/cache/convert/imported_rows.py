@@ -134,7 +134,7 @@ def _entries(row: Row, num_targets: int, manifest: Manifest) -> _Entries:
     ids, logprobs, k = read_cell(row, "target_ids"), read_cell(row, "target_logprobs"), manifest.settings.k
     for cell in (ids, logprobs):
         cell.require_targets(num_targets)
-    for wrong, what in (
+    for wrong, expected in (
         (ids.lengths != logprobs.lengths, "one log-prob for each id"),
         (ids.lengths < k, f"at least {k}"),
     ):
@@ -142,7 +142,7 @@ def _entries(row: Row, num_targets: int, manifest: Manifest) -> _Entries:
             target = int(np.flatnonzero(wrong)[0])
             raise ValueError(
                 f"column target_ids: target {target} has {ids.lengths[target]} ids and {logprobs.lengths[target]} "
-                f"log-probs; expected {what}; leave the target out of target_mask, or import with a smaller k"
+                f"log-probs; expected {expected}; leave the target out of target_mask, or import with a smaller k"
             )
     is_given = np.arange(ids.lengths.max()) < ids.lengths[:, None]
     padded = _Entries(np.full(is_given.shape, -1), np.full(is_given.shape, -np.inf))
@@ -181,9 +181,9 @@ def _require_possible(targets: TargetRows, labels: Integers, manifest: Manifest)
 
 
 def _refuse(faulty: Mapping[str, npt.NDArray[np.bool_]]) -> None:
-    for what, wrong in faulty.items():
+    for fault, wrong in faulty.items():
         if wrong.any():
-            raise ValueError(f"target {int(np.flatnonzero(wrong)[0])}: {what}")
+            raise ValueError(f"target {int(np.flatnonzero(wrong)[0])}: {fault}")
 
 
 @contextlib.contextmanager

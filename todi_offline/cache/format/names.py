@@ -2,7 +2,7 @@
 
 A cache owns these keys below its root and no others. All other files there are foreign.
 
-    cache.json                  the root: what the cache is
+    cache.json                  the root: the manifest, and the sums of the commit records
     commits/000003.json         the commit record of shard 3
     sequences/000003.parquet    its sequence table
     topk_ids/c/3/0              its part of an array

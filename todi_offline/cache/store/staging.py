@@ -112,7 +112,7 @@ class Staging:
                 if not path.exists():
                     self._make_room()
                     fetch(part)
-                    assert part.stat().st_size == num_bytes, "whoever fetches compares"
+                    assert part.stat().st_size == num_bytes, "the store compares sizes after fetching"
                     part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
