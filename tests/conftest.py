@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no bars, one thread, and shapes checked against signatures."""
+"""Settings for all tests: no network, no progress bars, one thread, and shape checks of signatures."""
 
 # ruff: noqa: E402 -- the hook comes before what it hooks
 import os

@@ -1,4 +1,4 @@
-"""Shards whose workers have ended: tried again one by one, and named when they end too many."""
+"""Shards whose workers died: they are retried one by one, and named after too many deaths."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The layouts of other systems that the benchmark of bytes rebuilds."""
+"""The storage layouts of other systems that `benchmarks bytes` rebuilds."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Log-probs through their stored forms, within the bounds that the module states."""
+"""Log-probs through their stored encodings, within the error bounds that the module states."""
 
 import dataclasses
 from typing import Any

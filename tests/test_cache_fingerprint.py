@@ -1,4 +1,4 @@
-"""What makes two tokenizers one: the ids that texts get, and nothing else."""
+"""The fingerprint of a tokenizer depends on the ids that texts get, and on nothing else."""
 
 import dataclasses
 from pathlib import Path

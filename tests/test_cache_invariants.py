@@ -1,4 +1,4 @@
-"""Every rule that a teacher's targets obey is broken once, and found; rows that obey are left in peace."""
+"""Each rule for a teacher's targets is broken once and found; valid rows raise nothing."""
 
 import dataclasses
 from typing import Any

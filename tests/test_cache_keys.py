@@ -1,4 +1,4 @@
-"""Content keys, as many as one likes: what comes out is what went in, whatever bytes they end in."""
+"""Content keys: any number of them is read back exactly, whatever their last bytes."""
 
 import hashlib
 import pickle

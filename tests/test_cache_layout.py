@@ -1,4 +1,4 @@
-"""Which arrays a cache has, of which dtype and shape, and where their objects lie."""
+"""The arrays of a cache: their names, dtypes, shapes and object keys."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Narrowed rows are what a capture with smaller settings would have kept."""
+"""Narrowed rows equal the rows of a capture with smaller settings."""
 
 import dataclasses
 import re

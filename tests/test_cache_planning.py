@@ -1,4 +1,4 @@
-"""What is captured into which shards; and captures into a cache that is there, behind what is old."""
+"""Plans: which sequences go into which shards, in a new cache and in an existing one."""
 
 import dataclasses
 from collections.abc import Callable, Iterable

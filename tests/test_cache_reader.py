@@ -1,4 +1,4 @@
-"""Opening and reading caches: every value back, in any order, from anywhere; several caches read like one."""
+"""Reading caches: every value, in any order, by any number of processes; several caches read like one."""
 
 import builtins
 import dataclasses

@@ -1,4 +1,4 @@
-"""A cache in an object store is the cache that a folder would hold, and what can go wrong there is one line."""
+"""A cache in an object store equals the cache in a folder, and each failure of the store is one line."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What the root, the commit records and the names of objects say, what they refuse, and format 1 in the same words."""
+"""The root, the commit records and the object names: their contents, their refusals, and format 1."""
 
 import dataclasses
 import json

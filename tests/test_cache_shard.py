@@ -1,4 +1,4 @@
-"""Shards against zarr-python, in both directions, and what a damaged one says."""
+"""Shards read and written by zarr-python, and the errors of damaged shards."""
 
 import dataclasses
 import tempfile

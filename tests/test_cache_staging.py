@@ -1,4 +1,4 @@
-"""Local copies are whole or not there, stay while they are in use, and keep within their limit."""
+"""Local copies of shards are complete or absent, stay while in use, and respect the size limit."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Objects of a folder are whole or not there, and one process writes at a time."""
+"""Objects in a folder are complete or absent, and only one process writes at a time."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""`todi-cache`: what a person types, and what comes back."""
+"""`todi-cache`: command lines and their output."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Verify finds what is wrong, says where and how to mend it, and finds nothing in a whole cache."""
+"""Verify finds each fault, names its place and its repair, and finds nothing in an intact cache."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Writing a cache: what is refused, what survives, and what bytes come out."""
+"""Writing a cache: refusals, interruptions, and the bytes of the result."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Stage 1: what the cache holds is what the teacher says, however often the capture was stopped."""
+"""Stage 1: the cache holds the teacher's targets, however often the capture was stopped."""
 
 import dataclasses
 import json

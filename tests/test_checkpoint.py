@@ -1,4 +1,4 @@
-"""A checkpoint is known by its files: wherever they lie, however they are split, and without loading the model."""
+"""The fingerprint of a checkpoint comes from its files, wherever they are and however they are split."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command line: what a person types, and what comes back."""
+"""`todi`: command lines and their output."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Operations on the output of other operations: whatever the order, a cache holds what a plain list says.
+"""Random sequences of operations on caches: the result always holds what a plain list holds.
 
 A random program captures, is killed, goes on, appends, takes subsets, merges, reuses, exports, imports, damages and
 repairs. After each step every cache that it touched is whole and holds exactly its entries, with their rows.

@@ -1,4 +1,4 @@
-"""Operations on the output of others, by name and with many sequences: each gives what a fresh capture would."""
+"""Named sequences of operations on caches with many sequences: each result equals a fresh capture."""
 
 import dataclasses
 import os

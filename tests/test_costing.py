@@ -1,4 +1,4 @@
-"""What `todi plan` says, against the capture and the training that it is of."""
+"""`todi plan`, compared with the capture and the training that it predicts."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the headers of a model's files say of its size."""
+"""The size of a model, read from the headers of its files."""
 
 from pathlib import Path
 from typing import Any

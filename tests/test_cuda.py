@@ -1,4 +1,4 @@
-"""What a GPU has to pass: `pytest -m cuda`; skipped where there is none.
+"""Tests that need a GPU: `pytest -m cuda`; skipped without one.
 
 `TODI_DEVICE=cpu pytest -m cuda` runs all of it that a CPU can run, which shows that the tests themselves work.
 """

@@ -1,4 +1,4 @@
-"""Damage is found by verify, and never reaches a training batch: what is read is what was written, or an error."""
+"""Verify finds damage, and training never reads it: a read gives the written values or an error."""
 
 import dataclasses
 import os

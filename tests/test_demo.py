@@ -1,4 +1,4 @@
-"""The demo, with a tiny teacher in place of the one that is downloaded."""
+"""The demo, with a tiny teacher instead of the downloaded one."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Numbers and devices on an accelerator that is none: see `elsewhere`."""
+"""Dtypes and devices on a simulated accelerator; see `support/elsewhere.py`."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Two processes against one: the same steps, the same gradients, no sequence lost or seen twice."""
+"""Two processes against one: the same steps and gradients, and each sequence exactly once."""
 
 import dataclasses
 import json

@@ -1,3 +1,5 @@
+"""Divergences, dense and sparse, compared with the float64 formulas in `support/reference.py`."""
+
 import functools
 import math
 

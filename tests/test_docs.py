@@ -1,4 +1,4 @@
-"""The README files: their Python runs, their commands parse, their links lead somewhere."""
+"""The README files: their Python examples run, their commands parse, and their links exist."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Errors of ours travel between the processes of a capture."""
+"""Errors of this library can be sent between processes."""
 
 import inspect
 import pickle

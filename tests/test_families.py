@@ -1,4 +1,4 @@
-"""Families of models: what benchmarks/results/families.md says of each is what happens, and nothing of it is wrong."""
+"""Families of models: each statement of benchmarks/results/families.md is true."""
 
 import logging
 

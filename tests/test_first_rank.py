@@ -1,4 +1,4 @@
-"""What the first process makes, all have; where it fails, none waits."""
+"""A value that the first process makes reaches all processes; if it fails, no process waits."""
 
 from types import SimpleNamespace
 from typing import Any

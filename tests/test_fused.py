@@ -1,3 +1,5 @@
+"""The fused loss equals the readable objective, in value and gradient."""
+
 import dataclasses
 import itertools
 

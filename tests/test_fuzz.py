@@ -1,4 +1,4 @@
-"""A cache is data: whatever it holds, only errors of ours come out, in bounded memory, from inside its own folder."""
+"""Malformed caches: only errors of this library, bounded memory, and no file outside the cache's folder."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What was once written is read the same for ever: by this release, and by others that only know the description."""
+"""Golden caches of earlier formats are read the same by this release, and by independent readers."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a model's head is, where it runs, and how it is chunked: always with the model's own logits."""
+"""The head of a model: what it computes, where it runs and how it is chunked, always with the model's logits."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""`todi-cache import`: columns and values of every Arrow type, range and shape; what is wrong is named, not cast."""
+"""`todi-cache import`: columns of every Arrow type, range and shape; wrong values are named, never cast."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""append, merge, subset and import survive kill -9 at any instant: they go on, and end with the same bytes."""
+"""append, merge, subset and import survive kill -9 at any moment, resume, and end with the same bytes."""
 
 import json
 import shutil

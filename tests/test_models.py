@@ -1,4 +1,4 @@
-"""Loading, and the modes of a model."""
+"""Loading models and tokenizers, devices, dtypes and evaluation mode."""
 
 import shutil
 from pathlib import Path

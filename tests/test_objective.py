@@ -1,3 +1,5 @@
+"""The training objective: the weights of its terms, and how it uses labels and targets."""
+
 import math
 
 import jaxtyping

@@ -1,4 +1,4 @@
-"""The data of pages: their numbers, how texts are made harmless, and that the same input gives the same file."""
+"""The data of pages: their numbers, escaped texts, and the same bytes for the same input."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Pages in a real browser: what is drawn, keys and pointers, hostile texts; nothing is asked of the network."""
+"""Pages in a real browser: drawing, keys, pointers, hostile texts, and no request to the network."""
 
 from collections.abc import Iterator
 from pathlib import Path

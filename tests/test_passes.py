@@ -1,4 +1,4 @@
-"""What the passes over logits compute is held to the readable objective in test_fused."""
+"""The passes over logits, eager and compiled; test_fused compares their results with the readable objective."""
 
 import functools
 import shutil

@@ -1,4 +1,4 @@
-"""Which positions are distilled: the selection, the weights and the loss that they make."""
+"""The positions that are distilled: the selection, the weights and the resulting loss."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a run finds of its student is true in the run: its dtype, its attention, on every rank, and with a reason."""
+"""Probes of a student use the dtype and the attention of the run, on every rank, and log their reasons."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What this package promises: its names, their signatures, and that importing it costs nothing."""
+"""The public interface: its names, its signatures, and a cheap import."""
 
 import inspect
 import subprocess

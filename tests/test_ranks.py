@@ -1,4 +1,4 @@
-"""Ranks of torchrun and accelerate: they share a capture, end together, and leave the bytes of a single process."""
+"""Ranks of torchrun and accelerate share a capture, end together, and write the bytes of one process."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Actors of Ray: whatever ends them, a capture goes on with the same bytes, or names what ends them."""
+"""Ray actors: a capture survives their deaths with the same bytes, or names the shard that kills them."""
 
 import contextlib
 import functools

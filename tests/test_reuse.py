@@ -1,4 +1,4 @@
-"""Captures that copy what other caches hold: the teacher runs on the rest alone, and the bytes are the same."""
+"""Captures that copy sequences from other caches: the teacher reads only the others, and the bytes are the same."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The weight of KD over a run."""
+"""The schedule of the KD weight over a run."""
 
 import jaxtyping
 import pytest

@@ -1,4 +1,4 @@
-"""A writer that stood still while another one took over: it finds out, and harms nothing.
+"""A writer that stalled while another one took over notices it, and changes nothing.
 
 The first writer is stopped before one operation after another: of the disk, or of requests to the object store. Then a
 second one takes the place over, writes every shard that is not committed, with other rows, and seals the cache. Then

@@ -1,4 +1,4 @@
-"""What every store promises: the same tests on a folder, in memory, and on an S3 server."""
+"""The contract of every store: the same tests on a folder, in memory, and on an S3 server."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""Order, packing and prefetching: no sequence lost, repeated or seen by its neighbour."""
+"""Order, packing and prefetching: each sequence exactly once, and isolated from its neighbours."""
 
 import re
 import threading

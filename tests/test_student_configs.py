@@ -1,4 +1,4 @@
-"""What the config of a student says of the layers that it keeps, and of its sizes."""
+"""The config of a student: the fields of each kept layer, and the sizes."""
 
 from typing import Any
 

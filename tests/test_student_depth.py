@@ -1,4 +1,4 @@
-"""A student of some of a teacher's layers: it is these layers, whatever the family, or it is refused."""
+"""A student with some of the teacher's layers equals these layers, for every family, or is refused."""
 
 from collections.abc import Callable
 from pathlib import Path

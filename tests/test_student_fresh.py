@@ -1,4 +1,4 @@
-"""A new student of a teacher's family: the family's own initialisation, sizes that agree, the teacher's embeddings."""
+"""A new student of a teacher's family: initial weights, sizes that agree, and the teacher's embeddings."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The importance of channels, heads and neurons, against the formula over activations that are written down."""
+"""The importance of channels, heads and neurons, compared with its formula over recorded activations."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Adapters on a student: nothing else is trained, and modules that do not exist are refused."""
+"""LoRA on a student: only adapters are trained, and unknown modules are refused."""
 
 import pytest
 from peft import PeftModel

@@ -1,4 +1,4 @@
-"""`make_student`: a folder with a teacher in, one with a student and the teacher's tokenizer out."""
+"""`make_student`: a folder with a teacher comes in; a student with the teacher's tokenizer goes out."""
 
 from pathlib import Path
 from typing import Any

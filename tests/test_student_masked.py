@@ -1,4 +1,4 @@
-"""A teacher that computes with some of its channels, heads and neurons alone."""
+"""A teacher that computes with only some of its channels, heads and neurons."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which parts of a model can be made narrower: all of its tensors, or none."""
+"""The parts of a model that can be narrowed cover all of its tensors, or the model is refused."""
 
 import pytest
 import torch

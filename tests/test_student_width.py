@@ -1,4 +1,4 @@
-"""A student of some of a teacher's channels, heads and neurons: it is these, whatever the family, or it is refused."""
+"""A student with some of the teacher's channels, heads and neurons equals them, for every family, or is refused."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The study's arithmetic and its grid; the runs themselves are the benchmark."""
+"""The arithmetic and the grid of `benchmarks study`, without its runs."""
 
 import csv
 

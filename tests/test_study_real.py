@@ -1,4 +1,4 @@
-"""The study of a real teacher, with a tiny one: what is kept of it, its arms, its rows and its report."""
+"""`benchmarks study-real` with a tiny teacher: its files, its arms, its rows and its report."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""A capture survives what happens to processes, disks and power: it goes on, and ends with the same bytes."""
+"""A capture survives faults of processes, disks and power: it resumes, and ends with the same bytes."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""Rows of targets: the uniforms that decide their tail samples; what is made of logits is tested in test_teacher.py."""
+"""The uniform numbers that decide the tail samples of a row; test_teacher covers rows made of logits."""
 
 import dataclasses
 

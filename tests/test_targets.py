@@ -1,3 +1,5 @@
+"""Sparse targets: top k, tail mass and tail samples, compared with float64, and how they are narrowed."""
+
 import itertools
 import math
 

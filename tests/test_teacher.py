@@ -1,4 +1,4 @@
-"""The teacher's targets: whole, at the right positions, and independent of what else is in the batch."""
+"""The teacher's targets: complete, at the right positions, and independent of the rest of the batch."""
 
 import dataclasses
 import shutil

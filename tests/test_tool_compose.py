@@ -1,4 +1,4 @@
-"""`todi-cache merge`, `subset` and `diff`: caches made of caches hold what they should, each sequence once."""
+"""`todi-cache merge`, `subset` and `diff`: the resulting caches hold each sequence once, with its targets."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`todi-cache export` and `import`: what goes out comes back, and what comes in is looked at."""
+"""`todi-cache export` and `import`: exported rows can be imported, and imported rows are checked."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Repair deletes what is damaged and no more, so that the same capture redoes just that."""
+"""Repair deletes only damaged shards, so that the same capture redoes only these."""
 
 import contextlib
 import dataclasses

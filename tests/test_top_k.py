@@ -1,4 +1,4 @@
-"""Finding the largest by groups; the order among equal ones is tested where targets are made, in test_targets.py."""
+"""Finding the k largest by groups; test_targets covers the order of equal values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`--report-to trackio`: the curves of a run are in trackio's folder, and nothing else is needed."""
+"""`--report-to trackio` writes the curves of a run into trackio's folder."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Training: what is trained on, in which order, and what is logged of it."""
+"""Training: its loss, the order of its data, and its logs."""
 
 import dataclasses
 import math

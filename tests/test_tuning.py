@@ -1,4 +1,4 @@
-"""How much is made at a time: as a CPU's caches have it, or as a device's memory has it, within bounds."""
+"""Chunk sizes: from a CPU's caches or a device's memory, within bounds."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

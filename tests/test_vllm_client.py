@@ -1,4 +1,4 @@
-"""The driver's end of vLLM, with a fake engine: targets, and every way in which an engine may fail."""
+"""The driver's side of vLLM, with a fake engine: targets, and every failure of an engine."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""`--engine vllm`, with a fake engine: a whole capture, and settings that vLLM has no use for."""
+"""`--engine vllm`, with a fake engine: a whole capture, and refused settings."""
 
 from pathlib import Path
 from typing import Any

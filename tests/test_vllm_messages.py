@@ -1,4 +1,4 @@
-"""Messages between the processes of an engine: plain values alone, and nothing is lost."""
+"""Messages between the processes of an engine: only plain values, and all of them arrive."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Processes that were started between two moments, and nothing else, are ended."""
+"""Only processes that were started between two moments are ended."""
 
 import subprocess
 import sys

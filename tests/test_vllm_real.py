@@ -1,4 +1,4 @@
-"""vLLM itself, in an environment of its own: its targets are those of transformers, and what survives its death.
+"""Real vLLM in its own environment: its targets equal those of transformers, and a capture survives its death.
 
 Run with TODI_VLLM_PYTHON=/path/to/an/environment/bin/python; see benchmarks/results/vllm.md for how to make one.
 """

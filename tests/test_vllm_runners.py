@@ -1,4 +1,4 @@
-"""Both model runners of vLLM, as fakes: their batches give the targets that transformers gives."""
+"""Both model runners of vLLM, as fakes: their batches give the targets of transformers."""
 
 from types import SimpleNamespace
 from typing import Any

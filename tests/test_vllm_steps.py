@@ -1,4 +1,4 @@
-"""Steps of an engine: what is read in spans gives the targets of the whole sequence, and errors are kept."""
+"""Steps of an engine: chunks of a sequence give the targets of the whole sequence, and errors are kept."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Calls of an engine that may never return: results, errors, and a wait that ends."""
+"""Calls of an engine that may hang: results, errors and time limits."""
 
 import threading
 import time

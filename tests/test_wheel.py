@@ -1,4 +1,4 @@
-"""The wheel has all that the library needs: it is built, installed apart from the checkout, and used there."""
+"""The wheel is complete: it is built, installed outside the checkout, and used there."""
 
 import os
 import shutil

@@ -1,1 +1,1 @@
-"""What tests share: fake caches and models, faults of disks and stores, references in float64."""
+"""Helpers of the tests: fake caches and models, faults of disks and stores, float64 references."""

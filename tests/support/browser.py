@@ -1,4 +1,4 @@
-"""Pages in, what a real browser makes of them out: offline, with nothing but the file."""
+"""Pages come in; a real browser's view of them goes out, offline."""
 
 import contextlib
 import shutil

@@ -1,4 +1,4 @@
-"""Caches of a made-up teacher beside a plain list of what they must hold.
+"""Caches of a fake teacher, each with a plain list of the rows that it must hold.
 
 An `Entry` says where a row of a cache comes from and through which encodings it went; `assert_holds` compares a cache
 with entries: exactly where the encoding stayed, within the bounds of all encodings else.

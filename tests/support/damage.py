@@ -1,4 +1,4 @@
-"""Damage that befalls the files of a cache: each kind takes the cache's folder, chance, and another cache."""
+"""Kinds of damage to the files of a cache: functions of its folder, a random generator and another cache."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a process asks of a disk, seen from between the two: to count it, to refuse it, to die in it, to lose power.
+"""The disk operations of a process, intercepted: to count them, to fail them, to die in them, to lose power.
 
     with Watch(folder, before) as watch: ...    # `before` sees every operation below the folder, and may raise or kill
     after_power_loss(watch.log, model, rng)     # what could be on the disk, had the power failed then

@@ -1,4 +1,4 @@
-"""A device that is none: its tensors compute on the CPU, say that they are elsewhere, and refuse to meet a CPU's.
+"""A simulated device: its tensors compute on the CPU, report another device, and refuse tensors of the CPU.
 
 What runs here runs where no accelerator is, and yet notices a tensor that was made on the CPU and should have been made
 beside the others, or a number that is copied to the device for an index or a literal, for which a real one waits.

@@ -1,4 +1,4 @@
-"""Small caches of a made-up teacher: real softmaxes over a small vocabulary, in shards of the smallest size."""
+"""Small caches of a fake teacher: softmaxes over a small vocabulary, in the smallest shards."""
 
 import dataclasses
 import json

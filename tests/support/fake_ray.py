@@ -1,4 +1,4 @@
-"""What the driver of a capture asks of Ray, in this process and one call at a time; actors die when they are told to.
+"""A fake of Ray for the driver of a capture: one process, one call at a time, and actors that die on request.
 
 A seed decides which actor goes next, so that whatever a driver does can be repeated.
 """

@@ -1,4 +1,4 @@
-"""vLLM as far as we see it, on the hidden states of a model of transformers: model runners, and an engine of them."""
+"""A fake of vLLM over a model of transformers: model runners, and an engine that uses them."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""The chat templates of real model families, as trl ships them, with tokenizers that know their special tokens."""
+"""The chat templates of real model families from trl, with tokenizers that have their special tokens."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Run a capture again and again, each time in a process of its own that something happens to.
+"""Runs a capture many times, each in its own process with one fault.
 
 Importing torch takes longer than the capture, so this is a program that imports everything, and forks for each run:
 

@@ -1,4 +1,4 @@
-"""An attention with the manners of flash attention's kernels, on a CPU: no float32, and sequences by their bounds."""
+"""A fake of flash attention on a CPU: it refuses float32 and takes the bounds of sequences."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tables that a serving engine could give: no tail, no samples, entries in any order."""
+"""Tables as a serving engine exports them: no tail, no samples, entries in any order."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Run an operation on caches again and again, each time in a process of its own that is killed in its midst.
+"""Runs an operation on caches many times, each in its own process that is killed midway.
 
 This is a program that imports everything once, and forks for each run:
 

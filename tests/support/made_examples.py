@@ -1,4 +1,4 @@
-"""Examples made of random tokens, and a comparison of their targets."""
+"""Examples of random tokens, and a comparison of their targets."""
 
 import numpy as np
 

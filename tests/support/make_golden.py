@@ -1,4 +1,4 @@
-"""Write the golden caches of this format version: `python -m support.make_golden` in tests/, once a version.
+"""Writes the golden caches of this format version: `python -m support.make_golden` in tests/, once a version.
 
 `data/format-N.zip` has a cache of every encoding with every codec, and one of a vocabulary beyond 16 bits; what each
 of their sequences is read as stands in `data/format-N.npz`. Releases to come must read them so.

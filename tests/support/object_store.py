@@ -1,4 +1,4 @@
-"""An S3 server on the loopback, and a proxy before it that breaks what it is told to."""
+"""An S3 server on the loopback, and a proxy in front of it that fails on request."""
 
 import contextlib
 import http.client

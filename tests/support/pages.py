@@ -1,4 +1,4 @@
-"""Made-up sequences and students in, token views out; and the data of a page, read back as its scripts read it."""
+"""Made-up sequences and students come in; token views go out. Also reads the data of a page like its scripts."""
 
 import base64
 import json

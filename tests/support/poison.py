@@ -1,4 +1,4 @@
-"""A teacher on the disk that one example of a data set is poison to, whichever process loads it."""
+"""A saved teacher that fails at one example of a data set, in whichever process loads it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Programs that a test runs beside itself: none of them outlives its test, and none is waited for without a limit."""
+"""Programs that a test starts: each ends with its test, and each wait has a limit."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""Run `todi capture` in ranks again and again, each time in processes of their own that something may happen to.
+"""Runs `todi capture` in ranks many times, each in new processes, with faults.
 
 Importing torch takes longer than a small capture, so this is a program that imports everything, and forks the ranks of
 each run as torchrun starts them:

@@ -1,4 +1,4 @@
-"""Every formula of the library's numbers once more: slow, obvious, in float64, one position at a time."""
+"""The formulas of this library, written plainly: slow, in float64, one position at a time."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Work that is stopped from within, as an exception stops it."""
+"""Work that an exception stops from inside."""
 
 import contextlib
 from collections.abc import Callable, Iterator

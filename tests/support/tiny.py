@@ -1,4 +1,4 @@
-"""Small tokenizers for the tests: real byte-level BPE, trained in a blink on the embedded data set."""
+"""Small tokenizers for the tests: real byte-level BPE, trained on the embedded data set."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Small models for the tests: random weights that a seed decides, saved with the tiny tokenizer."""
+"""Small models for the tests: random weights from a seed, saved with the tiny tokenizer."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Short training runs for the tests, and what is noted of them."""
+"""Short training runs for the tests, and records of their batches."""
 
 from pathlib import Path
 from typing import Any

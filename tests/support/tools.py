@@ -1,4 +1,4 @@
-"""Words of a command line in, the result of `todi-cache` out."""
+"""The words of a command line come in; the result of `todi-cache` goes out."""
 
 from pathlib import Path
 

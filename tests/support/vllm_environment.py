@@ -1,4 +1,4 @@
-"""The Python of an environment that has vLLM, and runs of our code in it; vLLM never enters the tests' own process."""
+"""Runs of this library in a Python environment that has vLLM, outside of the tests' own process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Nothing in; the private names of vLLM that our hooks rely on, as JSON: runs in the environment of vLLM."""
+"""The private names of vLLM that the hooks use go out as JSON; runs in the environment of vLLM."""
 
 import dataclasses
 import inspect
