@@ -64,7 +64,7 @@ class Client:
                 lambda: vllm.LLM(model, worker_extension_cls=EXTENSION, **options),
             )
             self._processes.note()
-            self.description: Message = self._ask("describe itself", "todi_describe")[0]
+            self.description: Message = self._ask("describe itself", "todi_describe", os.getpid())[0]
         except BaseException as error:  # an interrupt, too, leaves no process behind
             self._processes.note()
             self._processes.kill()

@@ -1,6 +1,7 @@
 """The processes that an engine has started in, whether they live and their end out: where the engine does not say."""
 
 import contextlib
+import threading
 from typing import Any
 
 
@@ -34,6 +35,31 @@ class StartedProcesses:
                 for each in (process, *process.children(recursive=True)):
                     each.kill()
         psutil.wait_procs(self._started, timeout=10)
+
+
+def end_with(pid: int) -> None:
+    """End this process, and those between it and the process `pid` above it, when that process ends.
+
+    Killed, a driver ends nothing: an engine that outlives it would hold its devices for ever. Where that process is
+    this one, or not above it (as on another machine), nothing is done.
+    """
+    import psutil
+
+    here = psutil.Process()
+    line = [here, *here.parents()]
+    above = next((number for number, process in enumerate(line) if process.pid == pid), 0)
+    if above:
+        threading.Thread(target=_end_after, args=(line[above], line[:above]), daemon=True).start()
+
+
+def _end_after(awaited: Any, processes: list[Any]) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        awaited.wait()
+    for process in reversed(processes):  # this one is the last
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _lives(process: Any) -> bool:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from todi_offline.vllm_teacher.messages import Message, parse_settings
+from todi_offline.vllm_teacher.processes import end_with
 from todi_offline.vllm_teacher.runners import install, is_answering
 from todi_offline.vllm_teacher.steps import StepTargets
 
@@ -17,8 +18,9 @@ class TargetsExtension:
     model_config: Any
     _todi_steps: StepTargets
 
-    def todi_describe(self) -> Message:
-        """Say for people what runs the model here."""
+    def todi_describe(self, driver: int) -> Message:
+        """Say for people what runs the model here, and end with the process whose id is `driver`."""
+        end_with(driver)
         runner = type(self.model_runner).__module__
         return {"runner": runner, "dtype": str(self.model_config.dtype).removeprefix("torch.")}
 
