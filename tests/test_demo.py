@@ -46,6 +46,7 @@ def test_the_demo_leaves_what_it_promises_and_its_numbers_agree(
     }
     assert len(summary.answers) == 3
     assert list(summary.answers[0]) == ["question", "reference", "teacher", "student before", "student after"]
+    assert all("<|" not in answer["question"] for answer in summary.answers)
     page = page_data((tmp_path / "out" / "index.html").read_text())[0]
     assert [section["title"] for section in page["sections"]] == ["Tokens", "What they write", "Training"]
     assert 0 < summary.mean_topk_mass < 1

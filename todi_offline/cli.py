@@ -75,10 +75,13 @@ def demo(out: Path, as_json: bool) -> None:
         return
     print_table("Cache", [("targets", f"{summary.num_targets:,}"), *cache_rows(summary)])
     print_table("Seconds", [(name, f"{seconds:.0f}") for name, seconds in summary.seconds.items()])
-    rows = [(name, f"{value:.3f}", f"{summary.after[name]:.3f}") for name, value in summary.before.items()]
+    rows = [
+        (name.replace("_kl", " KL to the teacher").replace("_", "-"), f"{value:.3f}", f"{summary.after[name]:.3f}")
+        for name, value in summary.before.items()
+    ]
     print_table("Student on held-out text, nats", rows, ("", "before", "after"))
     print_texts({name: printable(text) for name, text in summary.answers[0].items()})
-    click.echo(f"{out} holds cache/, heldout-cache/, student/, run/ and summary.json")
+    click.echo(f"{out} has cache/, heldout-cache/, student/, run/ and summary.json")
     click.echo(f"open {out / 'index.html'} in a browser: it shows ToDi's gate at every token of the held-out text")
 
 

@@ -18,8 +18,9 @@ from todi_offline.capturing import CaptureSummary, Progress, capture
 from todi_offline.data import DataConfig
 from todi_offline.errors import ModelError
 from todi_offline.evaluation import Prompts, answer, load_prompts
-from todi_offline.models import Tokenizer, load_model, load_tokenizer
+from todi_offline.models import load_model, load_tokenizer
 from todi_offline.pages.run_page import Scores
+from todi_offline.stdlib_corpus import stdlib_pairs
 from todi_offline.student import save_pruned, spaced_layers
 from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
 from todi_offline.training import TrainSummary, train
@@ -101,7 +102,7 @@ def demo(out: Path, *, stage: Callable[[str], None] = lambda _: None, progress: 
     clock.lap("train")
     stage("The student answers again, and a page shows it all")
     said["student after"] = _answers_of(out / "run", questions)
-    answers = _beside(questions, load_tokenizer(str(out / "run")), said)
+    answers = _beside(questions, said)
     _write_page(out, answers)
     clock.lap("page")
     summary = _summarise(captured, heldout, trained, clock.seconds, answers)
@@ -174,11 +175,12 @@ def _answers_of(student: Path, questions: Prompts) -> list[str]:
     return answer(load_model(str(student)), load_tokenizer(str(student)), questions, ANSWER_TOKENS)
 
 
-def _beside(questions: Prompts, tokenizer: Tokenizer, said: dict[str, list[str]]) -> list[dict[str, str]]:
+def _beside(questions: Prompts, said: dict[str, list[str]]) -> list[dict[str, str]]:
     """Return each question with its reference and the answer of each model."""
+    instructions = {pair.id: pair.instruction for pair in stdlib_pairs("heldout")}
     return [
         {
-            "question": tokenizer.decode(prompt.token_ids),
+            "question": instructions[prompt.id],  # without the markup of the chat template
             "reference": "\n\n".join(prompt.references),
             **{name: texts[number] for name, texts in said.items()},
         }
