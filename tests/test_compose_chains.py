@@ -1,5 +1,6 @@
 """Named sequences of operations on caches with many sequences: each result equals a fresh capture."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from support.composing import TINY, Entry, assert_holds, capture_into, digest_of, key_of, length_of
+from support.damage import contents_of
 from support.fake_cache import settings
 from support.stopping import StoppedError
 
+from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.convert.choosing import choose
 from todi_offline.cache.convert.export import export_cache
@@ -21,7 +24,7 @@ from todi_offline.cache.convert.subset import subset_cache
 from todi_offline.cache.format.layout import ENCODINGS
 from todi_offline.cache.format.manifest import identity_differences
 from todi_offline.cache.reader import open_cache, union
-from todi_offline.errors import CacheMismatchError
+from todi_offline.errors import CacheIncompleteError, CacheMismatchError
 
 STRETCH = 20  # a shard of a capture has a few sequences
 
@@ -114,6 +117,34 @@ def test_an_operation_on_the_output_of_another_gives_what_a_fresh_capture_would(
         assert mine.targets.arrays().keys() == other.targets.arrays().keys()
         for name, values in other.targets.arrays().items():
             np.testing.assert_array_equal(mine.targets.arrays()[name], values)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    {
+        "merge": lambda at: merged(at / "c", at / "a", at / "b"),
+        "subset": lambda at: subset_of(at / "a", at / "c"),
+        "import": lambda at: imported(at / "a", at / "c"),
+    }.items(),
+)
+def test_what_made_a_cache_mends_it_after_a_capture_has_added_to_it(
+    tmp_path: Path, name: str, make: Callable[[Path], Path]
+) -> None:
+    first = captured(tmp_path / "a", FIRST)
+    captured(tmp_path / "b", SECOND[:2])
+    root = make(tmp_path)
+    appended(root)
+    whole = contents_of(root)
+    make(tmp_path)  # finds nothing to do
+    assert contents_of(root) == whole
+    (root / "label_logprob/c/0").unlink()
+    (root / "label_logprob" / "c" / str(len(open_cache(first).members[0].records()))).unlink(missing_ok=True)
+    assert repair_cache(root).lost
+    with contextlib.suppress(CacheIncompleteError):  # a shard of the append is still missing
+        make(tmp_path)
+    appended(root)
+    assert contents_of(root) == whole
+    assert verify_cache(root) == []
 
 
 def test_a_reused_subset_gives_the_rows_of_the_subset_and_captures_the_others(tmp_path: Path) -> None:

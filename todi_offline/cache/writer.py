@@ -209,6 +209,8 @@ class CacheWriter:
             CacheMismatchError: the cache holds other parts, or has begun other ones.
         """
         finished, wanted = found.manifest.parts, self.manifest.parts
+        if _are_same(found.parts[: len(wanted)], wanted):
+            wanted = (*wanted, *found.parts[len(wanted) :])  # another capture has added these since
         if not _are_same(finished, wanted[: len(finished)]):
             raise CacheMismatchError(
                 f"{self.store} holds other data: {'; '.join(map(describe_part, finished)) or 'nothing yet'}; expected "

@@ -60,7 +60,7 @@ def merge_caches(places: Sequence[str], out: str, progress: Progress = no_progre
     tokenizer = read_tokenizer(caches[0].store, read_root(caches[0].store))
     pieces = [piece for piece in pieces if len(piece.kept)]
     with CacheWriter(out, manifest, tokenizer) as writer:
-        missing = writer.missing_shards()
+        missing = [shard for shard in writer.missing_shards() if shard < len(pieces)]  # later captures own the others
         for done, number in enumerate(missing):
             progress(done, len(missing))
             _write(writer, number, pieces[number])

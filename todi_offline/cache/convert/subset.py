@@ -63,7 +63,7 @@ def subset_cache(
     manifest = dataclasses.replace(cache.manifest, settings=asked, parts=(part,))
     tokenizer = read_tokenizer(cache.store, read_root(cache.store))
     with CacheWriter(out, manifest, tokenizer) as writer:
-        missing = writer.missing_shards()
+        missing = [shard for shard in writer.missing_shards() if shard < len(plan)]  # later captures own the others
         for done, number in enumerate(missing):
             progress(done, len(missing))
             members = indices[plan[number].start : plan[number].stop].tolist()
