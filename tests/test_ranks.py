@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import Row
 from support.object_store import s3_bucket
-from support.programs import Answering, run
+from support.programs import Answering, run, started
 from support.tiny_models import save_llama
 
 import cache_tools.__main__ as tools
@@ -336,6 +337,20 @@ def test_the_command_runs_under_a_launcher(jobs: Jobs, tmp_path: Path, launcher:
 
 
 @pytest.mark.slow
+def test_nodes_of_torchrun_share_a_capture(jobs: Jobs, tmp_path: Path) -> None:
+    """As `srun torchrun` starts them: one on each of two nodes, which are both this machine."""
+    root, endpoint = tmp_path / "cache", f"127.0.0.1:{free_port()}"
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    words = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv-id", "job", "-m", "todi_offline"]
+    with started([*words, *words_of(jobs, root)]) as first, started([*words, *words_of(jobs, root)]) as second:
+        outputs = [node.communicate(timeout=240)[0] for node in (first, second)]
+        assert (first.returncode, second.returncode) == (0, 0)
+    (summary,) = filter(None, outputs)  # of the node that has rank 0
+    assert len(json.loads(summary)["workers"]) == 2
+    assert sums_of(root) == jobs.whole
+
+
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: Path) -> None:
     root, script = tmp_path / "cache", tmp_path / "dies_once.py"
     script.write_text(
@@ -355,10 +370,16 @@ def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: P
     assert sums_of(root) == jobs.whole
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def launched(launcher: str) -> list[str]:
     words = LAUNCHERS[launcher]
     if launcher == "torchrun":
-        return [sys.executable, "-m", *words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        return [sys.executable, "-m", *words, "--standalone"]
     return [sys.executable, "-m", *words, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 

@@ -5,6 +5,7 @@ Whatever one rank raises as an error of ours is raised on all of them: no rank w
 
 import contextlib
 import datetime
+import ipaddress
 import logging
 import os
 import signal
@@ -249,18 +250,31 @@ def _group(*, is_split: bool) -> Iterator[Any]:
 
 def _board(rank: int, group: Any) -> Any:
     """Return a store of rank 0's own, which all ranks may use while others are busy."""
-    host = os.environ.get("MASTER_ADDR", socket.gethostname())
     address: list[Any] = [None]
     board = None
     if rank == 0:
-        board = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_START)
-        address[0] = host, board.port
+        own = _own_address()
+        board = TCPStore(own, 0, is_master=True, wait_for_workers=False, timeout=_START)
+        address[0] = own, board.port
     with _lost_ranks():
         dist.broadcast_object_list(address, src=0, group=group)
         if board is None:
             host, port = address[0]
             board = TCPStore(host, port, is_master=False, timeout=_START)
     return board
+
+
+def _own_address() -> str:
+    """Return an address at which the other ranks reach this one, which need not be on the master's node."""
+    master = os.environ.get("MASTER_ADDR", socket.gethostname())
+    try:
+        family, _, _, _, place = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect(place)  # sends nothing, and says by which interface it would
+            own = str(way.getsockname()[0])
+        return master if ipaddress.ip_address(own).is_loopback else own
+    except (OSError, ValueError):
+        return master
 
 
 @contextlib.contextmanager
