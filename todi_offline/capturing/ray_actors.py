@@ -171,8 +171,9 @@ class RayActors:
 
     def _assign(self, attempts: Attempts, writer: Any) -> bool:
         """Give actors work, the idle ones first; return whether any work is under way or left."""
-        for actor in sorted(self._actors, key=lambda actor: len(actor.attempts)):
-            while actor.is_loaded and actor.has_room:
+        free = [actor for actor in self._actors if actor.is_loaded and actor.has_room]  # few of many
+        for actor in sorted(free, key=lambda actor: len(actor.attempts)):
+            while actor.has_room:
                 attempt = attempts.next(is_idle=not actor.attempts)
                 if attempt is None:
                     break
