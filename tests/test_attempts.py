@@ -33,7 +33,7 @@ def test_a_shard_is_captured_as_a_whole_and_after_a_death_example_by_example_fir
     assert not attempts.is_any_left
 
 
-def test_what_was_read_before_a_death_is_not_read_again() -> None:
+def test_examples_read_before_a_death_are_not_read_again() -> None:
     attempts = attempts_of(1, limit=5)
     attempt = attempts.next(is_idle=True)
     assert attempt is not None

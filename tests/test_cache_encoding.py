@@ -159,7 +159,7 @@ def test_root8_gives_rows_back_by_falling_probability_and_rising_id(k: int) -> N
 @pytest.mark.parametrize("encoding", ["f16", "q8", "root8"])
 @given(st.one_of(FALLING, FALLING.map(lambda logprobs: logprobs * np.float32(2000))))
 @settings(max_examples=200, deadline=None)
-def test_the_bounds_of_what_is_stored_hold_the_truth(encoding: str, logprobs: np.ndarray) -> None:
+def test_the_bounds_of_stored_values_contain_the_original(encoding: str, logprobs: np.ndarray) -> None:
     lower, upper = logprob_bounds(decode_logprobs(encode_logprobs(logprobs, encoding), encoding), encoding)
     assert ((lower - 1e-6 <= logprobs) & (logprobs <= upper + 1e-6)).all()
     if encoding != "root8":

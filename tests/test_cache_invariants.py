@@ -80,7 +80,7 @@ def test_each_broken_rule_is_found_in_the_row_that_breaks_it() -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_what_no_rounding_explains_is_found_in_every_encoding(encoding: str) -> None:
+def test_values_beyond_rounding_are_found_in_every_encoding(encoding: str) -> None:
     rows, labels, _ = stored(3, encoding)
     kept = int(np.flatnonzero((rows.ids == labels[:, None]).any(axis=1))[0])
     other = int(np.flatnonzero(~(rows.ids == labels[:, None]).any(axis=1))[0])

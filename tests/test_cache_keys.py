@@ -36,7 +36,7 @@ def test_keys_come_back_one_by_one_in_hex_in_arrow_and_in_a_pickle(keys: list[by
 
 @given(KEYS, KEYS)
 @settings(deadline=None)
-def test_looking_up_and_comparing_is_what_lists_do(keys: list[bytes], wanted: list[bytes]) -> None:
+def test_lookup_and_comparison_equal_those_of_lists(keys: list[bytes], wanted: list[bytes]) -> None:
     held, asked = ContentKeys.of(keys), ContentKeys.of([*wanted, *keys[:3]])
     assert held.find(asked).tolist() == [keys.index(key) if key in keys else -1 for key in asked]
     assert held.is_first().tolist() == [key not in keys[:number] for number, key in enumerate(keys)]
@@ -61,7 +61,7 @@ def test_a_line_that_is_no_key_is_refused(line: str) -> None:
         ContentKeys.from_hex(["00" * 16, line])
 
 
-def test_the_key_of_a_sequence_depends_on_its_tokens_and_its_mask_alone() -> None:
+def test_the_key_of_a_sequence_depends_only_on_its_tokens_and_its_mask() -> None:
     tokens, mask = np.array([7, 8, 9], np.uint32), np.array([True, False, False])
     key = content_key(tokens, mask)
     described = (3).to_bytes(8, "little") + b"\7\0\0\0\x08\0\0\0\x09\0\0\0" + b"\x80"

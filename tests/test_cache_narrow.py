@@ -14,7 +14,7 @@ from todi_offline.errors import CacheMismatchError
 KEY = bytes(16)
 
 
-def test_narrowed_rows_are_those_of_a_smaller_capture() -> None:
+def test_narrowed_rows_equal_those_of_a_smaller_capture() -> None:
     wide, small = settings(k=9, tail_samples=0), settings(k=4, tail_samples=0, temperatures=(2.0,))
     found = narrow(sequence(3, wide).targets, small, KEY)
     expected = sequence(3, small).targets
@@ -23,7 +23,7 @@ def test_narrowed_rows_are_those_of_a_smaller_capture() -> None:
         np.testing.assert_allclose(found.arrays()[name], values, atol=1e-5, err_msg=name)
 
 
-def test_what_is_asked_for_in_full_comes_back_as_it_is() -> None:
+def test_narrowing_to_the_same_settings_changes_nothing() -> None:
     chosen = settings()
     rows = sequence(3, chosen).targets
     for name, values in narrow(rows, chosen, KEY).arrays().items():
@@ -98,7 +98,7 @@ def test_the_samples_of_a_narrowed_narrow_have_the_distribution_of_a_narrow(step
     assert chi_square < 33  # 10 or 12 degrees of freedom: one in a thousand is above 29.6 or 32.9; the seeds are fixed
 
 
-def test_which_samples_stay_follows_from_content_and_seed_alone() -> None:
+def test_content_and_seed_decide_which_samples_stay() -> None:
     rows = sequence(3, settings()).targets
     small = settings(k=2)
     first, again, other = (narrow(rows, small, key).tail_ids for key in (KEY, KEY, bytes([1]) * 16))

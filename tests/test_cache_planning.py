@@ -103,7 +103,7 @@ def test_more_data_become_new_shards_behind_the_old_and_nothing_old_is_touched(
         np.testing.assert_array_equal(found.target_mask, example.target_mask)
 
 
-def test_what_is_appended_is_what_a_capture_of_it_alone_would_hold(
+def test_appended_sequences_equal_those_of_a_separate_capture(
     teacher: Teacher, appended: tuple[Files, CaptureSummary], more: Examples, tmp_path: Path
 ) -> None:
     new = [example for number, example in enumerate(more) if not 30 <= number < 40]
@@ -190,7 +190,7 @@ def stopping_at(number: int) -> Callable[[Operation], None]:
 
 
 @pytest.mark.parametrize("step", [151, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_append_that_was_stopped_at_any_operation_goes_on_to_the_same_bytes(
+def test_an_append_stopped_at_any_operation_resumes_to_the_same_bytes(
     teacher: Teacher, begun: Files, appended: tuple[Files, CaptureSummary], more: Examples, tmp_path: Path, step: int
 ) -> None:
     with Watch(put(begun, tmp_path / "whole")) as watch:
@@ -252,7 +252,7 @@ def test_other_data_are_refused_until_an_append_is_finished_or_given_up(
     assert [part.recipe["source"] for part in open_cache(root).manifest.parts] == ["old.jsonl", "other.jsonl"]
 
 
-def test_records_of_an_append_that_nobody_knows_of_are_refused(
+def test_records_of_an_unknown_append_are_refused(
     teacher: Teacher, begun: Files, more: Examples, tmp_path: Path
 ) -> None:
     root = interrupted(teacher, begun, more, tmp_path)
@@ -264,7 +264,7 @@ def test_records_of_an_append_that_nobody_knows_of_are_refused(
 # Refused
 
 
-def test_an_unfinished_cache_takes_no_other_data_and_says_whose_capture_is_to_go_on(
+def test_an_unfinished_cache_refuses_other_data_and_names_the_capture_to_resume(
     teacher: Teacher, old: Examples, more: Examples, tmp_path: Path
 ) -> None:
     def stop(_: CaptureProgress) -> None:
@@ -296,7 +296,7 @@ def test_more_data_of_another_teacher_are_refused(begun: Files, more: Examples, 
     assert files_of(tmp_path) == begun
 
 
-def test_a_capture_goes_on_with_other_versions_of_libraries_and_records_them(
+def test_a_capture_resumes_with_other_library_versions_and_records_them(
     teacher: Teacher, begun: Files, more: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = interrupted(teacher, begun, more, tmp_path)
@@ -329,7 +329,7 @@ def test_lost_shards_of_several_parts_are_redone_by_the_command_of_each_in_order
     assert files_of(root) == appended[0]
 
 
-def test_lost_metadata_of_a_cache_of_two_parts_are_written_anew(
+def test_lost_metadata_of_a_cache_of_two_parts_are_rewritten(
     teacher: Teacher, appended: tuple[Files, CaptureSummary], old: Examples, tmp_path: Path
 ) -> None:
     root = put(appended[0], tmp_path)
@@ -372,7 +372,7 @@ def test_where_there_is_no_cache_all_is_captured(tmp_path: Path) -> None:
     assert [(shard.index, list(shard.examples)) for shard in found.shards] == [(0, [0, 1, 2])]
 
 
-def test_what_is_held_is_left_out_and_the_remaining_shards_lie_behind(planned: Path) -> None:
+def test_existing_sequences_are_skipped_and_new_shards_come_after_the_old(planned: Path) -> None:
     found = plan(planned, [2, 9, 5, 8], "x")
     assert found.sequences.tolist() == [1, 3]
     assert [(shard.index, list(shard.examples)) for shard in found.shards] == [(2, [0, 1])]

@@ -92,7 +92,7 @@ def test_threads_and_forks_read_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", [None, "{}", "{" * 10_000, '{"attributes": {"todi_offline": 3}}'])
-def test_what_is_no_cache_says_so(tmp_path: Path, group: str | None) -> None:
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path, group: str | None) -> None:
     if group is not None:
         (tmp_path / "zarr.json").write_text(group)
     with pytest.raises(CacheFormatError, match=r"is not a cache|no todi_offline manifest"):
@@ -115,7 +115,7 @@ def test_what_is_no_cache_says_so(tmp_path: Path, group: str | None) -> None:
         ({"parts": []}, "names 2 commit records, and its parts have 0 shards"),
     ],
 )
-def test_a_manifest_is_checked_before_it_is_believed(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_an_invalid_manifest_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     root = write_cache(tmp_path / "cache", num_shards=2, per_shard=1, codec="fast")
     edit_root(root, lambda values: values["manifest"].update(changes))
     with pytest.raises(CacheFormatError, match=message):
@@ -278,7 +278,7 @@ FAILURES = [errno.EIO, errno.EACCES]
 
 @pytest.mark.parametrize("code", FAILURES, ids=errno.errorcode.__getitem__)
 @pytest.mark.parametrize("allow_unsealed", [False, True])
-def test_what_the_disk_refuses_while_a_cache_is_opened_is_an_error_of_reading(
+def test_a_disk_error_on_opening_is_a_read_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, allow_unsealed: bool
 ) -> None:
     """Every file and folder that opening touches fails in turn, and none of them passes for one that is not there."""
@@ -295,9 +295,7 @@ def test_what_the_disk_refuses_while_a_cache_is_opened_is_an_error_of_reading(
 
 
 @pytest.mark.parametrize("code", FAILURES, ids=errno.errorcode.__getitem__)
-def test_what_the_disk_refuses_while_a_sequence_is_read_names_the_sequence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_disk_error_on_reading_names_the_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     root = write_cache(tmp_path / "cache", num_shards=1, per_shard=1)
     cache = open_cache(root)
     touched = touched_by(monkeypatch, root, lambda: cache[0])
@@ -422,7 +420,7 @@ def test_a_shard_of_a_view_is_prepared_in_its_member(tmp_path: Path, monkeypatch
     assert asked == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 
-def test_rows_are_narrowed_to_what_all_members_hold(tmp_path: Path) -> None:
+def test_rows_are_narrowed_to_the_settings_that_all_members_share(tmp_path: Path) -> None:
     wide = cache_of(tmp_path / "wide", range(4), k=9, temperatures=(1.0, 2.0, 4.0), tail_samples=5)
     other = cache_of(tmp_path / "other", range(2, 7), k=6, temperatures=(4.0, 1.0), tail_samples=3)
     view = union([wide, other])
@@ -475,7 +473,7 @@ def test_a_view_travels_to_another_process(tmp_path: Path) -> None:
         assert_same(found, expected)
 
 
-def test_what_cannot_be_read_names_the_member(tmp_path: Path) -> None:
+def test_an_unreadable_sequence_is_an_error_that_names_the_member(tmp_path: Path) -> None:
     view = union([cache_of(tmp_path / "a", range(3)), cache_of(tmp_path / "b", range(3, 6))])
     file = tmp_path / "b" / "topk_ids" / "c" / "0" / "0"
     data = bytearray(file.read_bytes())
@@ -538,7 +536,7 @@ def test_a_slice_is_a_cache_of_these_sequences(tmp_path: Path) -> None:
     assert cache[2:5].num_tokens.tolist() == cache.num_tokens[2:5].tolist()
 
 
-def test_a_cache_that_is_open_stays_as_it_is_when_more_is_added(tmp_path: Path) -> None:
+def test_an_open_cache_does_not_change_when_sequences_are_appended(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "a", range(4))
     added = dataclasses.replace(manifest(settings(codec="fast")).parts[0], content="d", num_shards=1, num_sequences=1)
     longer = dataclasses.replace(cache.manifest, parts=(*cache.manifest.parts, added))

@@ -94,7 +94,7 @@ def assert_same_objects(found: Store, expected: Store) -> None:
 # Objects
 
 
-def test_an_object_that_was_written_anew_is_another_copy(store: RemoteStore) -> None:
+def test_a_rewritten_object_gets_a_new_copy(store: RemoteStore) -> None:
     other = RemoteStore(store.url)
     store.write("a", b"old")
     assert (store.local("a").read_bytes(), other.local("a").read_bytes()) == (b"old", b"old")
@@ -142,7 +142,7 @@ def test_the_tools_take_a_url(captured: str, memory: str) -> None:
     assert "2 sequences" in result.output
 
 
-def test_an_interrupted_capture_goes_on_and_ends_with_the_same_bytes(memory: str, tmp_path: Path) -> None:
+def test_an_interrupted_capture_resumes_and_ends_with_the_same_bytes(memory: str, tmp_path: Path) -> None:
     store, chosen = RemoteStore(memory), settings()
 
     def interrupted() -> None:
@@ -171,9 +171,7 @@ def test_where_creation_is_not_exclusive_the_last_to_lock_wins(memory: str, monk
         store.lock().__enter__()
 
 
-def test_a_lock_that_is_let_go_of_while_it_is_looked_at_is_not_waited_for(
-    memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_released_during_the_check_is_not_waited_for(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = RemoteStore(memory)
     monkeypatch.setattr(store, "create", lambda key, data: False)
     with pytest.raises(CacheLockedError, match="just released"):
@@ -191,7 +189,7 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_damaged_copy_is_fetched_anew(memory: str, staging: Path) -> None:
+def test_a_damaged_copy_is_fetched_again(memory: str, staging: Path) -> None:
     write_cache(memory, num_shards=1)
     cache = open_cache(memory)
     first = cache[0]
@@ -246,7 +244,7 @@ def test_forked_workers_read_from_one_folder_of_copies(captured: str) -> None:
     ("fault", "how"),
     [("fail", "read"), ("cut", "read"), ("stall", "read"), ("fail", "local"), ("cut", "local"), ("shorten", "local")],
 )
-def test_what_fails_once_is_tried_again(proxy: Proxy, tmp_path: Path, fault: Fault, how: str) -> None:
+def test_a_request_that_fails_once_is_retried(proxy: Proxy, tmp_path: Path, fault: Fault, how: str) -> None:
     store = behind(proxy, tmp_path, retries={"max_attempts": 1}, read_timeout=1 if fault == "stall" else 60)
     store.write("a", b"x" * 1000)
     proxy.break_next(fault, "GET", "/a")
@@ -264,7 +262,7 @@ def test_what_fails_once_is_tried_again(proxy: Proxy, tmp_path: Path, fault: Fau
         ("shorten", "500 bytes of {store}/a arrived, expected 1,000; run the command again, or check the network"),
     ],
 )
-def test_what_always_fails_is_one_line_and_leaves_nothing(
+def test_a_permanent_failure_is_one_line_and_leaves_nothing(
     proxy: Proxy, tmp_path: Path, fault: Fault, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = behind(proxy, tmp_path, **ONE_TRY)
@@ -298,7 +296,7 @@ def test_an_object_that_vanishes_while_training_is_named(captured: str, tmp_path
     assert [problem.where for problem in verify_cache(cache.store)] == ["topk_ids/c/0/0"]
 
 
-def test_a_capture_that_cannot_write_goes_on_later(proxy: Proxy, tmp_path: Path) -> None:
+def test_a_capture_that_cannot_write_can_be_resumed(proxy: Proxy, tmp_path: Path) -> None:
     store = behind(proxy, tmp_path, **ONE_TRY)
     proxy.break_next("refuse", "PUT", "/commits/000000.json")
     with pytest.raises(CacheError, match=rf"cannot write {store}/commits/000000.json: .*; mend the URL, its cred"):
@@ -326,7 +324,7 @@ def test_a_missing_bucket_server_or_key_is_one_line(
         open_cache(RemoteStore("s3://bucket/c", {"config_kwargs": {"connect_timeout": 9}}))
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, url, extra in (("s3fs", "s3://bucket/c", "s3"), ("gcsfs", "gs://bucket/c", "gcs")):
         monkeypatch.setitem(sys.modules, package, None)
         monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, extra, raising=False)
@@ -372,7 +370,7 @@ def test_capture_writes_to_a_url_and_training_reads_from_it(
     assert_same_weights(*models)
 
 
-def test_training_keeps_its_copies_where_it_is_told(
+def test_training_keeps_its_copies_in_the_staging_folder(
     cache: Cache, heldout: Cache, memory: str, tmp_path: Path, staging: Path
 ) -> None:
     place, held = copied(cache, memory).root, copied(heldout, f"{memory}/heldout").root

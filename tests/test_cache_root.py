@@ -124,7 +124,7 @@ RECORD_DAMAGE: list[tuple[Callable[[str], str], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), RECORD_DAMAGE, ids=[message for _, message in RECORD_DAMAGE])
-def test_a_record_is_checked_before_it_is_believed(tmp_path: Path, damage: Callable[[str], str], message: str) -> None:
+def test_an_invalid_record_is_refused(tmp_path: Path, damage: Callable[[str], str], message: str) -> None:
     root = write_cache(tmp_path / "cache", **SMALL)
     store, path = LocalStore(root), root / record_key(0)
     expected = read_root(store).manifest
@@ -139,7 +139,7 @@ def test_a_record_is_checked_before_it_is_believed(tmp_path: Path, damage: Calla
         open_cache(root)
 
 
-def test_the_sums_of_the_chunks_are_those_of_the_stored_ones(tmp_path: Path) -> None:
+def test_the_checksums_of_the_chunks_equal_the_stored_ones(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache", num_shards=1, per_shard=24, codec="fast")
     record = CommitRecord.from_bytes((root / record_key(0)).read_bytes(), "here")
     sums = {key: len(found.chunks) // 4 for key, found in record.objects.items()}

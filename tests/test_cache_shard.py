@@ -58,7 +58,7 @@ def gaps_of_rows(rows: Any) -> Any:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_zarr_reads_what_is_written_here(tmp_path: Path, codec: str, encoding: str) -> None:
+def test_zarr_can_read_our_shards(tmp_path: Path, codec: str, encoding: str) -> None:
     root = write_cache(tmp_path / "cache", codec=codec, encoding=encoding)
     arrays, _ = zarr_group(root, encoding)
     cache = open_cache(root)
@@ -73,7 +73,7 @@ def test_zarr_reads_what_is_written_here(tmp_path: Path, codec: str, encoding: s
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_what_zarr_writes_is_read_here(tmp_path: Path, codec: str, encoding: str) -> None:
+def test_shards_written_by_zarr_can_be_read(tmp_path: Path, codec: str, encoding: str) -> None:
     root = write_cache(tmp_path / "cache", num_shards=1, codec=codec, encoding=encoding)
     _, group = zarr_group(root, encoding)
     rng = np.random.default_rng(0)

@@ -82,7 +82,7 @@ def test_a_copy_in_use_stays_and_a_process_uses_those_that_it_was_handed_last(
     assert names(tmp_path) == ["a.40.staged", "e.40.staged", "f.40.staged"]
 
 
-def test_a_copy_in_use_stays_whatever_another_process_fetches(tmp_path: Path) -> None:
+def test_a_copy_in_use_stays_when_another_process_fetches_more(tmp_path: Path) -> None:
     copies = Staging(tmp_path, LIMIT_GB)
     path = copies.copy(*Source()("a"))
     assert run(f"for name in 'bcd': staging.prepare(name, {SIZE}, fill)\nprint('done')", tmp_path) == "done\n"
@@ -90,7 +90,7 @@ def test_a_copy_in_use_stays_whatever_another_process_fetches(tmp_path: Path) ->
     assert names(tmp_path) == ["a.40.staged", "d.40.staged"]
 
 
-def test_a_copy_that_was_dropped_stays_readable_to_who_has_it_open_and_is_made_anew(tmp_path: Path) -> None:
+def test_a_deleted_copy_stays_readable_while_open_and_is_fetched_again(tmp_path: Path) -> None:
     source, copies = Source(), Staging(tmp_path)
     with copies.copy(*source("a")).open("rb") as file:
         copies.drop("a", SIZE)
@@ -100,14 +100,14 @@ def test_a_copy_that_was_dropped_stays_readable_to_who_has_it_open_and_is_made_a
     assert source.made == ["a", "a"]
 
 
-def test_a_copy_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+def test_a_truncated_copy_is_fetched_again(tmp_path: Path) -> None:
     source = Source()
     path = Staging(tmp_path).copy(*source("a"))
     os.truncate(path, SIZE // 2)
     assert Staging(tmp_path).copy(*source("a")).read_bytes() == b"a" * SIZE
 
 
-def test_what_is_not_a_copy_is_never_touched(tmp_path: Path) -> None:
+def test_other_files_in_the_staging_folder_are_never_touched(tmp_path: Path) -> None:
     (tmp_path / "mine").write_bytes(b"x" * 1000)
     copies = Staging(tmp_path, LIMIT_GB)
     for name in "abcd":
@@ -115,7 +115,7 @@ def test_what_is_not_a_copy_is_never_touched(tmp_path: Path) -> None:
     assert names(tmp_path) == ["c.40.staged", "d.40.staged", "mine"]
 
 
-def test_two_who_want_the_same_fetch_it_once(tmp_path: Path) -> None:
+def test_two_processes_fetch_the_same_object_once(tmp_path: Path) -> None:
     arrived, release, second = threading.Event(), threading.Event(), threading.Event()
     made: list[int] = []
 
@@ -152,7 +152,7 @@ def test_who_is_killed_while_fetching_leaves_nothing_that_counts(tmp_path: Path)
     assert names(tmp_path) == ["a.40.staged", "c.40.staged"]
 
 
-def test_a_child_keeps_nothing_locked_of_what_its_parent_held_or_fetched(tmp_path: Path) -> None:
+def test_a_child_keeps_no_locks_of_its_parents_copies(tmp_path: Path) -> None:
     """A data loader forks its workers whenever it likes, and they outlive what goes on just then."""
     code = (
         "read, write = os.pipe()\n"
@@ -167,7 +167,7 @@ def test_a_child_keeps_nothing_locked_of_what_its_parent_held_or_fetched(tmp_pat
     assert run(code, tmp_path) == "c.40.staged d.40.staged\n"
 
 
-def test_a_child_holds_what_it_was_handed_itself_when_its_parent_lets_go(tmp_path: Path) -> None:
+def test_a_child_keeps_its_own_copies_when_its_parent_releases_them(tmp_path: Path) -> None:
     code = (
         "import todi_offline.cache.store.staging as module\n"
         "up, down = os.pipe(), os.pipe()\n"

@@ -55,7 +55,7 @@ def test_a_link_to_another_store_survives_the_deletion_of_the_original(tmp_path:
     assert second.find() == ["z/0"]
 
 
-def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_that_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = LocalStore(tmp_path / "a"), LocalStore(tmp_path / "b")
     first.write("x", b"data")
     monkeypatch.setattr(Path, "hardlink_to", without_links)
@@ -64,7 +64,7 @@ def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.Mon
     assert not second.local("y").samefile(first.local("x"))
 
 
-def test_what_a_killed_process_created_is_durable_once_another_has_found_it(tmp_path: Path) -> None:
+def test_an_object_of_a_killed_process_is_durable_once_found(tmp_path: Path) -> None:
     """It was killed between giving an object its name and syncing the folder."""
 
     class Killed(BaseException):

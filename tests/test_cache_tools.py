@@ -47,7 +47,7 @@ def test_no_tool_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_inspect_shows_what_a_cache_holds(tmp_path: Path) -> None:
+def test_inspect_shows_the_contents_of_a_cache(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     text = run("inspect", root).output
     assert "24 sequences" in text
@@ -156,7 +156,7 @@ def test_an_unfinished_cache_is_shown_when_told_to(tmp_path: Path) -> None:
     assert "the capture has not finished" in run("verify", root, code=1).output
 
 
-def test_verify_says_that_a_cache_is_whole_or_what_is_wrong(tmp_path: Path) -> None:
+def test_verify_reports_an_intact_cache_or_its_problems(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     assert "is whole: 24 sequences" in run("verify", root).output
     assert json.loads(run("verify", root, "--json").stdout) == []

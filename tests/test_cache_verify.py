@@ -43,7 +43,7 @@ def test_a_whole_cache_has_no_problem(tmp_path: Path, codec: str, encoding: str)
     assert problems(write_cache(tmp_path / "plain", codec=codec, encoding=encoding, tail_samples=0)) == []
 
 
-def test_a_problem_says_where_what_and_how_to_mend_it(tmp_path: Path) -> None:
+def test_a_problem_names_its_place_its_kind_and_its_repair(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     (root / "topk_ids/c/1/0").write_bytes(b"nothing")
     (found,) = problems(root)
@@ -208,7 +208,7 @@ def test_progress_ends_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["token_ids", "target_mask", "topk_ids", "label_logprob"])
-def test_what_no_sequence_owns_must_be_zero(tmp_path: Path, name: str) -> None:
+def test_rows_without_a_sequence_must_be_zero(tmp_path: Path, name: str) -> None:
     root = write_cache(tmp_path / "cache", num_shards=1)
     with_surplus_row(root, name)
     (found,) = problems(root)

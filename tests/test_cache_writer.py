@@ -34,7 +34,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_two_writings_give_the_same_bytes_and_leave_nothing_else(tmp_path: Path) -> None:
+def test_writing_twice_gives_the_same_bytes_and_no_other_files(tmp_path: Path) -> None:
     first, second = write_cache(tmp_path / "a"), write_cache(tmp_path / "b")
     assert contents(first) == contents(second)
     assert not [name for name in contents(first) if name.endswith(".tmp") or "lock" in name]
@@ -47,7 +47,7 @@ def test_a_cache_holds_no_path_and_no_host_name(tmp_path: Path) -> None:
         assert len(host) < 4 or host not in data, name
 
 
-def test_writing_goes_on_after_the_last_committed_shard(tmp_path: Path) -> None:
+def test_writing_resumes_after_the_last_committed_shard(tmp_path: Path) -> None:
     whole = contents(write_cache(tmp_path / "whole", num_shards=3))
     chosen = settings()
     with CacheWriter(tmp_path / "part", manifest(chosen, 3, 36)) as writer:
@@ -72,7 +72,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_a_folder_of_other_folders_is_refused_but_what_an_interrupted_creation_left_is_not(tmp_path: Path) -> None:
+def test_a_folder_of_folders_is_refused_unless_an_interrupted_creation_left_it(tmp_path: Path) -> None:
     (tmp_path / "photos" / "photos").mkdir(parents=True)
     (tmp_path / "photos" / "photos" / "1.jpg").touch()
     with pytest.raises(CacheError, match="is not empty and holds no cache"):
@@ -93,7 +93,7 @@ def test_a_zarr_group_that_is_no_cache_is_left_alone(tmp_path: Path, found: str)
     assert contents(tmp_path) == {"zarr.json": found.encode()}
 
 
-def test_metadata_that_were_lost_are_written_anew_when_a_capture_goes_on(tmp_path: Path) -> None:
+def test_lost_metadata_are_rewritten_when_a_capture_resumes(tmp_path: Path) -> None:
     whole = contents(write_cache(tmp_path / "whole"))
     root = write_cache(tmp_path / "cache")
     (root / "topk_ids/zarr.json").unlink()
@@ -153,7 +153,7 @@ def test_shards_have_as_many_tokens_as_take_a_gibibyte(k: int, samples: int, sha
     assert shard_tokens in (131_072, 4096) or chosen.shard_tokens * chosen.target_bytes <= 2**30
 
 
-def test_a_shard_whose_rows_no_memory_would_hold_is_refused_with_what_would_do() -> None:
+def test_a_shard_too_large_for_memory_is_refused_with_a_size_that_fits() -> None:
     with pytest.raises(ConfigError, match=r"293 GiB of memory .*lower shard_tokens to 24,576"):
         CacheSettings(k=150_000, tail_samples=0, shard_tokens=262_144)
 
@@ -205,7 +205,7 @@ SEQUENCES: list[tuple[Callable[[], list[SequenceRows]], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), SEQUENCES, ids=[message for _, message in SEQUENCES])
-def test_what_the_reader_would_refuse_is_not_written(
+def test_rows_that_the_reader_would_refuse_are_not_written(
     tmp_path: Path, make: Callable[[], list[SequenceRows]], message: str
 ) -> None:
     with CacheWriter(tmp_path / "cache", manifest(settings(), 2, 24)) as writer:
@@ -238,7 +238,7 @@ def test_a_shard_that_is_written_twice_with_the_same_bytes_is_written_once(tmp_p
         assert writer.write_shard(0, [sequence(1, chosen)]) == first
 
 
-def test_what_a_record_names_is_never_replaced(tmp_path: Path) -> None:
+def test_an_object_that_a_record_names_is_never_replaced(tmp_path: Path) -> None:
     chosen = settings()
     with CacheWriter(tmp_path / "cache", manifest(chosen)) as writer:
         writer.write_shard(0, [sequence(1, chosen)])
@@ -248,7 +248,7 @@ def test_what_a_record_names_is_never_replaced(tmp_path: Path) -> None:
         assert contents(tmp_path / "cache") == before
 
 
-def test_what_an_attempt_without_a_record_left_behind_makes_way(tmp_path: Path) -> None:
+def test_objects_of_an_attempt_without_a_record_are_replaced(tmp_path: Path) -> None:
     whole, chosen = contents(write_cache(tmp_path / "whole", num_shards=1)), settings()
     with CacheWriter(tmp_path / "cache", manifest(chosen, 1, 12)) as writer:
         writer.write_shard(0, [sequence(number, chosen) for number in range(20, 24)])
@@ -264,7 +264,7 @@ def test_without_the_lock_no_shard_is_written(tmp_path: Path) -> None:
     assert sorted(contents(tmp_path / "cache")) == ["cache.json"]
 
 
-def test_other_versions_of_libraries_go_on_and_are_recorded(tmp_path: Path) -> None:
+def test_writing_resumes_with_other_library_versions_and_records_them(tmp_path: Path) -> None:
     chosen = settings()
     for version in ("1.0", "2.0", "1.0"):
         part = dataclasses.replace(manifest(chosen).parts[0], versions={"numpy": version, "torch": "0"})

@@ -130,7 +130,7 @@ def undisturbed(
 
 
 @pytest.mark.parametrize("encoding", ["f16", "q8"])
-def test_the_cache_says_what_the_teacher_does_at_every_target(
+def test_the_cache_equals_the_teacher_at_every_target(
     folder: Path, chats: Path, tmp_path: Path, encoding: str, conversations: list[Row]
 ) -> None:
     settings = {"limit": 21, "max_length": 128, "max_prompt_length": 64, "encoding": encoding}
@@ -159,9 +159,7 @@ def test_a_cache_shifted_by_one_does_not_pass_for_the_teachers(
 
 
 @pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True), Collator(pack=False)])
-def test_what_a_packed_batch_trains_on_is_what_the_teacher_says(
-    teacher: Teacher, cache: Cache, collator: Collator
-) -> None:
+def test_a_packed_batch_has_the_teachers_targets(teacher: Teacher, cache: Cache, collator: Collator) -> None:
     batch = collator([cache[index] for index in (3, 0, 7, 5, 2, 1)])
     logprobs, labels = packed_logprobs(teacher.model, batch)
     torch.testing.assert_close(batch["labels"], labels)

@@ -38,7 +38,7 @@ def changed(found: dict[str, Any], expected: dict[str, Any]) -> set[str]:
     return {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}
 
 
-def test_the_fingerprint_says_what_the_model_is(saved: Path) -> None:
+def test_the_fingerprint_has_the_kind_and_size_of_the_model(saved: Path) -> None:
     found = checkpoint_fingerprint(str(saved))
     assert found["identified_by"] == "files"
     assert found["model_type"] == "llama"
@@ -170,7 +170,7 @@ def test_a_gguf_file_is_known_by_its_tensors_and_its_header(tmp_path: Path) -> N
     assert changed(checkpoint_fingerprint(str(gguf_file(tmp_path / "d.gguf", width=64))), expected) == {"config"}
 
 
-def test_a_hub_id_is_found_among_what_was_fetched(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_found_in_the_local_hub_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the cache of huggingface_hub has it: names that link to blobs."""
     repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
     snapshot = repository / "snapshots" / commit
@@ -191,7 +191,7 @@ def test_a_hub_id_is_found_among_what_was_fetched(saved: Path, tmp_path: Path, m
         checkpoint_fingerprint("someone/else")
 
 
-def test_what_is_no_checkpoint_is_named(saved: Path, tmp_path: Path) -> None:
+def test_a_path_without_a_checkpoint_is_named(saved: Path, tmp_path: Path) -> None:
     def broken(name: str) -> str:
         return str(copied(saved, tmp_path / name))
 

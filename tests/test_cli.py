@@ -89,7 +89,7 @@ def test_the_headings_of_a_help_name_options_that_there_are(name: str) -> None:
     assert all(text.count(f"\n  {option} ") == 1 for option in re.findall(r"^  (--[\w-]+) ", text, re.M))
 
 
-def test_the_help_of_train_names_what_people_look_for_first() -> None:
+def test_the_help_of_train_lists_common_options_first() -> None:
     text = run("train", "--help").output
     names = ("--epochs", "--learning-rate", "--batch-size", "--gradient-accumulation", "--bf16", "--report-to")
     assert all(text.index(name) < text.index("Objective:") for name in names)
@@ -124,7 +124,7 @@ def test_student_names_the_layers_it_kept(teacher: Path, tmp_path: Path) -> None
     assert "layers 0, 1, 3 of" in run("student", "--from", teacher, "--keep", "0,1,3", "--out", tmp_path / "b").output
 
 
-def test_capture_reports_what_it_did_and_does_nothing_twice(workspace: Path, teacher: Path) -> None:
+def test_capture_reports_its_work_and_repeats_none(workspace: Path, teacher: Path) -> None:
     args = ("capture", "--teacher", teacher, "--max-length", "96", "--max-prompt-length", "40", "--k", "8")
     result = run(*args, "--limit", "12", "--out", workspace / "cache", "--json")
     summary = json.loads(result.stdout)

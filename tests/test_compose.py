@@ -435,10 +435,10 @@ def run_programs(monkeypatch: pytest.MonkeyPatch, **chosen: Any) -> None:
     run_state_machine_as_test(Caches, settings=hypothesis_settings(phases=phases, **chosen))
 
 
-def test_random_programs_leave_caches_that_hold_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_programs_leave_correct_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     run_programs(monkeypatch, max_examples=60, stateful_step_count=6, derandomize=True)
 
 
 @pytest.mark.slow
-def test_thousands_of_random_programs_leave_caches_that_hold_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_random_programs_leave_correct_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     run_programs(monkeypatch, max_examples=2000, stateful_step_count=12, derandomize=False)

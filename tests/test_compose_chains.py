@@ -100,7 +100,7 @@ CHAINS: dict[str, tuple[Callable[[Path], Path], Sequence[int]]] = {
 
 
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
-def test_an_operation_on_the_output_of_another_gives_what_a_fresh_capture_would(
+def test_an_operation_on_the_output_of_another_equals_a_fresh_capture(
     tmp_path: Path, chain: tuple[Callable[[Path], Path], Sequence[int]]
 ) -> None:
     make, numbers = chain
@@ -157,7 +157,7 @@ def test_a_reused_subset_gives_the_rows_of_the_subset_and_captures_the_others(tm
     assert_holds(open_cache(tmp_path / "c"), [Entry.captured(number, origins[number]) for number in ALL])
 
 
-def test_a_union_with_a_subset_holds_what_both_hold(tmp_path: Path) -> None:
+def test_a_union_with_a_subset_has_the_settings_that_both_share(tmp_path: Path) -> None:
     source = subset_of(captured(tmp_path / "a", FIRST), tmp_path / "s", LONGER, k=3, temperatures=(2.0, 1.0))
     found = union([open_cache(source), open_cache(captured(tmp_path / "b", ALL))])
     numbers = tuple(dict.fromkeys((*LONG, *ALL)))
@@ -169,7 +169,7 @@ def test_a_union_with_a_subset_holds_what_both_hold(tmp_path: Path) -> None:
     [({"k": 4}, "k: "), ({"encoding": "q8"}, "encoding: "), ({"tail_samples": 0}, "tail_samples: ")],
     ids=["k", "encoding", "samples"],
 )
-def test_what_does_not_belong_together_is_refused_with_what_to_do(
+def test_caches_that_do_not_fit_are_refused_with_a_solution(
     tmp_path: Path, changes: dict[str, Any], refused: str
 ) -> None:
     small = subset_of(captured(tmp_path / "a", FIRST), tmp_path / "s", **changes)
@@ -220,7 +220,7 @@ def test_a_cache_of_samples_alone_goes_through_every_operation(tmp_path: Path, e
 
 @pytest.mark.parametrize("found", ["q8", "root8"])
 @pytest.mark.parametrize("asked", ENCODINGS)
-def test_what_a_coarse_encoding_has_rounded_is_not_stored_in_another(tmp_path: Path, found: str, asked: str) -> None:
+def test_values_of_a_coarse_encoding_are_not_stored_in_another(tmp_path: Path, found: str, asked: str) -> None:
     root = captured(tmp_path / "a", FIRST, encoding=found)
     if asked == found:
         assert verify_cache(subset_of(root, tmp_path / "s", encoding=asked)) == []

@@ -54,7 +54,7 @@ def planned(teacher: str) -> Plan:
     return plan(teacher, "stdlib", probe=16, **SMALL)
 
 
-def test_the_amounts_are_those_of_the_capture(planned: Plan, small: Path) -> None:
+def test_the_amounts_equal_those_of_the_capture(planned: Plan, small: Path) -> None:
     cache = open_cache(str(small))
     amount = planned.amount
     assert (amount.num_sequences, amount.num_shards) == (len(cache), cache.manifest.num_shards)
@@ -63,7 +63,7 @@ def test_the_amounts_are_those_of_the_capture(planned: Plan, small: Path) -> Non
     assert planned.num_known_sequences == 0
 
 
-def test_the_bytes_are_those_of_the_capture(planned: Plan, small: Path) -> None:
+def test_the_bytes_equal_those_of_the_capture(planned: Plan, small: Path) -> None:
     asked = next(each for each in planned.choices if each.is_asked)
     assert (asked.k, asked.tail_samples, asked.encoding, asked.basis) == (8, 4, "f16", "probe")
     assert asked.total_bytes == pytest.approx(size_on_disk(small), rel=0.03)
@@ -72,7 +72,7 @@ def test_the_bytes_are_those_of_the_capture(planned: Plan, small: Path) -> None:
 
 
 @pytest.mark.parametrize(("k", "samples", "encoding"), [(16, 8, "root8"), (64, 0, "f16"), (32, 8, "root8")])
-def test_every_row_is_what_its_own_capture_would_take(
+def test_every_row_equals_the_size_of_its_own_capture(
     planned: Plan, teacher: str, tmp_path: Path, k: int, samples: int, encoding: str
 ) -> None:
     shape = {"k": k, "tail_samples": samples, "encoding": encoding}
@@ -82,7 +82,7 @@ def test_every_row_is_what_its_own_capture_would_take(
     assert row.kept_mass == pytest.approx(summary.mean_topk_mass, abs=0.02)
 
 
-def test_the_files_are_those_of_the_capture(planned: Plan, small: Path) -> None:
+def test_the_files_equal_those_of_the_capture(planned: Plan, small: Path) -> None:
     assert planned.num_files == sum(path.is_file() for path in small.rglob("*"))
 
 
@@ -145,7 +145,7 @@ def test_training_takes_the_steps_that_are_planned(teacher: str, small: Path, tm
 
 
 @pytest.mark.parametrize("probe", [0, 4])
-def test_what_a_cache_holds_already_is_not_read_again(teacher: str, small: Path, probe: int) -> None:
+def test_sequences_in_an_existing_cache_are_not_counted(teacher: str, small: Path, probe: int) -> None:
     same = plan(teacher, "stdlib", out=str(small), probe=probe, **SMALL)
     assert same.num_read_sequences == 0
     assert same.duration is None
@@ -190,7 +190,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("probe", [0, 2])
 @pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
-def test_it_refuses_what_a_capture_would_refuse(
+def test_plan_refuses_the_settings_that_a_capture_refuses(
     teacher: str,
     small: Path,
     tmp_path: Path,
@@ -229,7 +229,7 @@ def test_the_same_seed_probes_the_same_sequences(teacher: str) -> None:
     assert first.choices != other.choices
 
 
-def test_the_shares_are_those_of_the_studies() -> None:
+def test_the_shares_equal_those_of_the_studies() -> None:
     columns = ("small_warm", "small_cold")
     found: dict[tuple[int, int], dict[str, float]] = {}
     for line in (RESULTS / "study-choice.md").read_text().splitlines():

@@ -61,7 +61,7 @@ def test_a_model_without_headers_is_built_without_memory(tmp_path: Path) -> None
     assert read_size(str(tmp_path), VOCAB).num_parameters == num_parameters(model)
 
 
-def test_a_gguf_file_is_read_as_what_it_becomes(tmp_path: Path) -> None:
+def test_a_gguf_file_is_sized_as_the_model_it_becomes(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     tensors = {"token_embd.weight": (VOCAB, 32), "blk.0.ffn_up.weight": (64, 32), "blk.1.ffn_up.weight": (64, 32)}

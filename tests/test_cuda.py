@@ -60,7 +60,7 @@ def targets_on(
     )
 
 
-def test_targets_are_those_of_the_cpu() -> None:
+def test_targets_equal_the_cpus() -> None:
     expected, expected_labels = targets_on("cpu")
     found, labels = targets_on(DEVICE)
     assert found.ids.device.type == DEVICE.type
@@ -118,7 +118,7 @@ def test_the_fused_loss_is_the_readable_one(divergence: str, tail: str, temperat
     assert_close(found, expected, PRECISIONS[precision])
 
 
-def test_losses_and_gradients_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_gradients_equal_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [tensor.cpu() for tensor in losses("float32", DistillationConfig(), fused=True)]
     monkeypatch.setitem(globals(), "DEVICE", torch.device("cpu"))
     assert_close(found, losses("float32", DistillationConfig(), fused=True), 1e-3)  # TF32 is off unless asked for
@@ -187,7 +187,7 @@ def captured(examples: Examples, folder: Path, device: torch.device | str, **set
 
 
 @pytest.mark.parametrize(("encoding", "step"), [("f16", 2e-2), ("root8", 0.15)])
-def test_a_capture_holds_what_the_cpus_does_but_for_rounding(
+def test_a_capture_equals_the_cpus_up_to_rounding(
     examples: Examples, tmp_path: Path, encoding: str, step: float
 ) -> None:
     found = captured(examples, tmp_path / "there", DEVICE, encoding=encoding)
@@ -236,7 +236,7 @@ def trained(out: Path, cache: Cache, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_steps_are_those_of_the_cpu(accumulation: int, cache: Cache, tmp_path: Path) -> None:
+def test_training_steps_equal_the_cpus(accumulation: int, cache: Cache, tmp_path: Path) -> None:
     found = trained(tmp_path / "there", cache, gradient_accumulation_steps=accumulation)
     expected = trained(tmp_path / "here", cache, gradient_accumulation_steps=accumulation, use_cpu=True)
     assert next(found.model.parameters()).device.type == DEVICE.type

@@ -107,7 +107,7 @@ def test_a_ready_made_prompt_beside_an_instruction_is_used_as_it_is(tokenizer):
     assert examples.recipe["template"] is None
 
 
-def test_every_assistant_turn_is_supervised_with_its_end_of_turn_and_nothing_else():
+def test_only_assistant_turns_are_supervised_with_their_end_of_turn_token():
     assert marked(encode_one({"messages": THREE_TURNS}, CHAT), CHAT) == (
         "<|im_start|>user\nWho wrote it?<|im_end|>\n<|im_start|>assistant\n[Nobody knows.<|im_end|>]\n"
         "<|im_start|>user\nAnd when?<|im_end|>\n<|im_start|>assistant\n[Long ago.<|im_end|>]"

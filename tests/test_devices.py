@@ -50,7 +50,7 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.inner
 
 
-def test_the_device_refuses_what_is_not_on_it() -> None:
+def test_the_device_refuses_tensors_of_the_cpu() -> None:
     with Elsewheres():
         there = torch.ones(3, device=ELSEWHERE)
         assert there.device == ELSEWHERE
@@ -59,7 +59,7 @@ def test_the_device_refuses_what_is_not_on_it() -> None:
         torch.testing.assert_close(here(there.add_(1)), torch.full((3,), 2.0))
 
 
-def test_the_device_notices_who_reads_from_it() -> None:
+def test_the_device_notices_reads_by_the_host() -> None:
     with Elsewheres():
         there, numbers = torch.ones(3, device=ELSEWHERE), torch.arange(2).to(ELSEWHERE)
         reads = [lambda: there[0].item(), lambda: bool(there[0]), there.nonzero, lambda: there[there > 0], there.tolist]

@@ -197,7 +197,7 @@ def test_a_sharded_model_has_the_gradients_of_a_whole_one(name: str, two: Any, c
             assert (found["gradients"][key] - gradient).abs().max() <= precision * gradient.abs().max(), key
 
 
-def test_a_run_of_two_processes_goes_on_in_one(two: Any, cache: Cache, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_resumes_in_one(two: Any, cache: Cache, tmp_path: Path) -> None:
     whole_run = trainer_of(tmp_path, cache, **COMMON, **ONE)
     whole_run.train()
     resumed = trainer_of(two[1] / "resumed", cache, **COMMON, **ONE)
@@ -207,7 +207,7 @@ def test_a_run_of_two_processes_goes_on_in_one(two: Any, cache: Cache, tmp_path:
         torch.testing.assert_close(resumed.model.state_dict()[key], value, rtol=0, atol=1e-5)
 
 
-def test_a_run_goes_on_in_two_processes_and_again_in_one_to_the_same_bits(
+def test_a_run_resumes_in_two_processes_and_then_in_one_with_the_same_bits(
     two: Any, cache: Cache, tmp_path: Path
 ) -> None:
     """Stopped in the middle of both epochs, of three steps each: the same batches in each step, the same weights."""

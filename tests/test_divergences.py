@@ -97,7 +97,7 @@ def test_golden_values(divergence, beta, expected):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_dense_divergence_is_the_obvious_formula(divergence, temperature):
+def test_a_dense_divergence_equals_the_reference(divergence, temperature):
     student, teacher = random_logits(5, 9, 1), random_logits(5, 9, 2)
     found = dense_divergence(student, teacher, divergence, temperature=temperature)
     expected = [
@@ -110,7 +110,7 @@ def test_a_dense_divergence_is_the_obvious_formula(divergence, temperature):
 @pytest.mark.parametrize("tail", ["bucket", "none"])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_sparse_divergence_is_the_obvious_formula(divergence, temperature, tail):
+def test_a_sparse_divergence_equals_the_reference(divergence, temperature, tail):
     student, teacher = random_logits(5, 12, 1), random_logits(5, 12, 2)
     found = sparse_divergence(student, sparsify(teacher, 5), divergence, temperature=temperature, k=4, tail=tail)
     for row in range(5):
@@ -178,7 +178,7 @@ def test_every_divergence_is_zero_at_the_teacher_and_not_negative_elsewhere(seed
 @pytest.mark.parametrize("tail", ["dense", "bucket", "none"])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradients_are_those_of_finite_differences_with_stopped_gradients_held(divergence, temperature, tail):
+def test_gradients_equal_finite_differences_with_stopped_gradients_fixed(divergence, temperature, tail):
     student, teacher = random_logits(1, 8, 3).requires_grad_(), random_logits(1, 8, 4)
     if tail == "dense":
         loss = dense_divergence(student, teacher, divergence, temperature=temperature)
@@ -456,7 +456,7 @@ def test_no_rows_are_no_trouble():
 # What is passed
 
 
-def test_a_smaller_k_is_what_narrowed_targets_give():
+def test_a_smaller_k_equals_narrowed_targets():
     student, teacher = random_logits(4, 12, 1), random_logits(4, 12, 2)
     targets = sparsify(teacher, 6)
     for tail in ("bucket", "none"):
@@ -551,7 +551,7 @@ def test_the_alpha_mixture_at_minus_one_is_the_skew_forward_kl_and_at_one_geomet
 
 
 @pytest.mark.parametrize("alpha", [-3.0, -1.0, 0.0, 0.5, 1.0, 3.0])
-def test_the_alpha_mixture_is_the_obvious_formula_at_any_alpha(alpha):
+def test_the_alpha_mixture_equals_the_reference_at_any_alpha(alpha):
     student, teacher = random_logits(3, 9, 1), random_logits(3, 9, 2)
     found = dense_divergence(student, teacher, functools.partial(alpha_mixture, alpha=alpha, lam=0.4))
     expected = [
@@ -580,7 +580,7 @@ def test_the_entropy_gate_takes_forward_kl_where_the_teacher_is_unsure():
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 1.0), (3, 2.0), (4, 1.0)])
-def test_the_parts_of_forward_kl_are_weighted_as_the_obvious_formula_does(k, temperature):
+def test_the_weighted_parts_of_forward_kl_equal_the_reference(k, temperature):
     student, teacher = random_logits(1, 11, 10).requires_grad_(), random_logits(1, 11, 11)
     enumerated, chance = every_draw(sparsify(teacher, 4, num_tail_samples=1), teacher)
     weights = {"mass_weight": 0.5, "head_weight": 3.0, "tail_weight": 0.7}
@@ -678,7 +678,7 @@ def test_the_entries_of_both_models_give_the_same_as_their_logits():
         ({"temperature": 3.0}, "at temperature 3; these targets have 1, 2"),
     ],
 )
-def test_what_targets_cannot_give_is_refused(arguments, message):
+def test_settings_that_the_targets_do_not_support_are_refused(arguments, message):
     student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4)
     with pytest.raises(TargetsError, match=message):
         sparse_divergence(student, targets, **arguments)
@@ -700,7 +700,7 @@ def test_what_targets_cannot_give_is_refused(arguments, message):
         ({"divergence": "x"}, "divergence is 'x'; expected one of todi, forward_kl, .*entropy_gate$"),
     ],
 )
-def test_what_is_unknown_or_out_of_range_is_refused(arguments, message):
+def test_unknown_names_and_values_out_of_range_are_refused(arguments, message):
     student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4)
     with pytest.raises(ConfigError, match=message):
         sparse_divergence(student, targets, **arguments)

@@ -27,14 +27,14 @@ IN_CI = (
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in FAMILIES]
 )
-def test_a_family_does_what_the_table_says(family: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_family_behaves_as_the_table_states(family: str, caplog: pytest.LogCaptureFixture) -> None:
     if family not in CONFIG_MAPPING:
         pytest.skip("this release of transformers has no such family")
     caplog.set_level(logging.ERROR)
     assert table_row(family, examine(family)) in RESULT.read_text().splitlines()
 
 
-def test_the_table_has_every_family_and_nothing_in_it_is_wrong() -> None:
+def test_the_table_has_every_family_and_no_error() -> None:
     rows = [line.split("|")[1:-1] for line in RESULT.read_text().splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows[1:]] == list(FAMILIES)
     assert len(rows) - 1 >= 30

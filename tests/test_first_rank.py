@@ -34,7 +34,7 @@ def test_one_process_makes_its_own() -> None:
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_the_others_take_what_the_first_makes(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_processes_receive_the_first_ones_value(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     as_rank(monkeypatch, 0, sent)
     assert of_first_rank(lambda: 7, together=together) == 7
@@ -42,7 +42,7 @@ def test_the_others_take_what_the_first_makes(together: bool, monkeypatch: pytes
     assert of_first_rank(refuse, together=together) == 7
 
 
-def test_what_the_first_raises_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_first_process_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     as_rank(monkeypatch, 0, sent)
     with pytest.raises(RuntimeError, match="no weights here"):

@@ -85,7 +85,7 @@ def test_the_size_of_the_chunks_does_not_matter(chunk_targets, temperature):
 
 @pytest.mark.parametrize("positions", ["student-entropy:0.4", "tip:0.5", "tip:1"])
 @pytest.mark.parametrize(("kd_weight", "temperature"), [(0.0, 1.0), (0.5, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 2.0)])
-def test_kd_may_be_had_at_selected_positions_alone(kd_weight, temperature, positions):
+def test_kd_can_be_limited_to_selected_positions(kd_weight, temperature, positions):
     options = {"kd_weight": kd_weight, "temperature": temperature, "positions": positions}
     for softcap in (None, 4.0):
         assert_equal(case(), softcap=softcap, **options)
@@ -124,7 +124,7 @@ def test_either_part_of_the_loss_may_have_no_weight(kd_weight, temperature):
     assert_equal(case(), kd_weight=kd_weight, temperature=temperature)
 
 
-def test_a_divergence_of_ones_own_may_be_given():
+def test_a_custom_divergence_works():
     def squares(teacher, student):
         return (student.exp() - teacher.exp()).square().sum(-1)
 
@@ -151,7 +151,7 @@ def test_scale_and_soft_cap_are_the_models(scale, softcap, temperature):
 
 
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
-def test_only_what_requires_a_gradient_gets_one(frozen):
+def test_only_tensors_that_require_a_gradient_get_one(frozen):
     inputs = case()
     for tensor, no_gradient in zip(inputs, frozen, strict=False):
         tensor.requires_grad_(not no_gradient)
@@ -223,7 +223,7 @@ def test_every_id_may_be_kept():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jeffreys", "alpha_beta"])
-def test_gradients_are_those_of_finite_differences(divergence, temperature):
+def test_gradients_equal_finite_differences(divergence, temperature):
     *inputs, labels, targets = case(num_targets=2, width=2, vocab=9)
 
     def loss(*inputs):
@@ -335,7 +335,7 @@ def test_the_gradient_of_the_head_is_handed_over_and_not_copied(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"k": K + 1}, {"temperature": 3.0}])
 @pytest.mark.parametrize("num_targets", [0, NUM_TARGETS])
-def test_what_the_targets_do_not_hold_is_noticed_even_without_rows(num_targets, settings):
+def test_settings_that_the_targets_lack_are_refused_even_without_rows(num_targets, settings):
     with pytest.raises(TargetsError):
         fused(*case(num_targets=num_targets), **settings)
 
@@ -367,7 +367,7 @@ def chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 1), ({"softcap": 3.0}, 2)])
-def test_what_is_as_large_as_a_chunk_is_counted_into_its_bytes(options, num_copies, chunks, monkeypatch):
+def test_buffers_as_large_as_a_chunk_count_towards_its_bytes(options, num_copies, chunks, monkeypatch):
     monkeypatch.setattr(todi_offline.tuning, "CPU_LOSS_BYTES", 8 * VOCAB * 4)
     fused(*case(num_targets=8, dtype=torch.float32), **options)
     assert chunks == [8 // num_copies] * num_copies

@@ -482,7 +482,7 @@ def test_a_chunk_that_holds_more_or_less_than_its_place_is_refused(any_cache: Fu
     ],
     ids=lambda changes: str(changes)[:30],
 )
-def test_what_a_manifest_merely_claims_is_not_allocated(cache: Fuzzed, changes: dict[str, Any]) -> None:
+def test_sizes_that_a_manifest_only_claims_are_not_allocated(cache: Fuzzed, changes: dict[str, Any]) -> None:
     """A manifest of large arrays over the small ones, with records that name as many chunks."""
     claimed = json.loads(cache.files[ROOT_KEY])
     claimed["manifest"]["settings"] |= changes

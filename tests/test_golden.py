@@ -134,7 +134,7 @@ def test_the_capture_of_a_cache_of_format_1_confirms_it_and_makes_it_format_2(ol
     assert verify_cache(root) == []
 
 
-def test_a_capture_that_an_earlier_release_began_goes_on(old_cache: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_capture_that_an_earlier_release_began_resumes(old_cache: Callable[..., Path], tmp_path: Path) -> None:
     root, whole = old_cache("q8-balanced"), open_cache(old_cache("q8-balanced", "whole"))
     (root / "sealed.json").unlink()
     (root / "commits/000001.json").unlink()

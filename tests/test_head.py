@@ -107,7 +107,7 @@ def test_a_head_at_positions_leaves_the_model_as_it_was_even_after_an_error() ->
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, gemma2, granite, cohere])
-def test_a_loss_in_the_forward_pass_is_returned_as_it_is_with_its_gradients(build: Build) -> None:
+def test_a_loss_in_the_forward_pass_is_returned_unchanged_with_its_gradients(build: Build) -> None:
     """Not scaled, not capped: those are far from the identity here."""
     model = build()
     head = tried_head(model, linear=True)
@@ -188,7 +188,7 @@ def test_a_model_without_a_head_is_refused() -> None:
         output_module(llama().model)
 
 
-def test_what_the_forward_pass_raises_is_not_swallowed() -> None:
+def test_errors_of_the_forward_pass_are_not_swallowed() -> None:
     model = llama()
     model.model.layers[0].register_forward_pre_hook(_fail)
     with pytest.raises(RuntimeError, match="of the kernel"):

@@ -65,7 +65,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 @pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_killed_at_any_instant_goes_on_and_ends_with_the_same_bytes(
+def test_an_operation_killed_at_any_moment_resumes_and_ends_with_the_same_bytes(
     program: Program, tmp_path: Path, name: str, count: int
 ) -> None:
     program.begin(name, tmp_path / "whole")

@@ -36,7 +36,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     assert load_model(str(tmp_path), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
 
 
-def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
     shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
     with pytest.raises(ModelError, match=r"model has no tokenizer that can be loaded .*save the teacher's tokenizer"):
@@ -54,7 +54,7 @@ def test_what_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
         load_model(str(tmp_path / "missing.gguf"))
 
 
-def test_the_real_vocabulary_is_what_tokenizer_and_head_both_know(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_real_vocabulary_has_the_ids_that_tokenizer_and_head_share(caplog: pytest.LogCaptureFixture) -> None:
     """What lies beyond in the head is padding; what lies beyond in the tokenizer, as in Gemma 3's, has no logit."""
     assert real_vocab_size(tiny_tokenizer(), VOCAB + 64) == real_vocab_size(tiny_tokenizer(), VOCAB) == VOCAB
     assert not caplog.text

@@ -92,7 +92,7 @@ def test_the_gradients_of_micro_batches_add_up_to_those_of_one_batch(as_tensor):
 
 @pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_sums_to_log_are_those_of_the_obvious_formulas(temperature, k):
+def test_the_logged_sums_equal_the_reference(temperature, k):
     student, labels, targets = case(num_tail_samples=3)
     options = {"temperature": temperature, "k": k, "beta": 3.0}
     _, sums = distillation_loss(student, labels, targets, DistillationConfig(**options))
@@ -145,7 +145,7 @@ def test_a_loss_is_had_without_gradients_too():
 
 
 @pytest.mark.parametrize("settings", [{"k": 6}, {"temperature": 3.0}, {"tail": "sampled"}])
-def test_what_the_targets_do_not_hold_is_noticed_even_without_weight(settings):
+def test_settings_that_the_targets_lack_are_refused_even_without_weight(settings):
     with pytest.raises(TargetsError):
         distillation_loss(*case(), DistillationConfig(kd_weight=0.0, **settings))
 

@@ -40,7 +40,7 @@ def texts_of_tiny() -> TokenTexts:
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_gate_and_the_divergences_are_those_of_the_losses(beta: float, temperature: float) -> None:
+def test_the_gate_and_the_divergences_equal_those_of_the_losses(beta: float, temperature: float) -> None:
     item = shown_sequence(3, with_student=True)
     kept, tail, _ = teacher_entries(item.sequence.targets, temperature)
     p = np.column_stack([kept, tail])
@@ -88,7 +88,7 @@ def test_the_entries_of_a_target_and_the_rest_hold_all_mass_and_all_of_the_diver
     np.testing.assert_allclose(block["student_nll"], expected, rtol=1e-3)
 
 
-def test_positions_in_the_response_are_those_of_the_evaluation() -> None:
+def test_positions_in_the_response_equal_those_of_the_evaluation() -> None:
     mask = np.array([0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0], np.bool_)
     np.testing.assert_array_equal(position_in_response(mask), reference_positions(np.flatnonzero(mask)))
 
@@ -135,7 +135,7 @@ def test_a_hostile_text_is_nowhere_in_the_markup() -> None:
         ("\ud800", "⟨U+D800⟩"),
     ],
 )
-def test_what_cannot_be_seen_is_written_as_its_name(text: str, expected: str) -> None:
+def test_invisible_characters_are_written_by_name(text: str, expected: str) -> None:
     assert printable(text) == expected
     assert page_data(page_of(facts([(text, text)])).to_html())[0]["sections"][0]["blocks"][0]["rows"] == [
         [expected] * 2
@@ -227,7 +227,7 @@ def test_view_writes_the_same_bytes_twice_and_its_numbers_as_json(tmp_path: Path
     np.testing.assert_allclose(coverage["y"], every.cumsum(1).mean(0), rtol=1e-4)
 
 
-def test_the_page_says_what_was_captured_and_leaves_the_chat_template_out(tmp_path: Path) -> None:
+def test_the_page_describes_the_capture_without_the_chat_template(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     edit_root(root, lambda values: values["manifest"]["parts"][0]["recipe"].update(limit=9, chat_template="{{ x }}"))
     described = dict(describe_cache(open_cache(root)))
@@ -243,7 +243,7 @@ def test_view_shows_the_sequences_that_are_named(tmp_path: Path) -> None:
     assert [item["id"] for item in shown] == ["fake:3", "fake:7"]
 
 
-def test_the_data_of_the_text_take_about_what_the_budget_says(tmp_path: Path) -> None:
+def test_the_data_of_the_text_fit_the_budget(tmp_path: Path) -> None:
     cache = open_cache(write_cache(tmp_path / "cache", num_shards=3, per_shard=30, k=32))
     html = cache_page(cache, budget_mb=0.1).to_html()
     rest = cache_page(cache, budget_mb=1e-9).to_html()

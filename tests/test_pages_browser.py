@@ -97,7 +97,7 @@ def test_a_token_is_shown_on_hover_on_focus_and_by_a_tap(view: Path, browser: An
         seen.wait_for_address("seq=3&tok=6")
 
 
-def test_the_panel_says_what_the_numbers_are(view: Path, browser: Any) -> None:
+def test_the_panel_labels_its_numbers(view: Path, browser: Any) -> None:
     item = shown_sequence(3, with_student=True)
     token = int(np.flatnonzero(item.sequence.target_mask)[0]) + 1
     block = token_block([item], TokenTexts(None), temperature=1.0, beta=1.0)

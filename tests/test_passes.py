@@ -35,7 +35,7 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for the CPU what is compiled for CUDA elsewhere")
-def test_what_is_compiled_for_cuda_does_what_it_says() -> None:
+def test_the_code_compiled_for_cuda_equals_the_eager_code() -> None:
     subprocess.run([sys.executable, "-c", COMPILED], check=True)  # without the checks of shapes, which are not compiled
 
 

@@ -26,7 +26,7 @@ def entropies(logits):
     return torch.tensor([-math.fsum(math.exp(x) * x for x in row) for row in rows])
 
 
-def test_the_entropy_is_the_obvious_formula_and_no_probability_adds_nothing():
+def test_the_entropy_equals_the_reference_and_zero_probabilities_add_zero():
     student, _, _ = case()
     torch.testing.assert_close(student_entropy(student), entropies(student).double())
     assert not student_entropy(student).requires_grad

@@ -137,7 +137,7 @@ def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
     assert sums_of(tmp_path / "cache") == jobs.whole
 
 
-def test_a_job_that_is_asked_to_end_ends_and_goes_on(jobs: Jobs, tmp_path: Path) -> None:
+def test_a_job_that_gets_sigterm_ends_and_can_be_resumed(jobs: Jobs, tmp_path: Path) -> None:
     """SIGTERM reaches a rank that waits for the other one, where a handler of Python's would not run."""
     root = tmp_path / "cache"
     poison = {"id": example_of(jobs, 3), "how": "stall"}
@@ -178,7 +178,7 @@ def test_an_error_of_one_rank_is_raised_on_all(jobs: Jobs, tmp_path: Path, rank:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_an_example_at_which_the_teacher_fails_is_named_and_what_is_committed_stays(
+def test_an_example_at_which_the_teacher_fails_is_named_and_committed_shards_stay(
     jobs: Jobs, tmp_path: Path, size: int
 ) -> None:
     root = tmp_path / "cache"
@@ -224,7 +224,7 @@ def test_an_example_that_is_left_out_is_named_in_the_cache(jobs: Jobs, skipped: 
         )
 
 
-def test_ranks_leave_the_same_example_out_whatever_stops_them(
+def test_ranks_skip_the_same_example_after_any_stop(
     jobs: Jobs, skipped: tuple[dict[str, str], Path], tmp_path: Path
 ) -> None:
     poison, expected = skipped
@@ -251,7 +251,7 @@ def test_a_second_job_is_refused_by_the_lock_of_the_first_on_all_of_its_ranks(jo
 # A teacher that is split.
 
 
-def test_a_teacher_that_is_split_over_ranks_says_what_the_whole_one_does(jobs: Jobs, tmp_path: Path) -> None:
+def test_a_teacher_split_over_ranks_equals_the_whole_one(jobs: Jobs, tmp_path: Path) -> None:
     root, words = tmp_path / "cache", ["--tp", "2"]
     found = jobs.run(root, words=words, loads=True)
     assert found["codes"] == [0, 0], found

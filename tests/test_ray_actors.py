@@ -138,7 +138,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("how", ["raises", "kills"])
-def test_an_example_that_its_teacher_does_not_survive_is_named_and_what_is_committed_stays(
+def test_an_example_that_kills_its_teacher_is_named_and_committed_shards_stay(
     fake: Callable[..., FakeRay],
     many: Examples,
     small_teacher: Teacher,

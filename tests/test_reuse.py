@@ -99,7 +99,7 @@ def test_with_nine_tenths_at_hand_the_teacher_reads_one_tenth_and_the_bytes_are_
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_of_every_encoding_what_is_copied_is_what_would_be_captured(
+def test_copied_sequences_equal_captured_ones_in_every_encoding(
     examples: Examples, tmp_path: Path, encoding: str, watch: Watch
 ) -> None:
     model = llama().bfloat16() if encoding == "bf16_logit" else llama()
@@ -157,7 +157,7 @@ def test_of_an_unfinished_cache_the_committed_shards_serve(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_stopped_capture_goes_on_with_reuse_and_without(
+def test_a_stopped_capture_resumes_with_and_without_reuse(
     teacher: Teacher, whole: Examples, nine_tenths: Path, tmp_path: Path
 ) -> None:
     capture(teacher, whole, tmp_path / "fresh", **SMALL)

@@ -224,7 +224,7 @@ def test_a_writer_that_wakes_after_another_has_sealed_harms_nothing(
 
 
 @pytest.mark.parametrize("steps", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
-def test_nor_does_one_that_was_about_to_replace_what_an_earlier_attempt_left_behind(
+def test_a_stalled_writer_does_not_replace_objects_of_an_earlier_attempt(
     make_place: MakePlace, kind: str, steps: dict[str, int]
 ) -> None:
     """Objects without a record make way, but only while the lock is held."""

@@ -74,7 +74,7 @@ def in_threads(number: int, work: Callable[[int], Any]) -> list[Any]:
 # Objects
 
 
-def test_an_object_is_what_was_written_last(store: Store) -> None:
+def test_an_object_has_the_bytes_that_were_written_last(store: Store) -> None:
     assert isinstance(store, Store)
     for data in (b"old", b"", b"\0new" * 100):
         store.write("x/y/z", data)
@@ -121,7 +121,7 @@ def test_no_more_than_the_limit_is_read(store: Store, monkeypatch: pytest.Monkey
             store.read(key, limit)
 
 
-def test_what_is_there_is_not_created_again_but_the_same_bytes_are(store: Store) -> None:
+def test_an_existing_object_is_not_created_again_except_with_the_same_bytes(store: Store) -> None:
     assert store.create("x/y", b"mine")
     assert store.create("x/y", b"mine")
     assert not store.create("x/y", b"yours")
@@ -129,7 +129,7 @@ def test_what_is_there_is_not_created_again_but_the_same_bytes_are(store: Store)
     assert store.read("x/y") == b"mine"
 
 
-def test_of_those_who_create_at_once_one_succeeds(open_place: Open) -> None:
+def test_one_of_several_concurrent_creations_succeeds(open_place: Open) -> None:
     found = in_threads(4, lambda index: open_place("a").create("x", str(index).encode()))
     assert [str(index).encode() for index in range(4) if found[index]] == [open_place("a").read("x")]
     assert all(in_threads(3, lambda _: open_place("a").create("y", b"the same")))
@@ -157,7 +157,7 @@ def test_a_deleted_object_is_gone_and_may_be_deleted_again(store: Store) -> None
     assert store.create("x/y", b"other")
 
 
-def test_keys_are_found_by_what_they_begin_with(store: Store) -> None:
+def test_keys_are_found_by_prefix(store: Store) -> None:
     assert store.find() == []
     for key in ("a/1", "a/b/2", "ab", "c"):
         store.write(key, b"")
@@ -166,7 +166,7 @@ def test_keys_are_found_by_what_they_begin_with(store: Store) -> None:
 
 
 @pytest.mark.parametrize("source_kind", ["same", "folder", "memory"])
-def test_a_copy_creates_what_is_not_there_and_no_more(open_place: Open, tmp_path: Path, source_kind: str) -> None:
+def test_a_copy_creates_only_missing_objects(open_place: Open, tmp_path: Path, source_kind: str) -> None:
     target = open_place("a")
     sources = {
         "same": lambda: open_place("b"),
@@ -233,7 +233,7 @@ def test_one_writer_at_a_time_and_the_second_is_told_who(open_place: Open) -> No
         require_held(first, held.token)
 
 
-def test_of_those_who_lock_at_once_one_succeeds(open_place: Open) -> None:
+def test_one_of_several_concurrent_locks_succeeds(open_place: Open) -> None:
     locks = [open_place("a").lock() for _ in range(3)]
     assert len(taken_by(locks)) == 1
 
@@ -336,7 +336,9 @@ def test_a_holder_renews_its_lock_and_keeps_its_token(leased: Store) -> None:
 
 
 @pytest.mark.parametrize("is_dead", [True, False], ids=["dead", "elsewhere"])
-def test_of_those_who_take_over_one_succeeds(bucket: Proxy, tmp_path: Path, dead: bytes, is_dead: bool) -> None:
+def test_one_of_several_concurrent_takeovers_succeeds(
+    bucket: Proxy, tmp_path: Path, dead: bytes, is_dead: bool
+) -> None:
     """On S3, where replacing is one conditional request."""
     place = f"s3://bucket{tmp_path}/a"
     stores = [RemoteStore(place, staging=Staging(tmp_path / "staging"), lease_seconds=LEASE) for _ in range(4)]

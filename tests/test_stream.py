@@ -84,7 +84,7 @@ def test_an_order_by_windows_holds_every_sequence_once_and_few_shards_at_a_time(
         assert len(begun & to_come) <= window
 
 
-def test_windows_and_what_they_hold_differ_by_epoch_and_by_seed() -> None:
+def test_windows_and_their_contents_differ_by_epoch_and_by_seed() -> None:
     shards = [shard for shard in range(12) for _ in range(3)]
     orders = [window_order(shards, seed, epoch, window=4) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 9
@@ -188,7 +188,7 @@ def pairs_of(sequence: CachedSequence) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("collator", [Collator(), Collator(one_row=True, bounds=True), Collator(pack=False)])
-def test_packed_sequences_have_the_logits_and_the_loss_of_each_alone(
+def test_packed_sequences_have_the_logits_and_the_loss_of_separate_ones(
     build: Callable[..., Any], collator: Collator, cache: Cache
 ) -> None:
     model = build(seed=5)
@@ -260,7 +260,7 @@ def test_a_batch_of_empty_sequences_can_be_run(collator: Collator, cache: Cache)
 
 
 @pytest.mark.parametrize("collator", [Collator(), Collator(pack=False)])
-def test_what_fills_up_a_row_spoils_no_gradient(collator: Collator, cache: Cache) -> None:
+def test_padding_of_a_row_does_not_change_gradients(collator: Collator, cache: Cache) -> None:
     """Gemma 3n divides by norms of hidden states, which are 0 for a row of pads: their embedding is 0."""
     model = tiny_model("gemma3n_text")
     assert not model.get_input_embeddings().weight[model.config.pad_token_id].any()

@@ -48,7 +48,7 @@ def test_spaced_layers_keep_the_first_and_the_last_and_none_twice() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, -1])
-def test_spaced_layers_refuse_what_cannot_be_kept(keep: int) -> None:
+def test_spaced_layers_refuse_impossible_numbers(keep: int) -> None:
     with pytest.raises(ConfigError, match=f"cannot keep {keep} of 4 layers; choose 1 to 4"):
         spaced_layers(4, keep)
 
@@ -176,7 +176,7 @@ def test_a_student_whose_logits_are_not_those_of_its_layers_is_refused(monkeypat
         prune_depth(tiny_model("llama"), [0, 3])
 
 
-def test_a_window_is_compared_though_it_is_longer_than_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_window_longer_than_the_text_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(todi_offline.student.depth, "config_of_layers", lambda *_: changed)
     teacher = tiny_model("gemma2", sliding_window=100)
     changed = tiny_config("gemma2", sliding_window=200, num_hidden_layers=2)

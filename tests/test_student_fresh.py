@@ -44,7 +44,7 @@ def test_sizes_that_are_not_named_go_with_the_hidden_size() -> None:
     assert (config.intermediate_size, config.num_hidden_layers) == (24, 3)
 
 
-def test_the_kinds_of_layers_are_those_of_spaced_ones() -> None:
+def test_the_kinds_of_layers_equal_those_of_spaced_layers() -> None:
     teacher = tiny_model("smollm3")  # of its layers the second has no positions
     assert fresh_student(teacher, Widths(), layers=2).config.no_rope_layers == [1, 1]
     assert fresh_student(teacher, Widths(), layers=6).config.no_rope_layers == [1, 0, 1, 1, 1, 1]
@@ -60,7 +60,7 @@ def test_weights_are_the_familys_own_initialisation_and_follow_from_the_seed() -
     assert made[0].model.norm.weight.eq(1).all()
 
 
-def test_the_random_numbers_of_others_are_left_alone() -> None:
+def test_the_global_random_state_is_restored() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)

@@ -53,7 +53,7 @@ def test_it_is_the_formula_of_minitron() -> None:
         np.testing.assert_allclose(found.heads[number], aggregated(heads), rtol=1e-4)
 
 
-def test_what_does_nothing_has_no_importance() -> None:
+def test_parts_without_effect_have_no_importance() -> None:
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[5] = 0

@@ -29,7 +29,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere", "nemotron", "seed_oss"])
-def test_what_is_not_kept_changes_nothing(family: str) -> None:
+def test_dropped_parts_have_no_effect(family: str) -> None:
     """Two ways to leave it out: it is 0 where it is made, or where it is multiplied."""
     model = tiny_model(family)
     parts = width_parts(model)

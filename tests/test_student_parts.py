@@ -9,7 +9,7 @@ from todi_offline.errors import ModelError
 from todi_offline.student.parts import Sizes, width_parts
 
 
-def test_the_sizes_are_those_of_the_config() -> None:
+def test_the_sizes_equal_those_of_the_config() -> None:
     sizes = width_parts(tiny_model("qwen3")).sizes
     assert sizes == Sizes(hidden=32, heads=4, kv_heads=2, mlp=64, head_dim=8)
     assert sizes.group == 2

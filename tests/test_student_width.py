@@ -94,7 +94,7 @@ def test_the_most_important_are_kept_in_their_order_and_groups_whole() -> None:
         "apertus",  # an activation with parameters
     ],
 )
-def test_a_student_of_any_such_family_is_what_is_kept_of_its_teacher(family: str, tmp_path: Path) -> None:
+def test_a_student_of_any_such_family_equals_the_kept_parts_of_its_teacher(family: str, tmp_path: Path) -> None:
     teacher = tiny_model(family)
     with torch.no_grad():
         for parameter in teacher.parameters():  # norms and biases are alike in a fresh model
@@ -114,7 +114,7 @@ def test_a_model_of_all_its_parts_is_itself() -> None:
     torch.testing.assert_close(logits(student.eval()), logits(teacher), rtol=0, atol=0)
 
 
-def test_a_student_keeps_what_does_something() -> None:
+def test_a_student_keeps_the_parts_with_an_effect() -> None:
     teacher = llama()
     with torch.no_grad():
         for layer in teacher.model.layers:
@@ -191,7 +191,7 @@ def test_a_student_whose_logits_are_not_those_of_its_parts_is_refused(monkeypatc
         prune_width(tiny_model("llama"), Widths(mlp=40), SEQUENCES)
 
 
-def test_a_window_is_compared_though_it_is_longer_than_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_window_longer_than_the_text_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(todi_offline.student.width, "config_of_sizes", lambda *_: changed)
     changed = tiny_config("gemma2", sliding_window=200, intermediate_size=40)
     with pytest.raises(ModelError, match=r"sliding_window of layer 0's self_attn would be 200 and is 100"):

@@ -51,7 +51,7 @@ def test_no_two_arms_of_a_grid_are_the_same_row_of_a_table(grid):
     assert len({(arm.start, arm.seed, arm.label) for arm in arms}) == len(arms)
 
 
-def test_every_grid_has_what_shares_are_counted_from():
+def test_every_grid_has_the_arms_that_shares_refer_to():
     for grid in ("quick", "bars", "knobs", "choice", "full"):
         arms = arms_of(grid, 1)
         for start in {arm.start for arm in arms}:
@@ -130,7 +130,7 @@ def test_random_draws_follow_the_teacher(world, tmp_path):
     assert 0 < num_bytes < 2.2 * 200
 
 
-def test_bytes_of_draws_are_those_of_different_ids_and_how_often_each_was_drawn():
+def test_bytes_of_draws_count_distinct_ids_and_their_frequencies():
     once = np.arange(400, dtype=np.uint32)[:, None] * 97 % 4096
     assert bytes_of_draws(once.repeat(50, axis=1)) == pytest.approx(bytes_of_draws(once), abs=0.2)
     random = np.sort(np.random.default_rng(0).integers(0, 4096, (400, 50)), axis=1).astype(np.uint32)

@@ -60,7 +60,7 @@ def rows(settings, folder):
     return study_real.read_rows(folder / "rows.csv")
 
 
-def test_what_is_kept_gives_the_teachers_logits_at_every_target(settings, folder):
+def test_the_kept_activations_give_the_teachers_logits_at_every_target(settings, folder):
     teacher = world._teacher(settings)
     for split in ("train", "heldout"):
         batch = Collator()(numbered(open_cache(folder / split)))
@@ -120,7 +120,7 @@ def test_an_arm_that_another_process_has_is_left_to_it(settings, folder, monkeyp
     assert study_real.read_rows(folder / "rows.csv") == rows
 
 
-def test_the_report_has_what_ran_and_names_what_did_not(rows, settings, folder, tmp_path):
+def test_the_report_has_the_finished_arms_and_names_the_others(rows, settings, folder, tmp_path):
     study_real.write_arms([SFT], settings, folder)
     written = study_real.read_rows(folder / "written.csv")
     later = dataclasses.replace(SFT, seed=2)

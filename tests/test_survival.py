@@ -90,7 +90,7 @@ def instants(num_operations: int, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_capture_killed_at_any_instant_goes_on_and_ends_with_the_same_bytes(
+def test_a_capture_killed_at_any_moment_resumes_and_ends_with_the_same_bytes(
     captures: Captures, tmp_path: Path, count: int
 ) -> None:
     committed: Counter[int] = Counter()
@@ -130,7 +130,7 @@ def test_a_capture_killed_again_and_again_ends_with_the_same_bytes(captures: Cap
         ("EIO", "Input/output error"),
     ],
 )
-def test_what_stops_a_capture_is_one_line_and_leaves_nothing_behind(
+def test_a_fault_that_stops_a_capture_is_one_line_and_leaves_no_files(
     captures: Captures, tmp_path: Path, fault: str, message: str, count: int
 ) -> None:
     rng = np.random.default_rng(list(map(ord, fault)))
@@ -205,9 +205,7 @@ def test_the_model_of_the_disk_sees_all_that_is_written(tmp_path: Path, whole: F
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_operation_that_fails_is_one_line_and_leaves_what_is_committed(
-    tmp_path: Path, whole: Files, step: int
-) -> None:
+def test_a_failed_operation_is_one_line_and_committed_shards_stay(tmp_path: Path, whole: Files, step: int) -> None:
     causes = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT)
     log, stopped = operations(tmp_path / "watched"), Counter[str]()
     num_operations = len(log)
@@ -336,7 +334,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_what_goes_on_after_a_kill_is_safe_from_a_loss_of_power(tmp_path: Path, whole: Files, step: int) -> None:
+def test_a_capture_resumed_after_a_kill_survives_a_loss_of_power(tmp_path: Path, whole: Files, step: int) -> None:
     """What the killed process did not sync, and the next finds done, is not safe yet."""
     last = len(operations(tmp_path / "watched"))
     for at in sorted({*range(1, last, step), *range(last - 12, last + 1)}):  # the end is where a seal follows
@@ -359,7 +357,7 @@ def test_what_goes_on_after_a_kill_is_safe_from_a_loss_of_power(tmp_path: Path, 
         assert {name.removeprefix("cache/"): data for name, data in found.items()} == whole, at
 
 
-def test_what_is_repaired_is_safe_from_a_loss_of_power(tmp_path: Path, whole: Files) -> None:
+def test_a_repaired_cache_survives_a_loss_of_power(tmp_path: Path, whole: Files) -> None:
     """Wherever a repair stops, repairing again and writing again end with the whole cache."""
     root = tmp_path / "watched"
     root.mkdir()

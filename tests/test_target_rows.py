@@ -13,7 +13,7 @@ from todi_offline.target_rows import tail_uniforms
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 
 
-def test_tail_uniforms_follow_from_content_and_seed_alone(examples: Examples) -> None:
+def test_content_and_seed_decide_the_tail_uniforms(examples: Examples) -> None:
     example = examples[0]
     renamed = dataclasses.replace(example, id="other", source="elsewhere")
     drawn = tail_uniforms(example, SETTINGS)

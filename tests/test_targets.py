@@ -30,7 +30,7 @@ def random_uniforms(num_targets, num_samples, seed=0):
     return torch.rand(num_targets, num_samples, generator=generator, dtype=torch.float64)
 
 
-def test_the_top_k_and_the_tail_are_those_of_the_obvious_formula():
+def test_the_top_k_and_the_tail_equal_the_reference():
     logits = random_logits(6, 40)
     targets = sparsify(logits, k=7, temperatures=(1.0, 2.0, 0.5))
     for row, ids, logprobs, tails in zip(
@@ -91,7 +91,7 @@ def test_a_small_tail_is_exact_where_one_minus_the_sum_is_lost(lost):
         assert 1 - targets.logprobs.exp().sum().item() != pytest.approx(lost, rel=0.5, abs=0)
 
 
-def test_float64_logits_stay_float64_and_the_logits_given_are_left_alone():
+def test_float64_logits_stay_float64_and_are_not_changed():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         logits = random_logits(2, 10, dtype=dtype)
         before = logits.clone()
@@ -128,7 +128,7 @@ def test_a_temperature_that_was_not_captured_is_refused_with_those_that_were():
 
 @seeded
 @given(vocab=st.integers(2, 30), data=st.data(), seed=st.integers(0, 1000))
-def test_narrowing_gives_what_a_smaller_k_would_have_captured(vocab, data, seed):
+def test_narrowing_equals_a_capture_with_a_smaller_k(vocab, data, seed):
     k = data.draw(st.integers(1, vocab))
     smaller = data.draw(st.integers(1, k))
     logits = (random_logits(3, vocab, seed) * 2).round() / 2
@@ -149,7 +149,7 @@ def test_narrowing_leaves_no_samples_and_refuses_more_than_is_stored():
 
 @pytest.mark.parametrize("tail_temperature", [1.0, 2.0])
 @pytest.mark.parametrize("vocab", [30, 256, 1000])  # less than a block of columns, one, several and a part
-def test_samples_are_those_of_the_obvious_inversion(tail_temperature, vocab):
+def test_samples_equal_those_of_plain_inversion(tail_temperature, vocab):
     logits, uniforms = random_logits(5, vocab), random_uniforms(5, 16)
     targets = sparsify(logits, 4, uniforms=uniforms, tail_temperature=tail_temperature)
     for row in range(5):
@@ -197,7 +197,7 @@ def test_a_row_whose_tail_has_no_mass_holds_samples_without_probability():
     assert targets.tail_ids[1].tolist() == [2, 2, 2]
 
 
-def test_a_row_is_the_same_whatever_stands_beside_it():
+def test_a_row_does_not_depend_on_its_neighbours():
     logits, uniforms = random_logits(9, 300, dtype=torch.bfloat16), random_uniforms(9, 4)
     together = sparsify(logits, 16, uniforms=uniforms)
     order = torch.tensor([4, 0, 8, 2])
@@ -260,7 +260,7 @@ def test_no_columns_of_uniforms_mean_no_samples():
         ),
     ],
 )
-def test_what_cannot_be_captured_is_refused(arguments, message):
+def test_impossible_captures_are_refused(arguments, message):
     with pytest.raises(TargetsError, match=message):
         sparsify(random_logits(2, 8), **arguments)
 

@@ -48,7 +48,7 @@ def test_a_padded_length_is_a_step_at_or_above_and_little_of_it_is_padding() -> 
     assert [padded_length(number, 1000) for number in (990, 1000, 1001)] == [1000, 1000, 1001]
 
 
-def test_padding_is_less_than_a_twentieth_of_what_instructions_are_long() -> None:
+def test_padding_is_less_than_a_twentieth_of_the_instructions() -> None:
     lengths = np.random.default_rng(0).lognormal(np.log(200), 0.8, 2000).astype(int) + 8
     assert sum(map(padded_length, lengths.tolist())) < lengths.sum() / 0.95
 
@@ -74,7 +74,7 @@ def test_a_sequence_longer_than_a_batch_is_one_by_itself() -> None:
 
 
 @pytest.mark.parametrize("model", [llama, gpt2, gemma2])
-def test_targets_are_the_same_bits_whatever_else_is_in_the_batch(model: Any) -> None:
+def test_targets_do_not_depend_on_the_rest_of_the_batch_to_the_bit(model: Any) -> None:
     teacher = as_teacher(model(), tiny_tokenizer())
     examples = some_examples(*range(60, 90), 3, 5, 200, 500)
     lengths = [len(example.token_ids) for example in examples]
@@ -119,7 +119,7 @@ def test_the_fallback_of_an_unknown_head_gives_the_same_targets(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 16, 20, 1000])
-def test_the_head_runs_at_the_targets_alone_and_in_chunks(
+def test_the_head_runs_only_at_the_targets_and_in_chunks(
     teacher: Teacher, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = some_examples(40, 25, 33)

@@ -62,7 +62,7 @@ def test_a_merged_cache_holds_each_sequence_once_and_links_whole_shards(tmp_path
     assert [(part.num_shards, part.num_sequences) for part in parts] == [(2, 14), (2, 9)]
 
 
-def test_a_merge_that_was_stopped_goes_on_to_the_same_cache(tmp_path: Path) -> None:
+def test_a_stopped_merge_resumes_to_the_same_cache(tmp_path: Path) -> None:
     places = [str(write_cache(tmp_path / "a")), str(write_shards(tmp_path / "b", [range(20, 30), range(30, 35)]))]
     merge_caches(places, str(tmp_path / "whole"))
     merge_caches(places, str(tmp_path / "parts"))
@@ -140,7 +140,7 @@ def test_nothing_chosen_and_more_than_is_held_are_refused(tmp_path: Path) -> Non
         ("id == 'fake:3' or source != 'fake'", lambda c: c["id"] == "fake:3"),
     ],
 )
-def test_conditions_mean_what_python_means(tmp_path: Path, expression: str, expected: object) -> None:
+def test_conditions_have_the_meaning_of_python(tmp_path: Path, expression: str, expected: object) -> None:
     cache = open_cache(write_cache(tmp_path / "cache"))
     columns = {name: cache.sequences[name].to_numpy() for name in cache.sequences.column_names if name != "content_key"}
     assert callable(expected)
@@ -171,7 +171,7 @@ def test_a_condition_is_no_program(tmp_path: Path, expression: str) -> None:
         where(cache, expression)
 
 
-def test_diff_says_what_two_caches_say_and_hold(tmp_path: Path) -> None:
+def test_diff_reports_the_manifests_and_contents_of_two_caches(tmp_path: Path) -> None:
     first = write_shards(tmp_path / "a", [range(10)])
     same = write_shards(tmp_path / "b", [range(10)])
     assert "in both: 10 sequences, 0 of them with other targets" in run("diff", first, same).output
@@ -228,9 +228,7 @@ def test_the_memory_of_a_comparison_does_not_grow_with_the_square_of_k() -> None
 
 
 @pytest.mark.parametrize("k", [6, 0])
-def test_an_encoding_that_needs_what_the_cache_has_not_is_refused_before_anything_is_written(
-    tmp_path: Path, k: int
-) -> None:
+def test_an_encoding_that_needs_more_than_the_cache_holds_is_refused_before_writing(tmp_path: Path, k: int) -> None:
     """Without entries too: the tail of rounded log-probs is not as exact as that of logits."""
     root = write_cache(tmp_path / "cache")
     with pytest.raises(TargetsError, match="not the logits that bf16_logit keeps"):

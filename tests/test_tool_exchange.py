@@ -27,7 +27,7 @@ from todi_offline.errors import CacheIncompleteError, CacheMismatchError, DataEr
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("tail_samples", [0, 3])
-def test_what_is_exported_is_imported_again(tmp_path: Path, encoding: str, tail_samples: int) -> None:
+def test_exported_rows_can_be_imported(tmp_path: Path, encoding: str, tail_samples: int) -> None:
     root = write_cache(tmp_path / "cache", encoding=encoding, tail_samples=tail_samples)
     assert "24 rows" in run("export", root, "--out", tmp_path / "out.parquet").output
     assert "24 sequences" in run("import", tmp_path / "out.parquet", "--out", tmp_path / "again").output
@@ -41,7 +41,7 @@ def test_what_is_exported_is_imported_again(tmp_path: Path, encoding: str, tail_
     assert list(tmp_path.glob("*.tmp")) == []
 
 
-def test_what_axolotl_reads_has_the_prediction_made_at_a_token_in_its_row(tmp_path: Path) -> None:
+def test_the_axolotl_layout_has_each_prediction_in_the_row_of_its_token(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     run("export", root, "--layout", "axolotl", "--out", tmp_path / "out.parquet")
     for row, cached in zip(pq.read_table(tmp_path / "out.parquet").to_pylist(), open_cache(root), strict=True):
@@ -135,7 +135,7 @@ def test_equal_entries_out_of_order_are_put_by_id(tmp_path: Path) -> None:
     assert (open_cache(tmp_path / "cache")[0].targets.ids == [5, 7, 1, 2, 3, 9]).all()
 
 
-def test_an_import_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_import_resumes(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "rows.parquet", plain_rows(range(90)))
     calls: list[tuple[int, int]] = []
     import_table(table, str(tmp_path / "whole"), DESCRIBED, progress=lambda done, total: calls.append((done, total)))
@@ -170,7 +170,7 @@ def test_a_table_that_an_older_release_exported_becomes_a_cache_of_this_format(t
     assert verify_cache(tmp_path / "again") == []
 
 
-def test_targets_from_elsewhere_are_put_in_order_and_their_tail_is_what_is_left(tmp_path: Path) -> None:
+def test_imported_targets_are_sorted_and_get_the_remaining_mass_as_tail(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "rows.parquet", plain_rows(range(5)))
     import_table(table, str(tmp_path / "cache"), DESCRIBED)
     assert "is whole" in run("verify", tmp_path / "cache").output

@@ -55,7 +55,7 @@ def test_a_whole_cache_is_left_as_it_is(tmp_path: Path) -> None:
     assert run("repair", root).output == f"{root} is whole\n"
 
 
-def test_what_is_not_finished_is_no_damage(tmp_path: Path) -> None:
+def test_unfinished_work_is_not_damage(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache", num_shards=3, seal=False)
     (root / "commits/000002.json").unlink()
     (root / "topk_ids/c/2/0").write_bytes(b"half")
@@ -90,7 +90,7 @@ def test_no_foreign_file_is_ever_deleted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
-def test_after_random_damage_just_that_is_made_anew(tmp_path: Path, quick_disk: None, count: int) -> None:
+def test_after_random_damage_only_damaged_shards_are_redone(tmp_path: Path, quick_disk: None, count: int) -> None:
     shape = {"num_shards": 3, "per_shard": 4}
     root, other = write_cache(tmp_path / "cache", **shape), write_cache(tmp_path / "other", num_shards=3, per_shard=5)
     whole, copy, table = files_in(root), tmp_path / "copy", Counter[str]()
@@ -126,7 +126,7 @@ def assert_done(repair: Repair, before: Files, after: Files, what: str) -> None:
     assert set(repair.renewed) == changed, what
 
 
-def test_a_repair_says_what_is_run_again(tmp_path: Path) -> None:
+def test_a_repair_names_the_command_to_run_again(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     (root / "tail_ids/c/1/0").unlink()
     (root / "topk_ids/c/9").mkdir()
@@ -146,7 +146,7 @@ def test_a_repair_says_what_is_run_again(tmp_path: Path) -> None:
     assert run("repair", root).output == f"{said[-1]}\n"
 
 
-def test_contents_that_are_wrong_behind_right_checksums_are_made_anew(tmp_path: Path) -> None:
+def test_wrong_contents_with_correct_checksums_are_redone(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     whole = files_in(root)
     forge_rows(root, "label_logprob", lambda rows: rows.__setitem__(0, 1), shard=1)
@@ -157,7 +157,7 @@ def test_contents_that_are_wrong_behind_right_checksums_are_made_anew(tmp_path: 
     assert files_in(write_cache(root)) == whole
 
 
-def test_a_damaged_root_is_restored_and_what_else_is_damaged_goes(tmp_path: Path) -> None:
+def test_a_damaged_root_is_restored_and_damaged_shards_are_deleted(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
     whole = files_in(root)
     (root / "cache.json").write_bytes(whole["cache.json"][:-9])
@@ -227,7 +227,7 @@ def test_a_cache_that_is_being_written_is_not_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_what_cannot_be_read_is_not_deleted(tmp_path: Path, quick_disk: None, step: int) -> None:
+def test_unreadable_objects_are_not_deleted(tmp_path: Path, quick_disk: None, step: int) -> None:
     """A disk that fails once at any read: a repair fails, or leaves all that is whole."""
     root = write_cache(tmp_path / "cache", per_shard=2)
     (root / "label_logprob/c/0").write_bytes(b"nothing")
@@ -270,7 +270,7 @@ def test_an_append_that_was_stopped_is_no_damage_and_damage_to_it_leaves_the_cac
     assert files_in(capture_part(root, 1)) == whole
 
 
-def test_damage_to_what_is_appended_to_is_mended_by_either_capture(tmp_path: Path) -> None:
+def test_damage_in_a_cache_with_an_append_is_repaired_by_either_capture(tmp_path: Path) -> None:
     whole = files_in(capture_part(capture_part(tmp_path / "whole", 0), 1))
     root = capture_part(capture_part(tmp_path / "cache", 0), 1, stop_after=1)
     (root / "topk_ids/c/1/0").write_bytes(b"nothing")

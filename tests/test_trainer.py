@@ -69,7 +69,7 @@ def seen_by(trainer: Noting, cache: Cache) -> list[set[int]]:
 # What is trained on
 
 
-def test_the_loss_is_that_of_each_sequence_run_alone(cache: Cache, tmp_path: Path) -> None:
+def test_the_loss_equals_that_of_separate_sequences(cache: Cache, tmp_path: Path) -> None:
     config = DistillationConfig(temperature=2.0, kd_weight=0.3)
     trainer = trainer_of(tmp_path, cache, distillation=config, max_steps=1)
     trainer.train()
@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_each_sequence_run_alone(cache: Cache, tmp_path: Pat
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_without_distillation_it_is_the_trainer_of_transformers(
+def test_without_distillation_training_equals_transformers_trainer(
     build: Callable[..., Any], cache: Cache, tmp_path: Path
 ) -> None:
     """The same losses and the same weights as plain supervised fine-tuning of padded batches in the same order."""
@@ -246,7 +246,7 @@ def test_every_epoch_holds_every_sequence_once_in_an_order_of_its_own(cache: Cac
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_what_fills_no_batch_is_dropped_where_that_is_asked_for(cache: Cache, tmp_path: Path) -> None:
+def test_an_incomplete_batch_is_dropped_on_request(cache: Cache, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, cache, num_train_epochs=1, dataloader_drop_last=True)
     trainer.train()
     assert [len(members) for members in seen_by(trainer, cache)] == [4] * 5
@@ -328,7 +328,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     assert_same_weights(second.model, whole.model)
 
 
-def test_a_run_resumed_with_smaller_micro_batches_goes_on_in_the_same_order(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_resumed_with_smaller_micro_batches_keeps_its_order(cache: Cache, tmp_path: Path) -> None:
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
     whole = trainer_of(tmp_path / "whole", cache, per_device_train_batch_size=8, num_train_epochs=2)
     whole.train()
@@ -367,14 +367,14 @@ def test_logged_means_are_over_targets(cache: Cache, tmp_path: Path) -> None:
     assert trainer.num_tokens_trained == sum(int(batch["num_tokens"]) for batch in trainer.batches)
 
 
-def test_a_loss_that_someone_else_logs_is_logged_alone(cache: Cache, tmp_path: Path) -> None:
+def test_a_loss_logged_by_other_code_is_logged_unchanged(cache: Cache, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, cache)
     trainer.log({"loss": 1.0})
     assert trainer.state.log_history[0] == {"loss": 1.0, "epoch": 0, "step": 0}
 
 
 def means_of(model: Any, batches: list[dict[str, Tensor]], cache: Cache) -> dict[str, float]:
-    """Recomputed from whole rows of logits, a batch at a time."""
+    """Return the means, recomputed from all logits of each batch."""
     sums: dict[str, float] = dict.fromkeys([*MEANS, "num_targets"], 0.0)
     for batch in batches:
         with torch.no_grad():
@@ -446,7 +446,7 @@ def test_evaluation_in_the_middle_of_training_disturbs_nothing(cache: Cache, hel
     assert {"eval_one_forward_kl", "eval_two_forward_kl"} <= names
 
 
-def test_callbacks_and_tensorboard_see_what_is_logged(cache: Cache, tmp_path: Path) -> None:
+def test_callbacks_and_tensorboard_get_the_logs(cache: Cache, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged: list[dict[str, float]] = []
@@ -645,7 +645,7 @@ def test_several_gpus_in_one_process_are_refused(cache: Cache, tmp_path: Path, m
         trainer_of(tmp_path, cache)
 
 
-def test_caches_that_differ_in_what_they_hold_are_refused(
+def test_caches_with_different_settings_are_refused(
     teacher: Teacher, heldout_examples: Examples, cache: Cache, tmp_path: Path
 ) -> None:
     capture(teacher, heldout_examples, tmp_path / "cache", k=8, temperatures=[2.0, 1.0], tail_samples=0)

@@ -113,7 +113,7 @@ def assert_same_runs(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_losses_and_gradients_are_those_of_the_logits(model: str, cache: Cache, tmp_path: Path) -> None:
+def test_losses_and_gradients_equal_those_of_the_logits(model: str, cache: Cache, tmp_path: Path) -> None:
     config = DistillationConfig(temperature=2.0, kd_weight=0.7) if model in ("llama", "scaled", "capped") else None
     assert_same_runs(tmp_path, cache, MODELS[model], distillation=config)
 
@@ -171,7 +171,7 @@ def test_the_model_is_left_as_it_was(cache: Cache, tmp_path: Path) -> None:
         torch.testing.assert_close(found, llama(seed=1)(input_ids=tokens).logits)
 
 
-def test_the_objective_reads_the_targets_alone_and_no_logits_are_returned(
+def test_the_objective_reads_only_the_targets_and_no_logits_are_returned(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(tmp_path, cache, max_steps=2)
@@ -190,7 +190,7 @@ def test_the_objective_reads_the_targets_alone_and_no_logits_are_returned(
     assert [set(output) for output in returned] == [{"loss"}] * 2
 
 
-def test_whoever_asks_for_the_outputs_gets_logits_and_the_same_loss(cache: Cache, tmp_path: Path) -> None:
+def test_requested_outputs_have_logits_and_the_same_loss(cache: Cache, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, cache)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()

@@ -32,7 +32,7 @@ def client(model: str = "", *, patience_seconds: float = 30.0, is_tried: bool = 
     return Client(model, options, vocab_size=512, patience_seconds=patience_seconds, is_tried=is_tried)
 
 
-def test_targets_are_those_of_transformers_in_order_and_every_token_is_reported(
+def test_targets_equal_those_of_transformers_in_order_and_every_token_is_reported(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = install_fake_vllm(monkeypatch, teacher=teacher)

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("teacher"))
 
 
-def test_a_capture_holds_what_one_by_transformers_does_and_says_what_ran_the_teacher(
+def test_a_capture_equals_that_of_transformers_and_records_the_engine(
     folder: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = install_fake_vllm(monkeypatch)
@@ -42,7 +42,7 @@ def test_a_capture_holds_what_one_by_transformers_does_and_says_what_ran_the_tea
     assert log == ["[('dtype', 'float32'), ('enforce_eager', True), ('trust_remote_code', False)]", "shut down"]
 
 
-def test_a_capture_goes_on_with_the_engine_that_began_it(
+def test_a_capture_resumes_with_the_engine_that_began_it(
     folder: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_fake_vllm(monkeypatch)

@@ -50,7 +50,7 @@ def command(teacher: Path, out: Path, limit: int) -> list[object]:
         pytest.param({"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, id="two workers"),
     ],
 )
-def test_targets_are_those_of_transformers(teacher: Path, options: dict[str, Any], changes: dict[str, str]) -> None:
+def test_targets_equal_those_of_transformers(teacher: Path, options: dict[str, Any], changes: dict[str, str]) -> None:
     found = run_mode(teacher, options, **changes)
     assert found["ids_same"] >= 0.999 * found["ids"]
     assert found["tail_ids_same"] >= 0.999 * found["tail_ids"]
@@ -67,7 +67,7 @@ def test_a_capture_is_whole_and_of_the_same_teacher_as_one_by_transformers(teach
     assert caches[0].num_targets.tolist() == caches[1].num_targets.tolist()
 
 
-def test_after_the_engine_is_killed_the_same_command_goes_on(teacher: Path, tmp_path: Path) -> None:
+def test_after_the_engine_is_killed_the_same_command_resumes(teacher: Path, tmp_path: Path) -> None:
     args = command(teacher, tmp_path / "c", 4000)
     with start(args) as process:
         assert process.stderr is not None

@@ -59,7 +59,7 @@ def hidden(teacher: Teacher) -> Tensor:
     ],
     ids=str,
 )
-def test_spans_give_the_targets_of_the_sequence_however_they_are_cut_and_begun_anew(
+def test_spans_give_the_targets_of_the_sequence_for_any_split_and_restart(
     teacher: Teacher, hidden: Tensor, spans: list[tuple[int, int]]
 ) -> None:
     steps = begun(teacher.model.lm_head)
@@ -134,7 +134,7 @@ def test_other_errors_are_kept_with_their_type(hidden: Tensor) -> None:
     assert errors(steps) == []
 
 
-def test_memory_that_runs_out_says_what_to_lower(hidden: Tensor) -> None:
+def test_running_out_of_memory_names_the_settings_to_lower(hidden: Tensor) -> None:
     def fail(_: Tensor) -> Tensor:
         raise RuntimeError("CUDA out of memory")
 

@@ -9,7 +9,7 @@ from todi_offline.errors import EngineError
 from todi_offline.vllm_teacher.watchdog import Watchdog
 
 
-def test_a_call_returns_what_the_function_does_from_one_other_thread() -> None:
+def test_a_call_returns_the_functions_value_from_another_thread() -> None:
     watchdog = Watchdog("the engine", 10.0)
     threads = {watchdog.call("work", threading.get_ident) for _ in range(3)}
     assert len(threads) == 1
