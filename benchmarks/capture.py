@@ -68,7 +68,7 @@ def run(
 
 
 def _against_the_bare_pass(quick: bool, teacher: str | None, device: str, limit: int) -> dict[str, object]:
-    repetitions, limited = (1, 4) if quick else (9, limit)
+    repetitions, limited = (1, min(limit, 4)) if quick else (9, limit)
     if teacher is None:
         loaded = _made_up_teacher(2 if quick else 30, device)
     else:

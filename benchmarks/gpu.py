@@ -47,8 +47,8 @@ def run(
     sizes = (16, 320, 32, 1) if quick else (int(targets), int(vocab), int(width), int(repetitions))
     known: dict[str, Part] = {
         "loss": lambda: _losses(device, *sizes),
-        "step": lambda: step.run(quick, device=device, scale="1" if quick else "4"),
-        "capture": lambda: capture.run(quick, device=device, limit="200"),
+        "step": lambda: step.run(quick, device=device, scale="1" if quick else "4", batch_size="2" if quick else "8"),
+        "capture": lambda: capture.run(quick, device=device, limit="1" if quick else "200"),
     }
     measured: dict[str, object] = {"device": _name(device), "peers": peers()}
     print("\n".join(f"{name}: {version}" for name, version in peers().items()))

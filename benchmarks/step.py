@@ -117,7 +117,7 @@ def run(
             teacher, student = _made_models(root, int(scale), small=quick)
         if cache is None:
             cache = str(root / "cache")
-            limit = max(2 * num_steps * int(batch_size), 64)
+            limit = max(2 * num_steps * int(batch_size), 0 if quick else 64)
             capture(teacher, data, cache, k=64, tail_samples=8, max_length=512, max_prompt_length=256, limit=limit)
         world = _world(teacher, student, cache, int(batch_size), num_steps, device)
         methods = _methods(world, root)
