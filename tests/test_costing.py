@@ -214,6 +214,23 @@ def test_plan_refuses_the_settings_that_a_capture_refuses(
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [
+        {"k": VOCAB, "tail_samples": 0},
+        {"k": 0, "tail_samples": 20},
+        {"k": 4, "tail_samples": 2, "temperatures": (2.0,), "tail_temperature": 2.0},
+        {"k": 8, "tail_samples": 0, "temperatures": (2.0,)},
+    ],
+    ids=["the whole vocabulary", "samples alone", "another temperature", "no samples"],
+)
+def test_any_shape_that_can_be_captured_can_be_planned(teacher: str, tmp_path: Path, shape: dict[str, Any]) -> None:
+    settings = {**SMALL, **shape, "limit": 12}
+    asked = next(row for row in plan(teacher, "stdlib", probe=12, **settings).choices if row.is_asked)
+    capture(teacher, "stdlib", tmp_path / "cache", **settings)
+    assert asked.total_bytes == pytest.approx(size_on_disk(tmp_path / "cache"), rel=0.03)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [({"probe": -1}, "probe is -1"), ({"rate": 0.0}, "rate is 0.0"), ({"epochs": float("inf")}, "epochs is inf")],
 )

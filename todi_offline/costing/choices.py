@@ -37,16 +37,20 @@ class Work:
     """To load the teacher and to take its fingerprint."""
 
 
-def shapes_of(vocab_size: int) -> list[tuple[int, int]]:
-    """Return the shapes of the table that a vocabulary has enough ids for."""
-    return [shape for shape in SHAPES if shape[0] < vocab_size]
+def shapes_of(vocab_size: int, asked: CacheSettings) -> list[tuple[int, int]]:
+    """Return the shapes of the table that a probe can have beside the settings that are asked for.
+
+    A probe that keeps the whole vocabulary has no tail, so it has no samples.
+    """
+    is_dense = asked.k >= vocab_size
+    return [(k, samples) for k, samples in SHAPES if k < vocab_size and not (samples and is_dense)]
 
 
 def choices_of(work: Work) -> list[Choice]:
     """Return the rows of the table: what is asked for, and the shapes that were studied."""
     asked = work.config.cache
     wanted = (asked.k, asked.tail_samples, asked.encoding)
-    rows = [(*shape, encoding) for shape in shapes_of(work.vocab_size) for encoding in ENCODINGS]
+    rows = [(*shape, encoding) for shape in shapes_of(work.vocab_size, asked) for encoding in ENCODINGS]
     if not work.amount.num_sequences:
         return []
     return [_choice(work, *row, is_asked=row == wanted) for row in sorted({*rows, wanted})]
@@ -56,7 +60,7 @@ def _choice(work: Work, k: int, samples: int, encoding: str, *, is_asked: bool) 
     settings = _with_shape(work.config.cache, k, samples, encoding)
     mass, basis, stored = None, "unknown", None
     if work.probe is not None:
-        rows = narrowed(work.probe.sequences, settings)
+        rows = work.probe.asked if is_asked else narrowed(work.probe.sequences, settings)
         mass, basis, stored = kept_mass(rows), "probe", measured_bytes(rows, settings, work.vocab_size, work.amount)
     elif (found := BYTES.get((k, samples, encoding))) is not None:
         basis, stored = "study", _studied_bytes(work, settings, found)

@@ -156,7 +156,7 @@ def _work(
         if len(plan.sequences):
             chosen = draw(unread if len(unread) else plan.sequences, options.probe, options.probe_seed)
             stage(f"The teacher reads {len(chosen):,} sequences")
-            wide = widest(config.cache, shapes_of(vocab_size))
+            wide = widest(config.cache, shapes_of(vocab_size, config.cache))
             probe = measure(engine, examples, chosen.tolist(), (config.cache, wide), vocab_size)
         engine.close()
     own = plan.sequences

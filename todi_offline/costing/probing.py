@@ -26,6 +26,8 @@ class Probe:
 
     sequences: list[SequenceRows]
     """With targets of the widest settings."""
+    asked: list[SequenceRows]
+    """With targets of the settings that are asked for."""
     num_tokens: npt.NDArray[np.int64]
     """[sequence]"""
     num_targets: int
@@ -44,8 +46,8 @@ def draw(sequences: npt.NDArray[np.int64], count: int, seed: int) -> npt.NDArray
 
 def widest(asked: CacheSettings, shapes: Sequence[tuple[int, int]]) -> CacheSettings:
     """Return settings of which all shapes, and what is asked for, are a part."""
-    k = max(asked.k, *(shape[0] for shape in shapes))
-    samples = max(asked.tail_samples, *(shape[1] for shape in shapes))
+    k = max([asked.k, *(shape[0] for shape in shapes)])
+    samples = max([asked.tail_samples, *(shape[1] for shape in shapes)])
     at = asked.tail_temperature if asked.tail_temperature in asked.temperatures else asked.temperatures[0]
     return dataclasses.replace(asked, k=k, tail_samples=samples, tail_temperature=at)
 
@@ -75,11 +77,13 @@ def measure(
     started = perf_counter()
     sequences = run_probe(engine, examples, chosen, wide)
     teacher_seconds = perf_counter() - started
-    rows = narrowed(sequences, asked)
+    # Samples of the whole vocabulary are stratified, and those that narrowing draws are not: they take more bytes.
+    rows = narrowed(sequences, asked) if asked.k else run_probe(engine, examples, chosen, asked)
     started = perf_counter()
     _write(rows, asked, vocab_size)
     return Probe(
         sequences,
+        rows,
         np.array([len(each.token_ids) for each in sequences], np.int64),
         sum(len(each.targets) for each in sequences),
         teacher_seconds,
