@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 import pytest
 from support.disk import FailingReads
-from support.fake_cache import forge, forge_rows, forge_table, manifest, sequence, settings, write_cache
+from support.fake_cache import forge, forge_rows, forge_table, manifest, sequence, settings, write_cache, write_foreign
 from support.tools import run
 
 from todi_offline.cache.check.problems import GO_ON, NOTHING, READ_AGAIN, RENEW, RESTORE, Problem, redo
@@ -140,15 +140,9 @@ def test_a_lost_tokenizer_is_one_problem(tmp_path: Path) -> None:
     assert [problem.where for problem in problems(root)] == ["tokenizer.json"]
 
 
-FOREIGN = (".git/HEAD", "README.md", "run/model.safetensors", "commits/0.json", "topk_ids/notes.txt", "x.tmp")
-
-
 def test_foreign_files_and_a_nested_cache_are_notes(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
-    for key in FOREIGN:
-        (root / key).parent.mkdir(parents=True, exist_ok=True)
-        (root / key).write_text("not ours")
-    write_cache(root / "nested")
+    write_foreign(root)
     found = problems(root)
     assert {(problem.is_note, problem.remedy) for problem in found} == {(True, NOTHING)}
     named = {".git", "README.md", "run", "commits/0.json", "topk_ids/notes.txt", "x.tmp", "nested"}

@@ -88,3 +88,9 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 def test_a_folder_that_is_not_empty_is_refused(teacher: Path) -> None:
     with pytest.raises(ConfigError, match=f"{teacher.name} is not empty; choose another folder for the student"):
         make_student(str(teacher), teacher, layers=1)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; choose another folder for the student"):
+        make_student(str(teacher), tmp_path / "file", layers=1)

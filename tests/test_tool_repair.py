@@ -16,7 +16,16 @@ import pytest
 from support import fake_cache
 from support.damage import KINDS, Files, stray
 from support.disk import FailingReads, Operation, Watch
-from support.fake_cache import forge_rows, forge_table, manifest, sequence, settings, write_cache
+from support.fake_cache import (
+    FOREIGN,
+    forge_rows,
+    forge_table,
+    manifest,
+    sequence,
+    settings,
+    write_cache,
+    write_foreign,
+)
 from support.tools import run
 
 from todi_offline.cache.check.repair import Repair, repair_cache
@@ -66,15 +75,9 @@ def test_unfinished_work_is_not_damage(tmp_path: Path) -> None:
     assert run("repair", root).output == "run again the capture of source fake: it finishes the cache\n"
 
 
-FOREIGN = (".git/HEAD", "README.md", "run/model.safetensors", "commits/0.json", "topk_ids/notes.txt", "x.tmp")
-
-
 def test_no_foreign_file_is_ever_deleted(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache")
-    for key in FOREIGN:
-        (root / key).parent.mkdir(parents=True, exist_ok=True)
-        (root / key).write_text("not ours")
-    write_cache(root / "nested")
+    write_foreign(root)
     (root / "nested/token_ids/c/0").write_bytes(b"damage")
     begun = files_in(root)
     assert repair_cache(root) == Repair()

@@ -170,6 +170,8 @@ def test_an_argument_that_transformers_does_not_know_is_refused(folder: Path, ca
         train(str(folder), cache, tmp_path / "run", temprature=1.0)
     with pytest.raises(ConfigError, match=r"unknown setting 'zzz'; expected an option of `todi train --help`"):
         train(str(folder), cache, tmp_path / "run", zzz=1)
+    with pytest.raises(ConfigError, match=r"transformers refuses these training arguments: tensorbord is not supp"):
+        train(str(folder), cache, tmp_path / "run", report_to="tensorbord")
     with pytest.raises(ConfigError, match=r"transformers refuses these training arguments: .*sometimes"):
         train(str(folder), cache, tmp_path / "run", save_strategy="sometimes")
     assert not (tmp_path / "run").exists()

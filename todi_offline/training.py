@@ -204,6 +204,7 @@ def training_arguments(config: TrainConfig) -> Any:
         ConfigError: this release of transformers does not know an argument, or refuses its value.
     """
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     known = {item.name for item in dataclasses.fields(TrainingArguments)}
     unknown = sorted(config.trainer.keys() - known)
@@ -222,7 +223,9 @@ def training_arguments(config: TrainConfig) -> Any:
         "output_dir": str(config.out),
     }
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
+        get_reporting_integration_callbacks(arguments.report_to)  # raises where a name is unknown
+        return arguments
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"transformers refuses these training arguments: {error}") from error
 

@@ -25,6 +25,9 @@ from todi_offline.cache.writer import CacheWriter, replace_root, write_derived_m
 
 VOCAB = 300
 
+FOREIGN = (".git/HEAD", "README.md", "run/model.safetensors", "commits/0.json", "topk_ids/notes.txt", "x.tmp")
+"""Files in a cache's folder that belong to other programs."""
+
 
 def settings(**changes: Any) -> CacheSettings:
     return CacheSettings(**({"k": 6, "tail_samples": 3, "encoding": "f16", "shard_tokens": 4096} | changes))
@@ -129,6 +132,14 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file anew: other caches may be linked to the old one."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
+
+
+def write_foreign(root: Path) -> None:
+    """Write files into a cache's folder that belong to other programs, and another cache below it."""
+    for key in FOREIGN:
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_text("not ours")
+    write_cache(root / "nested")
 
 
 def forge_rows(root: Path, name: str, change: Callable[[npt.NDArray[Any]], None], shard: int = 0) -> None:

@@ -40,8 +40,9 @@ def make_student(
     named: dict[str, Any] = {"source": source, "out": out}
     settings |= {name: value for name, value in named.items() if value is not None}
     resolved = load_config(MakingConfig, config, settings)
-    if resolved.out.exists() and any(resolved.out.iterdir()):
-        raise ConfigError(f"{resolved.out} is not empty; choose another folder for the student")
+    if resolved.out.exists() and (not resolved.out.is_dir() or any(resolved.out.iterdir())):
+        problem = "is not empty" if resolved.out.is_dir() else "is a file"
+        raise ConfigError(f"{resolved.out} {problem}; choose another folder for the student")
     tokenizer = load_tokenizer(resolved.source)
     teacher = load_model(resolved.source, device="cpu")
     layers = _layers(teacher, resolved)
