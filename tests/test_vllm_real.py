@@ -67,18 +67,25 @@ def test_a_capture_is_whole_and_of_the_same_teacher_as_one_by_transformers(teach
     assert caches[0].num_targets.tolist() == caches[1].num_targets.tolist()
 
 
-def test_after_the_engine_is_killed_the_same_command_resumes(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["engine", "driver"])
+def test_after_a_kill_no_process_is_left_and_the_same_command_resumes(
+    teacher: Path, tmp_path: Path, victim: str
+) -> None:
     args = command(teacher, tmp_path / "c", 4000)
     with start(args) as process:
         assert process.stderr is not None
         is_committed = re.compile(r"[1-9]\d* of \d+ shards").search
         next(line for line in process.stderr if is_committed(line))
-        (engine,) = [one for one in psutil.Process(process.pid).children() if "EngineCore" in " ".join(one.cmdline())]
-        engine.kill()
+        below = psutil.Process(process.pid).children(recursive=True)
+        engines = [one for one in below if "VLLM" in " ".join(one.cmdline())]
+        (engines[0] if victim == "engine" else process).kill()
         errors = process.stderr.read()
-        assert process.wait(START_SECONDS) == 1, errors
-    assert [line for line in errors.splitlines() if line.startswith("Error: ")]
-    assert "vLLM has died" in errors
+        code = process.wait(START_SECONDS)
+    if victim == "engine":
+        assert code == 1
+        assert "Error: shard" in errors
+        assert "vLLM has died" in errors
+    assert psutil.wait_procs(engines, timeout=60)[1] == []
     run(args)
     assert verify_cache(tmp_path / "c") == []
 
