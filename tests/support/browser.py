@@ -17,7 +17,7 @@ PATIENCE = 60_000  # milliseconds: a machine may be busy
 
 @dataclass
 class Seen:
-    """A page that is open, and what it asked for and said."""
+    """An open page, with its requests and its console messages."""
 
     page: Any
     requests: list[str] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Seen:
         return self.page.locator(".panel").inner_text()
 
     def wait_for_address(self, *places: str) -> None:
-        """Wait until the address ends in one of these places; the page's policy forbids functions made of strings."""
+        """Wait until the address ends in one of these places, without a script: the policy of the page forbids eval."""
         self.page.wait_for_url(lambda url: url.partition("#")[2].startswith(places))
 
     def current(self) -> str:
@@ -36,7 +36,7 @@ class Seen:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    """Yield a browser; skip the test where there is none."""
+    """Yield a browser; skip the test if there is none."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if EXECUTABLE is None:
         pytest.skip("no Chromium is installed; apt-get install chromium-headless-shell")
@@ -50,7 +50,7 @@ def chromium() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened(browser: Any, file: Path, address: str = "", *, width: int = 1280, dark: bool = False) -> Iterator[Seen]:
-    """Open a page, wait until it has drawn itself, and at the end require that it was content with the file alone."""
+    """Open a page and wait until it is drawn; at the end, require that it made no request and no console error."""
     context = browser.new_context(
         offline=True, viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
     )

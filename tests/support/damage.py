@@ -39,7 +39,7 @@ def truncate(root: Path, rng: np.random.Generator, _: Path) -> str:
 
 
 def overwrite(root: Path, rng: np.random.Generator, _: Path) -> str:
-    """A block that was lost: zeros of a random length anywhere in a file."""
+    """Overwrite a random range of a file with zeros, like a lost block."""
     path = drawn(root, rng)
     data = bytearray(path.read_bytes())
     start, length = int(rng.integers(len(data))), int(rng.integers(1, 512))
@@ -73,7 +73,7 @@ def swap(root: Path, rng: np.random.Generator, other: Path) -> str:
 
 
 def replace(root: Path, rng: np.random.Generator, other: Path) -> str:
-    """The file of the same name of another cache, as a copy that was cut off leaves it."""
+    """Replace a file with the same file of another cache, as an interrupted copy does."""
     path = drawn(root, rng)
     theirs = (other / path.relative_to(root)).read_bytes()
     if theirs == path.read_bytes():

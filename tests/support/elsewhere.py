@@ -25,7 +25,7 @@ _refuses_reads = False
 
 @contextlib.contextmanager
 def without_reads() -> Iterator[None]:
-    """Within, a number that the host takes from the device is an error."""
+    """In this context, reading a number from the device is an error."""
     global _refuses_reads
     _refuses_reads = True
     try:
@@ -36,7 +36,7 @@ def without_reads() -> Iterator[None]:
 
 class _Module(backends._DummyBackendModule):
     def is_available(self) -> bool:
-        return False  # so that nobody takes it for the machine's accelerator
+        return False  # so that it does not count as the machine's accelerator
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -52,7 +52,7 @@ ELSEWHERE = torch.device("elsewhere", 0)
 
 
 class Elsewhere(Tensor):
-    """A tensor whose numbers are those of `inner`, on the CPU."""
+    """A tensor with the numbers of `inner`, which is on the CPU."""
 
     inner: Tensor
 
@@ -73,7 +73,7 @@ class Elsewhere(Tensor):
 
 
 class Elsewheres(TorchDispatchMode):
-    """Where the device exists."""
+    """A context in which the device exists."""
 
     def __enter__(self) -> Any:
         self._literals = _Literals()
@@ -89,7 +89,7 @@ class Elsewheres(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor`, which is not dispatched, with a device that is named."""
+    """Handles `torch.tensor` with a device, which torch does not dispatch."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -99,7 +99,7 @@ class _Literals(TorchFunctionMode):
 
 
 def settle(model: torch.nn.Module) -> None:
-    """Move a model there, by new tensors: those of the CPU cannot become them in place."""
+    """Move a model to the device with new tensors; the CPU's cannot be changed in place."""
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -135,7 +135,7 @@ def _check_read(function: Any, args: Any, kwargs: dict[str, Any], *, is_there: b
     if not (_refuses_reads and is_there):
         return
     reads = any(tag in READS for tag in function.tags)
-    if function is torch.ops.aten.index.Tensor:  # by numbers the shape is known, by a mask it has to be read
+    if function is torch.ops.aten.index.Tensor:  # indices give a known shape; a mask must be read
         reads = any(index is not None and index.dtype == torch.bool for index in args[1])
     target = kwargs.get("device") if function is not torch.ops.aten.copy_.default else args[0].device
     if reads or (function in MOVES and target is not None and torch.device(target).type == "cpu"):

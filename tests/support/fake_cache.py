@@ -47,7 +47,7 @@ def manifest(chosen: CacheSettings, num_shards: int = 1, num_sequences: int = 1,
 
 
 def sequence(number: int, chosen: CacheSettings, vocab_size: int = VOCAB, scale: float = 3) -> SequenceRows:
-    """Return a sequence that its number decides: tokens, mask, and what a softmax over random logits keeps.
+    """Return a sequence made from its number: tokens, mask, and the targets of a softmax over random logits.
 
     Half of the labels are likely ones. `scale` is the spread of the logits.
     """
@@ -97,7 +97,7 @@ def write_cache(root: Path, num_shards: int = 2, per_shard: int = 12, *, seal: b
 
 
 def forge(root: Path, key: str, data: bytes, chunks: bytes | None = None) -> None:
-    """Replace an object and make every checksum right again, so that only a look at the contents can tell.
+    """Replace an object and correct every checksum, so that only its contents are wrong.
 
     `chunks` are the new sums of its chunks; without them the old ones stay.
     """
@@ -119,7 +119,7 @@ def forge(root: Path, key: str, data: bytes, chunks: bytes | None = None) -> Non
 
 
 def edit_root(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the values of the root of a cache in place, and make its checksum right again."""
+    """Change the values of a cache's root in place, and correct its checksum."""
     values = json.loads((root / ROOT_KEY).read_text())
     change(values)
     del values["crc32c"]
@@ -129,7 +129,7 @@ def edit_root(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file anew: other caches may be linked to the old one."""
+    """Write a new file; other caches may be linked to the old one."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 

@@ -12,11 +12,11 @@ import numpy as np
 
 
 class FakeRayError(Exception):
-    """Base of what a call may end in."""
+    """Base of the errors of a call."""
 
 
 class FakeTaskError(FakeRayError):
-    """A call has raised an error."""
+    """A call raised an error."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -24,11 +24,11 @@ class FakeTaskError(FakeRayError):
 
 
 class DiedError(BaseException):
-    """Raised within an actor to end it."""
+    """Raised in an actor to end the actor."""
 
 
 class Ref:
-    """A value, sent as Ray sends it, or a call of an actor that is to give one."""
+    """A value, pickled like Ray's, or the call of an actor that will return it."""
 
     def __init__(
         self, value: Any = None, *, actor: "Actor | None" = None, call: tuple[str, tuple[Any, ...]] = ("", ())
@@ -43,7 +43,7 @@ class Ref:
 
 
 class Actor:
-    """An actor, and the calls that it has not begun."""
+    """An actor, and its calls that have not started."""
 
     def __init__(self, ray: "FakeRay", instance: Any, number: int) -> None:
         self.ray, self.instance, self.number = ray, instance, number
@@ -72,7 +72,7 @@ Deadly = Callable[[str, Actor], bool]
 
 
 class FakeRay:
-    """In place of the module `ray`."""
+    """Replaces the module `ray`."""
 
     exceptions = types.SimpleNamespace(RayError=FakeRayError, RayTaskError=FakeTaskError)
 
@@ -107,7 +107,7 @@ class FakeRay:
         actor.die()
 
     def wait(self, refs: list[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
-        """Run calls until as many have ended, or until no actor has anything to do."""
+        """Run calls until this many have ended, or until all actors are idle."""
         while timeout and sum(ref.is_done for ref in refs) < num_returns:
             busy = [actor for actor in self.actors if actor.waiting]
             assert busy, "the driver waits for what nobody does"

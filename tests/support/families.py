@@ -10,7 +10,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from support.tiny import tiny_tokenizer
 
 OTHERS = ("diffusion_gemma", "idefics3", "lfm2_2_5_vl", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm")
-"""For images, or no language models of the usual kind."""
+"""Templates for images, or of models that are not causal language models."""
 
 TEMPLATES = {
     file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ _SPECIAL = re.compile(
     r"<\|[A-Za-z_]+\|>|<｜[^｜<>']+｜>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>"
 )
 _PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-"""Tokens of their own, and not special."""
+"""Tokens that a family adds and that are not special."""
 
 
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from todi_offline.data import Example
 
 
 def assert_same_targets(found: TargetRows, expected: TargetRows) -> None:
-    """Equal but for the rounding of matrix products of another shape."""
+    """Assert equality, up to the rounding of matrix products of another shape."""
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.tail_ids, expected.tail_ids)
     for name in ("logprobs", "tail_logsumexp", "label_logprob", "tail_logprobs"):

@@ -26,7 +26,7 @@ def student_logprobs(cached: CachedSequence, seed: int) -> np.ndarray:
 
 
 def student_rows(cached: CachedSequence, seed: int) -> StudentRows:
-    """Return what a made-up student predicts, by way of its whole distribution."""
+    """Return the predictions of a made-up student, computed from its whole distribution."""
     logprobs = student_logprobs(cached, seed)
     ids = cached.targets.ids.astype(np.int64)
     labels = cached.token_ids[np.flatnonzero(cached.target_mask) + 1].astype(np.int64)[:, None]
@@ -46,7 +46,7 @@ def student_rows(cached: CachedSequence, seed: int) -> StudentRows:
 
 
 def page_data(html: str) -> tuple[Any, list[np.ndarray]]:
-    """Return what a page holds: its values, and the arrays that they name by number."""
+    """Return the values of a page, and the arrays that these values reference by number."""
     found = re.search(r'<script type="application/octet-stream" id="data">([A-Za-z0-9+/=]*)</script>', html)
     assert found
     data = zlib.decompress(base64.b64decode(found[1]), -zlib.MAX_WBITS)

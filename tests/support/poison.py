@@ -8,7 +8,7 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import save_llama
 
 SIGN = "☠☠"
-"""Text that no other example has."""
+"""A text that only this example contains."""
 
 _CODE = """
 import os, signal
@@ -29,7 +29,7 @@ _ACTIONS = {"raise": 'raise RuntimeError("no kernel for this")', "kill": "os.kil
 def save_poisonous(
     folder: Path, rows: list[dict[str, Any]], number: int, how: Literal["raise", "kill"] | str
 ) -> tuple[Path, Path]:
-    """Save a teacher, which needs `trust_remote_code`, and conversations whose row `number` it does not survive."""
+    """Save a teacher that needs `trust_remote_code`, and conversations; row `number` kills the teacher."""
     teacher = save_llama(folder / "poisoned", num_hidden_layers=1)
     sign = tiny_tokenizer()(SIGN)["input_ids"]
     (teacher / "modeling_poisoned.py").write_text(_CODE.format(sign=sign, action=_ACTIONS[how]))

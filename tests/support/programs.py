@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Ended:
-    """What a program said, and how it ended."""
+    """The output and the exit code of a program."""
 
     code: int
     output: str
@@ -28,12 +28,12 @@ class Ended:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines that say what was wrong, without those of other libraries."""
+        """The error lines of this library, without those of other libraries."""
         return [line for line in self.errors.splitlines() if line.startswith("Error:")]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return what a program needs to import this checkout, on one thread and without the network."""
+    """Return the environment for a program that imports this checkout, with one thread and no network."""
     paths = (str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")]))
     fixed = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return os.environ | fixed | changes
@@ -74,7 +74,7 @@ class Answering:
     """A program of `support` that answers each line of JSON with another."""
 
     def __init__(self, module: str, config: dict[str, Any], log: Path) -> None:
-        """Start it; what it says beside its answers goes to a file."""
+        """Start the program; its stderr goes to a file."""
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -87,7 +87,7 @@ class Answering:
             )
 
     def ask(self, question: dict[str, Any], seconds: float = PATIENCE_SECONDS) -> Any:
-        """Return the answer to a question; a TimeoutError where none comes in time."""
+        """Return the answer to a question; raise TimeoutError if it takes too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -106,6 +106,6 @@ class Answering:
 
 
 def end_with_parent() -> None:
-    """Let the kernel end this process when its parent ends, where the kernel is Linux."""
+    """On Linux, let the kernel end this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

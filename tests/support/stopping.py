@@ -13,11 +13,11 @@ from todi_offline.cache.progress import Progress
 
 
 class StoppedError(Exception):
-    """The work was to end here."""
+    """Stops the work."""
 
 
 def stop_at(call: int) -> Progress:
-    """Return a progress that ends the work when it is called for the `call`-th time."""
+    """Return a progress callback that raises at its `call`-th call."""
     count = 0
 
     def progress(_done: int, _total: int) -> None:
@@ -31,14 +31,14 @@ def stop_at(call: int) -> Progress:
 
 @contextlib.contextmanager
 def written_at_once() -> Iterator[None]:
-    """Within, a capture commits a shard before its teacher reads the next, so a test knows what is there."""
+    """In this context, a capture commits each shard before its teacher reads the next one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(todi_offline.capturing.in_process, "ThreadPoolExecutor", _Inline)
         yield
 
 
 class _Inline:
-    """In place of a pool of threads: does its work when it is submitted."""
+    """Replaces a thread pool: runs each call at submission."""
 
     def __init__(self, _num_threads: int) -> None: ...
 

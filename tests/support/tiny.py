@@ -18,7 +18,7 @@ CHATML = (
 
 
 def tiny_tokenizer(chat: bool = True, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of exactly `vocab_size` entries that loses nothing and adds no token of its own.
+    """Return a lossless tokenizer of exactly `vocab_size` entries that adds no tokens around a text.
 
     With `chat` it has the ChatML template and EOS is `<|im_end|>`; without, EOS is `<|endoftext|>`.
     """

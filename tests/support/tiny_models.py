@@ -35,11 +35,11 @@ DECODER = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-"""With weights this large the distributions are far from flat."""
+"""Weights this large give distributions that are far from flat."""
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a float32 model in evaluation mode whose weights follow from the seed."""
+    """Return a float32 model in evaluation mode, with random weights from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).eval()
@@ -57,7 +57,7 @@ def gpt2(seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def gemma2(seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A soft cap of 2, so low that whoever forgets it is far off."""
+    """Its soft cap of 2 is so low that forgetting it gives very different logits."""
     values = DECODER | {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 64}
     return build(Gemma2Config(**(values | changes)), seed)
 
@@ -72,7 +72,7 @@ def cohere(seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def mamba(seed: int = 0) -> PreTrainedModel:
-    """A recurrent state runs through the whole row, so sequences that share one meet in it."""
+    """Its recurrent state runs through the whole row, so packed sequences are not isolated."""
     values = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     return build(MambaConfig(**values, bos_token_id=0, eos_token_id=2, pad_token_id=0), seed)
 

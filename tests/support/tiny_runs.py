@@ -12,7 +12,7 @@ from todi_offline.cache.reader import Cache
 from todi_offline.losses import DistillationConfig
 from todi_offline.trainer import ToDiTrainer
 
-CHECKPOINTING = "activation_checkpointing"  # its name of old: gradient_checkpointing
+CHECKPOINTING = "activation_checkpointing"  # its old name: gradient_checkpointing
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
 
@@ -20,7 +20,7 @@ QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": T
 
 
 class Noting(ToDiTrainer):
-    """Notes what every micro-batch held, and its loss."""
+    """Records every micro-batch and its loss."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
