@@ -357,7 +357,7 @@ def test_a_folder_needs_no_package_and_may_be_a_url(tmp_path: Path) -> None:
 def test_capture_writes_to_a_url_and_training_reads_from_it(
     teacher: Teacher, examples: Examples, cache: Cache, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture(teacher, examples, memory, k=16, tail_samples=4, shard_tokens=4096, codec="fast")
+    capture(teacher, examples, memory, k=16, tail_samples=4, encoding="f16", shard_tokens=4096, codec="fast")
     remote = open_cache(memory)
     assert_same_objects(remote.store, cache.store)
     assert isinstance(training_order(remote, 0), WindowShuffledOrder)

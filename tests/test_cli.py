@@ -175,7 +175,7 @@ def test_errors_are_one_line_with_exit_code_1(
     assert "top 8" in fails(monkeypatch, capsys, *train, "--cache", cache, "--k", "9")
     assert "no_such" in fails(monkeypatch, capsys, *train, "--cache", cache, "--set", "no_such=1")
     assert "expected NAME=VALUE" in fails(monkeypatch, capsys, *train, "--cache", cache, "--set", "oops")
-    assert "teacher is required" in fails(monkeypatch, capsys, "capture", "--out", tmp_path / "c")
+    assert "teacher is missing" in fails(monkeypatch, capsys, "capture", "--out", tmp_path / "c")
     assert "nothing to evaluate on" in fails(monkeypatch, capsys, "evaluate", "--student", student)
     missing = fails(monkeypatch, capsys, "capture", "--teacher", tmp_path / "none.gguf", "--out", tmp_path / "c")
     assert "there is no file" in missing

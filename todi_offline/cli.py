@@ -233,7 +233,7 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
 def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Measure a student's distance to a cached teacher, and its ROUGE-L.
 
-    --cache names a held-out cache for the distance, --data instructions with references for ROUGE-L; either or both.
+    A held-out cache gives the distance, a data set with references gives ROUGE-L. Name either or both.
 
     \b
     Example: todi evaluate --student run/ --cache heldout/ --data dolly-dev.jsonl --out scores/
