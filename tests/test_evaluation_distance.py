@@ -270,7 +270,7 @@ def test_a_tokenizer_head_temperature_or_k_that_does_not_fit_is_refused(student,
         measured(llama(vocab_size=300), heldout)
     with pytest.raises(TargetsError, match="or capture 4 too"):
         measured(student, heldout, temperature=4.0)
-    with pytest.raises(TargetsError, match="choose 0 to 16"):
+    with pytest.raises(TargetsError, match="choose 1 to 16"):
         measured(student, heldout, k=17)
 
 

@@ -422,7 +422,7 @@ def test_a_mask_that_supervises_the_last_position_is_refused(any_cache: Fuzzed) 
     first = pq.read_table(pa.BufferReader(any_cache.files[sequences_key(0)]))["num_tokens"][0].as_py()
     mask[0], mask[first - 1] = 0, 1
     data = encode_shard(spec, mask, any_cache.manifest.settings.codec)
-    with pytest.raises(CacheCorruptError, match=r"number 0\): it supervises its last position"):
+    with pytest.raises(CacheCorruptError, match=r"number 0\): its mask supervises the last position"):
         any_cache.with_files(any_cache.with_right_sums({spec.object_key(0): data}), any_cache.train)
 
 

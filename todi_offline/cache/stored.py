@@ -119,8 +119,7 @@ class StoredCache:
         token_ids, mask = arrays.pop("token_ids"), arrays.pop("target_mask").astype(np.bool_)
         if mask[-1:].any():
             raise CacheCorruptError(
-                f"its mask supervises the last position in {self.store}, which no token follows; run "
-                "`todi-cache verify`"
+                "its mask supervises the last position, which no token follows; run `todi-cache verify`"
             )
         if mask.sum() != (num_targets := len(arrays["label_logprob"])):
             raise CacheCorruptError(
