@@ -60,7 +60,7 @@ def keep(teacher: Teacher, examples: Examples, place: Path, **settings: Any) -> 
     if not teacher.head.is_linear or head.bias is not None or teacher.head.scale != 1 or teacher.head.softcap:
         raise ModelError(f"the head of {type(teacher.model).__name__} is more than a matrix; take another teacher")
     recording = _Recording(teacher.model, runs_apart=True)
-    capture(dataclasses.replace(teacher, head=recording), examples, place, **settings)
+    capture(dataclasses.replace(teacher, head=recording), examples, place, encoding="f16", **settings)
     hidden = [recording.read_at(sequence) for sequence in open_cache(place)]
     np.save(place.parent / "head.npy", head.weight[: teacher.vocab_size].detach().numpy())
     whole = place.parent / "whole.npy"

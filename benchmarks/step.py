@@ -118,7 +118,17 @@ def run(
         if cache is None:
             cache = str(root / "cache")
             limit = max(2 * num_steps * int(batch_size), 0 if quick else 64)
-            capture(teacher, data, cache, k=64, tail_samples=8, max_length=512, max_prompt_length=256, limit=limit)
+            capture(
+                teacher,
+                data,
+                cache,
+                k=64,
+                tail_samples=8,
+                encoding="f16",
+                max_length=512,
+                max_prompt_length=256,
+                limit=limit,
+            )
         world = _world(teacher, student, cache, int(batch_size), num_steps, device)
         methods = _methods(world, root)
         rounds = [{name: _round(build, device) for name, build in methods.items()} for _ in range(num_rounds)]
