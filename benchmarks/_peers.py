@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from todi_offline.targets import SparseTargets
+from todi_offline.targets.sparse import SparseTargets
 
 Step = Callable[[], object]
 Losses = dict[str, Callable[[], Any]]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 
 BAR = 1.7
 """Two workers' rate over one's, at least."""

@@ -10,8 +10,8 @@ from benchmarks._study_kept import KeptTeacher, numbered
 from benchmarks._study_losses import NUM_BINS, Batch, logits_of
 from todi_offline.cache.reader import Cache
 from todi_offline.losses.divergences import forward_kl
-from todi_offline.models import evaluation_mode
-from todi_offline.stream import Collator
+from todi_offline.models.loading import evaluation_mode
+from todi_offline.training.stream import Collator
 
 
 @torch.no_grad()

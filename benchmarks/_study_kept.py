@@ -23,8 +23,8 @@ from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
 from todi_offline.errors import ModelError
-from todi_offline.head import Head
-from todi_offline.teacher import Teacher
+from todi_offline.models.head import Head
+from todi_offline.teacher.in_transformers import Teacher
 
 Array = npt.NDArray[Any]
 

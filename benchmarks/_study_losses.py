@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks._study_arms import Arm
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
-from todi_offline.head import head_of
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss
 from todi_offline.losses.schedule import scheduled
-from todi_offline.stream import Collator, batch_targets
-from todi_offline.targets import SparseTargets
+from todi_offline.models.head import head_of
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.training.stream import Collator, batch_targets
 
 NUM_BINS = 15
 

@@ -21,10 +21,10 @@ from todi_offline.cache.convert.subset import subset_cache
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.commands.demo import fetch_teacher
 from todi_offline.data import DataConfig, Example, Examples, load_examples
-from todi_offline.demo import fetch_teacher
 from todi_offline.student import prune_depth, spaced_layers
-from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
+from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, load_teacher
 
 K, SAMPLES = 64, 8
 """Of the capture that the others are narrowed from."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from todi_offline.data import DataConfig, Example, Examples, load_examples
-from todi_offline.models import Model, load_model
-from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.stream import ShuffledOrder
+from todi_offline.data.stdlib_corpus import stdlib_pairs
+from todi_offline.models.loading import Model, load_model
 from todi_offline.student import prune_depth, spaced_layers
-from todi_offline.teacher import Teacher, TeacherConfig, as_teacher, load_teacher
+from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, as_teacher, load_teacher
+from todi_offline.training.stream import ShuffledOrder
 
 ON_THE_SPOT = "on the spot"
 BLOCK_TOKENS = 128

@@ -30,7 +30,8 @@ def tiled_cache(out: Path, num_targets: int, cache: str | None, **settings: Any)
     `settings` are those of the cache that is written; by default the given cache's, or K = 64 with 8 samples.
     """
     if cache is None:
-        chosen = CacheSettings(**({"k": 64, "tail_samples": 8, "encoding": "f16"} | settings))
+        defaults: dict[str, Any] = {"k": 64, "tail_samples": 8, "encoding": "f16"}
+        chosen = CacheSettings(**(defaults | settings))
         rows = [_made_up(number, chosen) for number in range(_NUM_MADE_UP)]
         manifest = _manifest(chosen, VOCAB)
     else:

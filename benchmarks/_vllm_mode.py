@@ -19,7 +19,7 @@ from todi_offline.capturing.config import EngineConfig
 from todi_offline.capturing.engines import TransformersEngine
 from todi_offline.capturing.vllm_engine import VllmEngine
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.teacher import TeacherConfig, load_teacher
+from todi_offline.teacher.in_transformers import TeacherConfig, load_teacher
 
 SETTINGS = CacheSettings(k=16, tail_samples=4)
 

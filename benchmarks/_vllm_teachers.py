@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from todi_offline.demo import fetch_teacher
-from todi_offline.models import load_model, load_tokenizer
+from todi_offline.commands.demo import fetch_teacher
+from todi_offline.models.loading import load_model, load_tokenizer
 
 
 def main(folder: Path, smollm2: str) -> dict[str, str]:

@@ -50,9 +50,9 @@ from todi_offline.cache.format.shard import encode_shard
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.shard_file import ShardFile
 from todi_offline.capturing.engines import TransformersEngine
+from todi_offline.commands.demo import fetch_teacher
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.demo import fetch_teacher
-from todi_offline.teacher import TeacherConfig, load_teacher, teacher_fingerprint
+from todi_offline.teacher.in_transformers import TeacherConfig, load_teacher, teacher_fingerprint
 
 KEPT = CacheSettings(k=64, tail_samples=8)
 SHAPES = [(64, 0), (32, 8), (16, 8), (16, 0), (8, 4)]

@@ -33,8 +33,8 @@ from benchmarks._peak import now
 from benchmarks._scaling import compare
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, Examples, load_examples
-from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.teacher import (
+from todi_offline.data.stdlib_corpus import stdlib_pairs
+from todi_offline.teacher.in_transformers import (
     Teacher,
     TeacherConfig,
     as_teacher,

@@ -45,7 +45,7 @@ from todi_offline.student.fresh import principal_projection
 from todi_offline.student.importance import activation_importance
 from todi_offline.student.parts import width_parts
 from todi_offline.student.width import most_important, narrow_model, resolve_sizes
-from todi_offline.teacher import as_teacher, targets_of
+from todi_offline.teacher.in_transformers import as_teacher, targets_of
 
 RESULT = Path(__file__).parent / "results" / "families.md"
 VOCAB, PADDED = 512, 544

@@ -51,7 +51,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks._peak import peak_bytes
 from benchmarks._peers import Given, Step, peer_steps, peers
 from todi_offline.losses import DistillationConfig, dense_divergence, distillation_loss, fused_linear_distill
-from todi_offline.targets import SparseTargets, sparsify
+from todi_offline.targets.sparse import SparseTargets, sparsify
 
 Measured = dict[str, dict[str, list[float]]]
 """By measure, then by method."""

@@ -24,9 +24,9 @@ from benchmarks._environment import environment, listed
 from todi_offline.cache.convert.subset import subset_cache
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
+from todi_offline.commands.demo import fetch_teacher
+from todi_offline.commands.terminal import print_capture, print_plan, size
 from todi_offline.costing import Plan, plan
-from todi_offline.demo import fetch_teacher
-from todi_offline.terminal import print_capture, print_plan, size
 
 RESULT = Path(__file__).parent / "results" / "plan.md"
 BARS = {"bytes": 0.03, "time": 0.20}

@@ -13,7 +13,7 @@ from time import process_time
 import torch
 
 from todi_offline.losses import DistillationConfig, fused_linear_distill
-from todi_offline.targets import sparsify
+from todi_offline.targets.sparse import sparsify
 
 POSITIONS = ("all", "student-entropy:0.2", "tip:0.5")
 WEIGHTS = (0.5, 1.0)

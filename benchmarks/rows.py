@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 
 MORE_SHARDS = 3
 """Shards that the second run commits after its first one before it is stopped."""
@@ -150,7 +150,7 @@ def _main() -> None:
     """Run a command of `todi`, and say at its end what memory it took."""
     import resource
 
-    from todi_offline.cli import main
+    from todi_offline.commands.cli import main
 
     try:
         main()

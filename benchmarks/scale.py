@@ -106,7 +106,7 @@ def _train(cache: Any, steps: int) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-    from todi_offline.trainer import ToDiTrainer
+    from todi_offline.training.trainer import ToDiTrainer
 
     num_targets = 0  # which differ by the sequences that a shuffle brings first
 

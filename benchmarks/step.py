@@ -58,11 +58,11 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks._peak import now, peak_bytes
 from todi_offline import ToDiTrainer, capture, open_cache
 from todi_offline.cache.reader import Cache
-from todi_offline.head import head_of
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 from todi_offline.losses import dense_divergence
-from todi_offline.models import load_model, load_tokenizer
-from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.stream import ShuffledOrder
+from todi_offline.models.head import head_of
+from todi_offline.models.loading import load_model, load_tokenizer
+from todi_offline.training.stream import ShuffledOrder
 
 SEED = 42
 BARS = (

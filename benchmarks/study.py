@@ -67,9 +67,9 @@ from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
-from todi_offline.demo import fetch_teacher
-from todi_offline.models import evaluation_mode
-from todi_offline.stream import Collator
+from todi_offline.commands.demo import fetch_teacher
+from todi_offline.models.loading import evaluation_mode
+from todi_offline.training.stream import Collator
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = ("bytes_per_target", "forward_kl", "reverse_kl", "cross_entropy", "calibration_error", "seconds")

@@ -57,7 +57,7 @@ from todi_offline.data import DataConfig
 from todi_offline.errors import ConfigError
 from todi_offline.evaluation import evaluate_generation, load_prompts
 from todi_offline.evaluation.generation import Prompts
-from todi_offline.models import load_model, load_tokenizer
+from todi_offline.models.loading import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 NUM_DRAWS = 150

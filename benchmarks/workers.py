@@ -45,7 +45,7 @@ from todi_offline.capturing.engines import TeacherDescription, recorded_versions
 from todi_offline.capturing.work import ShardResult, ShardTask, Work
 from todi_offline.data import Example, Examples
 from todi_offline.data.examples import SCHEMA, as_dataset, examples_from_stream, record_batch
-from todi_offline.teacher import TeacherConfig
+from todi_offline.teacher.in_transformers import TeacherConfig
 
 LENGTH, FULL_SHARD = 2_100, 131_072
 TEACHER_SECONDS = 60.0

@@ -13,7 +13,7 @@ import transformers
 from jaxtyping import install_import_hook
 
 # Only the modules whose signatures carry shapes, and before anything of ours is imported.
-CHECKED = ("models", "head", "teacher", "top_k", "targets", "target_rows", "vllm_teacher", "losses", "trainer")
+CHECKED = ("models", "targets", "teacher", "losses", "training.trainer", "evaluation")
 CHECKED += ("evaluation", "probes")
 install_import_hook([f"todi_offline.{name}" for name in CHECKED], "beartype.beartype")
 
@@ -23,8 +23,8 @@ from support.tiny_models import llama
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, Examples, examples_from_rows
-from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.data.stdlib_corpus import stdlib_pairs
+from todi_offline.teacher.in_transformers import Teacher, as_teacher
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from more, and wait where a core is busy
 transformers.utils.logging.disable_progress_bar()

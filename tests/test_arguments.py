@@ -9,11 +9,11 @@ from support.tiny_models import llama
 from support.tiny_runs import QUIET, trainer_of
 from transformers import TrainingArguments
 
-import todi_offline.training
+import todi_offline.training.run
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError
-from todi_offline.trainer import ToDiTrainer
-from todi_offline.training import load_train_config, train, training_arguments
+from todi_offline.training.run import load_train_config, train, training_arguments
+from todi_offline.training.trainer import ToDiTrainer
 
 IGNORED: dict[str, Any] = {
     "label_smoothing_factor": 0.1,
@@ -55,7 +55,7 @@ def test_a_callable_that_would_be_ignored_is_refused(name: str, cache: Cache, tm
 def test_a_setting_is_refused_before_the_student_is_loaded(
     name: str, value: Any, message: str, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(todi_offline.training, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(todi_offline.training.run, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=message):
         train("student", cache, tmp_path / "run", use_cpu=True, **{name: value})
     assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from todi_offline.cache.store import LocalStore
 from todi_offline.capturing import CaptureProgress, CaptureSummary, capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, DataError
-from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.teacher.in_transformers import Teacher, as_teacher
 
 SMALL: dict[str, Any] = {"k": 4, "tail_samples": 1, "shard_tokens": 4096, "codec": "fast"}
 

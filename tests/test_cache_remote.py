@@ -18,7 +18,7 @@ from support.tiny_runs import assert_same_weights, trainer_of
 from torch.utils.data import DataLoader
 
 import cache_tools.__main__ as tools
-import todi_offline.trainer
+import todi_offline.training.trainer
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store import LocalStore, open_store
@@ -29,9 +29,9 @@ from todi_offline.cache.writer import CacheWriter
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
 from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError, CacheLockedError, ConfigError
-from todi_offline.stream import CacheDataset, ShuffledOrder, WindowShuffledOrder, training_order
-from todi_offline.teacher import Teacher
-from todi_offline.training import train
+from todi_offline.teacher.in_transformers import Teacher
+from todi_offline.training.run import train
+from todi_offline.training.stream import CacheDataset, ShuffledOrder, WindowShuffledOrder, training_order
 
 ONE_TRY: dict[str, Any] = {"retries": {"max_attempts": 0}}
 
@@ -361,7 +361,9 @@ def test_capture_writes_to_a_url_and_training_reads_from_it(
     remote = open_cache(memory)
     assert_same_objects(remote.store, cache.store)
     assert isinstance(training_order(remote, 0), WindowShuffledOrder)
-    monkeypatch.setattr(todi_offline.trainer, "training_order", lambda cache, seed: ShuffledOrder(len(cache), seed))
+    monkeypatch.setattr(
+        todi_offline.training.trainer, "training_order", lambda cache, seed: ShuffledOrder(len(cache), seed)
+    )
     models = []
     for number, place in enumerate((cache, remote)):
         trainer = trainer_of(tmp_path / str(number), place, max_steps=2)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import todi_offline.capturing.coordinator
 import todi_offline.capturing.engines
-import todi_offline.target_rows
+import todi_offline.targets.rows
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
@@ -26,9 +26,9 @@ from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import CaptureConfig, CaptureProgress, capture
 from todi_offline.data import DataConfig, Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TeacherOutputError
-from todi_offline.stream import Collator
-from todi_offline.targets import SparseTargets
-from todi_offline.teacher import Teacher, TeacherConfig, as_teacher
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, as_teacher
+from todi_offline.training.stream import Collator
 
 COMPUTE = 2e-5
 """Rounding of matrix products: a padded batch against one sequence."""
@@ -249,7 +249,7 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
 ) -> None:
     root, files = undisturbed
     third = open_cache(root).sequences.to_pandas().query("shard == 2")["id"].iloc[1]
-    genuine = todi_offline.target_rows.teacher_targets
+    genuine = todi_offline.targets.rows.teacher_targets
 
     def breaking(logits: Tensor, *args: Any) -> Any:
         if current == third:
@@ -269,7 +269,7 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
 
     genuine_targets_of = todi_offline.capturing.engines.targets_of
     with monkeypatch.context() as patched:
-        patched.setattr(todi_offline.target_rows, "teacher_targets", breaking)
+        patched.setattr(todi_offline.targets.rows, "teacher_targets", breaking)
         patched.setattr(todi_offline.capturing.engines, "targets_of", alone)
         with pytest.raises(TeacherOutputError, match=f"example '{third}' at position [0-9]+ hold NaN"):
             capture(teacher, many, tmp_path / "cache", **SMALL)

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.tiny_models import gemma2, llama, save
 
-from todi_offline import checkpoint
-from todi_offline.checkpoint import checkpoint_fingerprint, identity_of_adapter, identity_of_config, locate
 from todi_offline.errors import ModelError
+from todi_offline.models import checkpoint
+from todi_offline.models.checkpoint import checkpoint_fingerprint, identity_of_adapter, identity_of_config, locate
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +250,6 @@ def test_paths_are_told_from_hub_ids(saved: Path, tmp_path: Path) -> None:
 def test_no_model_is_loaded(saved: Path) -> None:
     import subprocess
 
-    code = "import sys; from todi_offline.checkpoint import *; checkpoint_fingerprint(sys.argv[1])"
+    code = "import sys; from todi_offline.models.checkpoint import *; checkpoint_fingerprint(sys.argv[1])"
     command = [sys.executable, "-c", f"{code}; assert not {{'torch', 'transformers'}} & sys.modules.keys()", str(saved)]
     subprocess.run(command, check=True)

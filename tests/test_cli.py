@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 from support.tiny import tiny_tokenizer
 from support.tiny_models import save_llama
 
-from todi_offline.cli import cli, main
+from todi_offline.commands.cli import cli, main
+from todi_offline.commands.headings import HEADINGS
+from todi_offline.commands.options import RARE, ConfigCommand
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.headings import HEADINGS
-from todi_offline.options import RARE, ConfigCommand
 
 
 def run(*args: str | Path, code: int = 0) -> Result:
@@ -114,7 +114,8 @@ def test_every_option_of_a_config_is_documented() -> None:
 
 def test_help_imports_no_torch() -> None:
     code = (
-        "import sys, todi_offline.cli as c; c.cli(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules)"
+        "import sys, todi_offline.commands.cli as c; c.cli(['--help'], standalone_mode=False);"
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 

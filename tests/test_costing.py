@@ -15,11 +15,11 @@ import todi_offline.capturing.loading
 from todi_offline.cache.reader import open_cache
 from todi_offline.capturing import capture
 from todi_offline.capturing.coordinator import CacheWriter
-from todi_offline.cli import cli
+from todi_offline.commands.cli import cli
 from todi_offline.costing import Plan, plan
 from todi_offline.costing.studied import SHARES, shares_of
 from todi_offline.errors import ConfigError, TodiError
-from todi_offline.training import train
+from todi_offline.training.run import train
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LENGTHS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 40}

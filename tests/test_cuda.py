@@ -25,8 +25,8 @@ from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill, passes
-from todi_offline.targets import SparseTargets, teacher_targets
-from todi_offline.teacher import as_teacher
+from todi_offline.targets.sparse import SparseTargets, teacher_targets
+from todi_offline.teacher.in_transformers import as_teacher
 
 DEVICE = torch.device(os.environ.get("TODI_DEVICE", "cuda"))
 IS_CUDA = DEVICE.type == "cuda"

@@ -20,7 +20,7 @@ from todi_offline.cache.format.records import ObjectSum
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheCorruptError, CacheIncompleteError, TodiError
-from todi_offline.stream import CacheDataset, Collator
+from todi_offline.training.stream import CacheDataset, Collator
 
 
 def batches(root: Path) -> list[dict[str, Tensor]]:

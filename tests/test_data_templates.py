@@ -13,7 +13,7 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, examples_from_rows
 from todi_offline.errors import DataError
-from todi_offline.teacher import as_teacher
+from todi_offline.teacher.in_transformers import as_teacher
 
 TURNS = [
     {"role": "user", "content": "Who wrote it?"},

@@ -9,8 +9,8 @@ import pytest
 from support.pages import page_data
 from support.tiny_models import save_llama
 
-from todi_offline import demo as module
-from todi_offline.demo import demo, fetch_teacher
+from todi_offline.commands import demo as module
+from todi_offline.commands.demo import demo, fetch_teacher
 from todi_offline.errors import ModelError
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.reader import Cache
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.head import tried_head
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
-from todi_offline.targets import SparseTargets, teacher_targets
-from todi_offline.teacher import as_teacher, targets_of
-from todi_offline.trainer import ToDiTrainer
+from todi_offline.models.head import tried_head
+from todi_offline.targets.sparse import SparseTargets, teacher_targets
+from todi_offline.teacher.in_transformers import as_teacher, targets_of
+from todi_offline.training.trainer import ToDiTrainer
 
 if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this release of torch knows no devices made in Python", allow_module_level=True)

@@ -25,8 +25,8 @@ from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from todi_offline.cache.reader import Cache, open_cache
-from todi_offline.stream import EMPTY, CacheDataset, FilledOrder, ShuffledOrder
 from todi_offline.student import LoraSettings, add_lora
+from todi_offline.training.stream import EMPTY, CacheDataset, FilledOrder, ShuffledOrder
 
 NUM_PROCESSES = 2
 
@@ -231,7 +231,7 @@ def test_the_command_runs_under_torchrun_and_is_the_same_run_in_one_process(cach
     """`accelerate launch` starts processes as torchrun does, but on CPUs only with MPI."""
     student = save_llama(tmp_path / "student", seed=1)
     script = tmp_path / "todi.py"
-    script.write_text("from todi_offline.cli import main\nmain()\n")
+    script.write_text("from todi_offline.commands.cli import main\nmain()\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

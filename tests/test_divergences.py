@@ -23,7 +23,7 @@ from todi_offline.losses.divergences import (
     todi,
 )
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
-from todi_offline.targets import SparseTargets, sparsify
+from todi_offline.targets.sparse import SparseTargets, sparsify
 
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
 OTHERS = ("adaptive_kl", "alpha_beta", "alpha_mixture", "concrete_score", "entropy_gate")

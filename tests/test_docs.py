@@ -10,8 +10,8 @@ import pytest
 from support.tiny_models import save_llama
 
 from cache_tools.__main__ import cli as cache_cli
-from todi_offline.cli import cli
-from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.commands.cli import cli
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md"))]

@@ -17,10 +17,10 @@ from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ModelError, TargetsError
 from todi_offline.evaluation import Distance, Group, distance, evaluate_cache
 from todi_offline.evaluation.distance import position_in_response
-from todi_offline.head import head_of
 from todi_offline.losses import DistillationConfig
-from todi_offline.targets import SparseTargets
-from todi_offline.teacher import Teacher
+from todi_offline.models.head import head_of
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.teacher.in_transformers import Teacher
 
 SETTINGS = [(1.0, None), (1.0, 3), (2.0, None), (2.0, 5)]
 

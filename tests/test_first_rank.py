@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from todi_offline import first_rank
 from todi_offline.errors import ModelError
-from todi_offline.first_rank import of_first_rank
+from todi_offline.training import first_rank
+from todi_offline.training.first_rank import of_first_rank
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, sent: list[Any]) -> None:

@@ -11,7 +11,7 @@ import todi_offline.losses.fused
 import todi_offline.tuning
 from todi_offline.errors import TargetsError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
-from todi_offline.targets import sparsify
+from todi_offline.targets.sparse import sparsify
 
 NUM_TARGETS, WIDTH, VOCAB, K = 7, 4, 19, 5
 PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}

@@ -31,7 +31,7 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.cache.shard_file import ShardFile
 from todi_offline.cache.store import LocalStore
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, TodiError
-from todi_offline.stream import CacheDataset, Collator
+from todi_offline.training.stream import CacheDataset, Collator
 
 Files = dict[str, bytes]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, step
-from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 
 
 def test_the_losses_are_timed_in_both_precisions(capsys: pytest.CaptureFixture[str]) -> None:

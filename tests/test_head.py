@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._zoo import tiny_model
 from todi_offline.errors import ModelError
-from todi_offline.head import head_of, logits_difference, output_module, require_vocabulary, tried_head
+from todi_offline.models.head import head_of, logits_difference, output_module, require_vocabulary, tried_head
 
 TOKENS = torch.arange(3, 43).view(2, 20)
 POSITIONS = torch.tensor([0, 7, 19, 20, 33])

@@ -11,7 +11,7 @@ from support.tiny_models import VOCAB, llama, save, save_llama
 from torch import Tensor
 
 from todi_offline.errors import ModelError
-from todi_offline.models import (
+from todi_offline.models.loading import (
     evaluation_mode,
     load_model,
     load_tokenizer,

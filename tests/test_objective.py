@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from todi_offline.errors import ConfigError, TargetsError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, sparse_divergence
-from todi_offline.targets import sparsify
+from todi_offline.targets.sparse import sparsify
 
 
 def case(num_targets=6, vocab=20, k=5, num_tail_samples=0, dtype=torch.float64, seed=0):

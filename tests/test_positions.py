@@ -9,7 +9,7 @@ from support import reference
 from todi_offline.errors import ConfigError
 from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
 from todi_offline.losses.positions import Selection, parse_selection, position_weights, student_entropy
-from todi_offline.targets import sparsify
+from todi_offline.targets.sparse import sparsify
 
 
 def case(num_targets=10, vocab=20, seed=0):

@@ -16,11 +16,11 @@ from support.tiny_runs import trainer_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import todi_offline.probes
+import todi_offline.training.probes
 from benchmarks._zoo import tiny_model
 from todi_offline.cache.reader import Cache
-from todi_offline.probes import choose_collator, packing_difference, probe, uses_flash
-from todi_offline.stream import Collator
+from todi_offline.training.probes import choose_collator, packing_difference, probe, uses_flash
+from todi_offline.training.stream import Collator
 
 Build = Callable[..., Any]
 SINGLE_ROW = Collator(one_row=True, bounds=True)
@@ -134,7 +134,7 @@ def test_packed_by_bounds_is_separate(cache: Cache) -> None:
     batch = SINGLE_ROW(members)
     assert batch["bounds"].tolist()[-1] == batch["input_ids"].numel() == sum(len(each.token_ids) for each in members)
     assert batch["longest"] == max(len(each.token_ids) for each in members)
-    inputs = todi_offline.probes.model_inputs(batch)
+    inputs = todi_offline.training.probes.model_inputs(batch)
     with torch.no_grad():
         together = model(**inputs, use_cache=False).logits[0]
         for start, stop in zip(batch["bounds"], batch["bounds"][1:], strict=False):
@@ -163,9 +163,9 @@ def test_the_first_rank_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None
         assert not together
         return made
 
-    made = todi_offline.probes._portable(model, flash=False)
+    made = todi_offline.training.probes._portable(model, flash=False)
     assert made.head.model is None
-    monkeypatch.setattr(todi_offline.probes, "of_first_rank", given)
+    monkeypatch.setattr(todi_offline.training.probes, "of_first_rank", given)
     other = probe(llama().to("meta"), accelerator)
     assert other.head.is_linear == decided.head.is_linear
     assert other.collator == decided.collator

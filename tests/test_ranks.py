@@ -356,7 +356,7 @@ def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: P
     script.write_text(
         "import os, signal\n"
         "import todi_offline.capturing.engines as engines\n"
-        "from todi_offline.cli import main\n"
+        "from todi_offline.commands.cli import main\n"
         "real = engines.targets_of\n"
         "def targets_of(*args):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0'):\n"

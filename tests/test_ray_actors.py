@@ -28,7 +28,7 @@ from todi_offline.capturing import capture
 from todi_offline.capturing.engines import Engine, TransformersEngine
 from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, TodiError
-from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.teacher.in_transformers import Teacher, as_teacher
 
 BATCH_TOKENS = SMALL["batch_tokens"]
 

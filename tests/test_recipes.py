@@ -11,8 +11,8 @@ from support.tiny_models import llama, save
 
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError
-from todi_offline.recipes import RECIPES
-from todi_offline.training import StudentConfig, TrainConfig, load_train_config, train, training_arguments
+from todi_offline.training.recipes import RECIPES
+from todi_offline.training.run import StudentConfig, TrainConfig, load_train_config, train, training_arguments
 
 NEEDED = {"student": "s", "cache": "c", "out": "run"}
 

@@ -21,7 +21,7 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.capturing import CaptureProgress, capture
 from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
-from todi_offline.teacher import Teacher, as_teacher
+from todi_offline.teacher.in_transformers import Teacher, as_teacher
 
 SMALL: dict[str, Any] = {
     "k": 8,

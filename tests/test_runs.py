@@ -16,11 +16,11 @@ from support.tiny_models import llama, save
 from torch import nn
 from transformers import TrainerCallback
 
-import todi_offline.training
+import todi_offline.training.run
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import ConfigError, DivergedError, OutOfMemoryError
-from todi_offline.runs import find_start
-from todi_offline.training import TrainSummary, train
+from todi_offline.training.folder import find_start
+from todi_offline.training.run import TrainSummary, train
 
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
@@ -107,7 +107,7 @@ def test_different_settings_are_refused_with_three_solutions_before_the_student_
     student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed(student, cache, tmp_path / "run")
-    monkeypatch.setattr(todi_offline.training, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(todi_offline.training.run, "load_model", lambda *_, **__: pytest.fail("loaded"))
     solutions = r"; name another folder \(--out\), resume it with the new settings \(--resume\), or delete its checkp"
     changes: list[tuple[dict[str, Any], str]] = [
         ({"learning_rate": 0.1}, r"trainer.learning_rate: 0.1 now, 0.01 in that run"),
@@ -246,7 +246,14 @@ def test_a_command_killed_at_any_moment_resumes(
 ) -> None:
     """The command is killed a little later each time, until it finishes."""
     options = ["--batch-size", "4", "--learning-rate", "0.01", "--max-steps", "60", "--set", "use_cpu=true"]
-    command = [sys.executable, "-c", "from todi_offline.cli import main; main()", "train", "--student", student]
+    command = [
+        sys.executable,
+        "-c",
+        "from todi_offline.commands.cli import main; main()",
+        "train",
+        "--student",
+        student,
+    ]
     command += ["--cache", str(cache.root), *options, "--set", "save_steps=5"]
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True)
     for attempt in range(20):

@@ -19,8 +19,8 @@ from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import Staging
 from todi_offline.capturing import capture
-from todi_offline.stream import WindowShuffledOrder
-from todi_offline.teacher import Teacher
+from todi_offline.teacher.in_transformers import Teacher
+from todi_offline.training.stream import WindowShuffledOrder
 
 PLACE = "s3://bucket/cache"
 NODES = 2

@@ -9,9 +9,9 @@ from dataclasses import asdict
 
 import pytest
 
-from todi_offline import stdlib_corpus
+from todi_offline.data import stdlib_corpus
+from todi_offline.data.stdlib_corpus import MAX_CHARS, MIN_CHARS, MODULES, stdlib_pairs
 from todi_offline.errors import DataError
-from todi_offline.stdlib_corpus import MAX_CHARS, MIN_CHARS, MODULES, stdlib_pairs
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_instructions_have_many_wordings_and_contain_the_name():
 
 def test_another_process_builds_the_same_pairs():
     script = (
-        "import json, dataclasses, todi_offline.stdlib_corpus as corpus\n"
+        "import json, dataclasses, todi_offline.data.stdlib_corpus as corpus\n"
         "pairs = corpus.stdlib_pairs('train') + corpus.stdlib_pairs('heldout')\n"
         "print(json.dumps([dataclasses.asdict(pair) for pair in pairs]))"
     )
@@ -83,7 +83,7 @@ def test_objects_that_a_package_adds_to_a_module_are_left_out(monkeypatch, fresh
 
 
 def test_building_the_data_set_prints_and_warns_nothing():
-    script = "import todi_offline.stdlib_corpus as corpus; corpus.stdlib_pairs()"
+    script = "import todi_offline.data.stdlib_corpus as corpus; corpus.stdlib_pairs()"
     answer = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, check=True, text=True)
     assert answer.stdout == answer.stderr == ""
 

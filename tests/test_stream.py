@@ -19,9 +19,9 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.cache.store.staging import Staging
-from todi_offline.head import head_of
 from todi_offline.losses import distillation_loss
-from todi_offline.stream import (
+from todi_offline.models.head import head_of
+from todi_offline.training.stream import (
     EMPTY,
     CacheDataset,
     Collator,

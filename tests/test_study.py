@@ -15,9 +15,9 @@ from benchmarks._study_report import arm_of, summarise, write_report
 from benchmarks._study_world import Settings, World, batches
 from todi_offline.data import Examples
 from todi_offline.losses import sparse_divergence
-from todi_offline.stream import ShuffledOrder
-from todi_offline.targets import sparsify
-from todi_offline.teacher import as_teacher
+from todi_offline.targets.sparse import sparsify
+from todi_offline.teacher.in_transformers import as_teacher
+from todi_offline.training.stream import ShuffledOrder
 
 ARMS = [
     SFT,

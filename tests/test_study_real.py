@@ -21,7 +21,7 @@ from benchmarks._study_real_world import Settings, claimed
 from todi_offline.cache.reader import open_cache
 from todi_offline.data import Examples
 from todi_offline.errors import ConfigError
-from todi_offline.stream import Collator
+from todi_offline.training.stream import Collator
 
 ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1]]
 

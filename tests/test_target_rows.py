@@ -8,7 +8,7 @@ from support.made_examples import some_examples
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.data import Examples
-from todi_offline.target_rows import tail_uniforms
+from todi_offline.targets.rows import tail_uniforms
 
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 

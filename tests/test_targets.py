@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
 
-import todi_offline.targets
+import todi_offline.targets.sparse
 import todi_offline.tuning
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
 from todi_offline.losses import dense_divergence, sparse_divergence
-from todi_offline.targets import SparseTargets, sparsify, teacher_targets
+from todi_offline.targets.sparse import SparseTargets, sparsify, teacher_targets
 
 seeded = settings(derandomize=True, deadline=None, max_examples=60)
 

@@ -14,17 +14,17 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, gemma2, gpt2, llama, save
 from torch import Tensor, nn
 
-import todi_offline.checkpoint
-import todi_offline.teacher
+import todi_offline.models.checkpoint
+import todi_offline.teacher.in_transformers
 import todi_offline.tuning
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.capturing import capture
-from todi_offline.checkpoint import checkpoint_fingerprint
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError, TeacherOutputError
-from todi_offline.head import in_dtype, output_module
-from todi_offline.models import load_model, load_tokenizer
-from todi_offline.teacher import (
+from todi_offline.models.checkpoint import checkpoint_fingerprint
+from todi_offline.models.head import in_dtype, output_module
+from todi_offline.models.loading import load_model, load_tokenizer
+from todi_offline.teacher.in_transformers import (
     Teacher,
     TeacherConfig,
     as_teacher,
@@ -244,9 +244,9 @@ def test_an_adapter_is_worn_and_belongs_to_the_fingerprint(teacher: Teacher, tmp
 
 def test_large_tensors_are_sampled_and_said_to_be(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     assert teacher_fingerprint(teacher)["sampled_tensors"] == []
-    monkeypatch.setattr(todi_offline.teacher, "SAMPLED_TENSOR_BYTES", 16_384)
-    monkeypatch.setattr(todi_offline.checkpoint, "SAMPLED_TENSOR_BYTES", 16_384)
-    monkeypatch.setattr(todi_offline.checkpoint, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(todi_offline.teacher.in_transformers, "SAMPLED_TENSOR_BYTES", 16_384)
+    monkeypatch.setattr(todi_offline.models.checkpoint, "SAMPLED_TENSOR_BYTES", 16_384)
+    monkeypatch.setattr(todi_offline.models.checkpoint, "BLOCK_BYTES", 512)
     sampled = teacher_fingerprint(teacher)
     assert sampled["sampled_tensors"] == ["lm_head.weight", "model.embed_tokens.weight"]
     for row in (0, -1):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from todi_offline.top_k import _largest
+from todi_offline.targets.top_k import _largest
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

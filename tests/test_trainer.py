@@ -32,10 +32,10 @@ from todi_offline.data import Example, Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, DataError, DivergedError, ModelError, TargetsError
 from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
 from todi_offline.losses.schedule import scheduled
-from todi_offline.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
-from todi_offline.targets import SparseTargets
-from todi_offline.teacher import Teacher, as_teacher
-from todi_offline.trainer import ToDiTrainer
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.teacher.in_transformers import Teacher, as_teacher
+from todi_offline.training.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
+from todi_offline.training.trainer import ToDiTrainer
 
 MEANS = (
     "cross_entropy",

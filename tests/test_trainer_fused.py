@@ -17,10 +17,10 @@ from support.tiny_runs import CHECKPOINTING, Noting, assert_same_weights, traine
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-import todi_offline.trainer
+import todi_offline.training.trainer
 from todi_offline.cache.reader import Cache
-from todi_offline.head import output_module
 from todi_offline.losses import DistillationConfig
+from todi_offline.models.head import output_module
 from todi_offline.student import LoraSettings, add_lora
 
 
@@ -176,13 +176,13 @@ def test_the_objective_reads_only_the_targets_and_no_logits_are_returned(
 ) -> None:
     trainer = trainer_of(tmp_path, cache, max_steps=2)
     rows: list[int] = []
-    fused = todi_offline.trainer.fused_linear_distill
+    fused = todi_offline.training.trainer.fused_linear_distill
 
     def watched(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows.append(len(hidden))
         return fused(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(todi_offline.trainer, "fused_linear_distill", watched)
+    monkeypatch.setattr(todi_offline.training.trainer, "fused_linear_distill", watched)
     returned: list[Any] = []
     trainer.model.register_forward_hook(lambda _, __, output: returned.append(output))
     trainer.train()
@@ -195,7 +195,7 @@ def test_requested_outputs_have_logits_and_the_same_loss(cache: Cache, tmp_path:
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()
     with torch.no_grad():
-        loss, outputs = todi_offline.trainer.ToDiTrainer.compute_loss(
+        loss, outputs = todi_offline.training.trainer.ToDiTrainer.compute_loss(
             trainer, trainer.model, batch, return_outputs=True
         )
         alone = trainer.compute_loss(trainer.model, batch)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import DataConfig, load_examples
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 from todi_offline.errors import (
     CacheFormatError,
     CacheIncompleteError,
@@ -25,9 +26,8 @@ from todi_offline.errors import (
     ModelError,
     TargetsError,
 )
-from todi_offline.stdlib_corpus import stdlib_pairs
-from todi_offline.teacher import Teacher, as_teacher
-from todi_offline.training import (
+from todi_offline.teacher.in_transformers import Teacher, as_teacher
+from todi_offline.training.run import (
     SelectedData,
     TrainSummary,
     load_train_config,

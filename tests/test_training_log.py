@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback, TrainerCallback
 
-from todi_offline.training_log import LogRows, print_rows
+from todi_offline.training.log import LogRows, print_rows
 
 
 def logged(rows: LogRows, logs: dict[str, float], step: int = 10, is_first_process: bool = True) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from todi_offline import tuning
-from todi_offline.target_rows import chunk_rows
+from todi_offline.targets.rows import chunk_rows
 
 CUDA, MIB = torch.device("cuda", 0), 2**20
 

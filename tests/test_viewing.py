@@ -13,11 +13,11 @@ from support.pages import page_data
 from support.tiny_models import llama, save
 
 from todi_offline.cache.reader import Cache
-from todi_offline.cli import cli
+from todi_offline.commands.cli import cli
 from todi_offline.errors import ConfigError, DataError
 from todi_offline.evaluation import evaluate
-from todi_offline.training import train
-from todi_offline.viewing import ViewConfig, view
+from todi_offline.evaluation.viewing import ViewConfig, view
+from todi_offline.training.run import train
 
 QUICK = {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 4}
 

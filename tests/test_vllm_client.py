@@ -13,13 +13,13 @@ from support.made_examples import assert_same_targets, some_examples
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 
-import todi_offline.vllm_teacher.client
+import todi_offline.teacher.in_vllm.client
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.errors import ConfigError, EngineError, ModelError, OutOfMemoryError, TeacherOutputError
-from todi_offline.teacher import Teacher, as_teacher, targets_of
-from todi_offline.vllm_teacher.client import Client
+from todi_offline.teacher.in_transformers import Teacher, as_teacher, targets_of
+from todi_offline.teacher.in_vllm.client import Client
 
-CLIENT = "todi_offline.vllm_teacher.client"
+CLIENT = "todi_offline.teacher.in_vllm.client"
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 EXAMPLES = some_examples(40, 9, 120, 2, 60)
 
@@ -52,7 +52,7 @@ def test_targets_are_taken_in_several_answers_where_they_are_many(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_fake_vllm(monkeypatch, teacher=teacher)
-    monkeypatch.setattr(todi_offline.vllm_teacher.client, "_TAKEN_BYTES", 1)
+    monkeypatch.setattr(todi_offline.teacher.in_vllm.client, "_TAKEN_BYTES", 1)
     opened = client()
     assert [len(rows) for rows in opened.targets(EXAMPLES, SETTINGS, ignore)] == [13, 3, 40, 0, 20]
     opened.close()
@@ -89,7 +89,7 @@ def test_an_error_inside_a_worker_is_raised_here(
         raise RuntimeError(raised)
 
     install_fake_vllm(monkeypatch, teacher=teacher)
-    monkeypatch.setattr("todi_offline.vllm_teacher.steps.sparsify_chunks", fail)
+    monkeypatch.setattr("todi_offline.teacher.in_vllm.steps.sparsify_chunks", fail)
     opened = client()
     with pytest.raises(expected, match=text):
         opened.targets(EXAMPLES, SETTINGS, ignore)

@@ -12,11 +12,11 @@ from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.reader import open_cache
 from todi_offline.capturing import CaptureConfig, capture
 from todi_offline.capturing.vllm_engine import VllmEngine
-from todi_offline.cli import cli
+from todi_offline.commands.cli import cli
 from todi_offline.config import load_config
 from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, EngineError, ModelError
-from todi_offline.teacher import Teacher
+from todi_offline.teacher.in_transformers import Teacher
 
 SMALL: dict[str, Any] = {"k": 8, "tail_samples": 2, "shard_tokens": 4096, "codec": "fast"}
 

@@ -8,7 +8,7 @@ from support.made_examples import some_examples
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
-from todi_offline.vllm_teacher.messages import (
+from todi_offline.teacher.in_vllm.messages import (
     example_message,
     parse_example,
     parse_rows,

@@ -7,7 +7,7 @@ import threading
 
 import psutil
 
-from todi_offline.vllm_teacher.processes import StartedProcesses, end_with
+from todi_offline.teacher.in_vllm.processes import StartedProcesses, end_with
 
 WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
 
@@ -56,7 +56,7 @@ def test_processes_that_have_ended_already_are_no_error() -> None:
 
 def test_a_process_and_its_parent_end_with_the_driver_above_them() -> None:
     """The driver starts the engine, which starts the worker; then the driver is killed."""
-    worker = "import os, sys; from todi_offline.vllm_teacher.processes import end_with; end_with(int(sys.argv[1]));"
+    worker = "import os, sys; from todi_offline.teacher.in_vllm.processes import end_with; end_with(int(sys.argv[1]));"
     worker += "print(os.getpid(), os.getppid(), flush=True); sys.stdin.read()"
     engine = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]])"
     driver = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {engine!r}, str(os.getpid())])"

@@ -9,10 +9,10 @@ from support.made_examples import assert_same_targets, some_examples
 
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.errors import ConfigError, EngineError
-from todi_offline.teacher import Teacher, targets_of
-from todi_offline.vllm_teacher.messages import parse_rows
-from todi_offline.vllm_teacher.runners import install, minor_version, require_tested
-from todi_offline.vllm_teacher.steps import StepTargets
+from todi_offline.teacher.in_transformers import Teacher, targets_of
+from todi_offline.teacher.in_vllm.messages import parse_rows
+from todi_offline.teacher.in_vllm.runners import install, minor_version, require_tested
+from todi_offline.teacher.in_vllm.steps import StepTargets
 
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 EXAMPLES = dict(enumerate(some_examples(40, 9, 70)))

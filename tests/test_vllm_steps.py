@@ -12,11 +12,11 @@ from support.fake_vllm import hidden_states
 from support.made_examples import assert_same_targets, some_examples
 from torch import Tensor
 
-import todi_offline.vllm_teacher.steps
+import todi_offline.teacher.in_vllm.steps
 from todi_offline.cache.format.layout import CacheSettings
-from todi_offline.teacher import Teacher, targets_of
-from todi_offline.vllm_teacher.messages import example_message, parse_rows
-from todi_offline.vllm_teacher.steps import Span, StepTargets
+from todi_offline.teacher.in_transformers import Teacher, targets_of
+from todi_offline.teacher.in_vllm.messages import example_message, parse_rows
+from todi_offline.teacher.in_vllm.steps import Span, StepTargets
 
 SETTINGS = CacheSettings(k=8, tail_samples=4)
 (EXAMPLE,) = some_examples(90)
@@ -178,7 +178,7 @@ def test_every_worker_computes_the_same_logits_whether_or_not_one_meets_an_error
     teacher: Teacher, hidden: Tensor, monkeypatch: pytest.MonkeyPatch, is_broken: bool
 ) -> None:
     """Logits are gathered: a worker that computes fewer than the others leaves these waiting for ever."""
-    monkeypatch.setattr(todi_offline.vllm_teacher.steps, "chunk_rows", lambda _: 16)
+    monkeypatch.setattr(todi_offline.teacher.in_vllm.steps, "chunk_rows", lambda _: 16)
     if is_broken:
         hidden = torch.full_like(hidden, torch.nan)
     computed: list[list[int]] = []

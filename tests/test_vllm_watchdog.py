@@ -6,7 +6,7 @@ import time
 import pytest
 
 from todi_offline.errors import EngineError
-from todi_offline.vllm_teacher.watchdog import Watchdog
+from todi_offline.teacher.in_vllm.watchdog import Watchdog
 
 
 def test_a_call_returns_the_functions_value_from_another_thread() -> None:
@@ -43,7 +43,7 @@ def test_a_call_without_a_sign_of_life_ends_and_no_other_is_made() -> None:
 
 
 def test_an_engine_that_has_died_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("todi_offline.vllm_teacher.watchdog._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("todi_offline.teacher.in_vllm.watchdog._LOOK_SECONDS", 0.01)
     released, looks = threading.Event(), iter([False, False, True])
     watchdog = Watchdog("the engine", 30.0, lambda: next(looks))
     with pytest.raises(EngineError, match="the engine has died as it was to work"):

@@ -18,7 +18,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 DEMO = """
 import sys
 from pathlib import Path
-from todi_offline import demo
+from todi_offline.commands import demo
 assert Path(demo.__file__).is_relative_to(sys.argv[1]), demo.__file__
 demo.fetch_teacher = lambda: sys.argv[2]
 demo.NUM_TRAIN, demo.NUM_HELDOUT, demo.NUM_LAYERS = 24, 6, 2

@@ -9,19 +9,18 @@ Stage 1 runs the teacher once; stage 2 trains any number of students from what i
 
 The modules stand in the order in which data flows:
 
-    data, stdlib_corpus    data set -> token ids and target masks
-    models                 folder, hub id or GGUF file -> model and tokenizer
-    teacher                examples -> logits at their supervised positions
-    top_k, targets         logits -> sparse targets; target_rows, as a cache holds them
-    cache                  sparse targets <-> Zarr shards
-    capturing              stage 1: data set -> cache
-    costing                what stage 1 and stage 2 will cost
-    stream                 cache -> batches
-    losses                 student logits and targets -> loss
-    student, trainer       what is trained, and by what
-    training               stage 2: cache -> student
-    evaluation             a student -> its distance to a cached teacher, its ROUGE-L
-    demo, cli              the whole of it, as commands
+    data          data set -> token ids and target masks
+    models        folder, hub id or GGUF file -> model and tokenizer, and where its head runs
+    targets       logits -> sparse targets
+    teacher       examples -> targets at their supervised positions
+    cache         sparse targets <-> Zarr shards
+    capturing     stage 1: data set -> cache; costing, what it will cost
+    losses        student logits and targets -> loss
+    student       teacher -> a smaller model to train
+    training      stage 2: cache -> batches -> a trained student
+    evaluation    a student -> its distance to a cached teacher, its ROUGE-L
+    pages         caches and runs -> pages
+    commands      the whole of it, as `todi`
 
 This file imports nothing until a name is used, so that it costs nothing.
 """
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from todi_offline.capturing import CaptureConfig, capture
     from todi_offline.evaluation import EvaluateConfig, evaluate
     from todi_offline.losses import DistillationConfig
-    from todi_offline.targets import SparseTargets, sparsify
-    from todi_offline.trainer import ToDiTrainer
-    from todi_offline.training import TrainConfig, train
+    from todi_offline.targets.sparse import SparseTargets, sparsify
+    from todi_offline.training.run import TrainConfig, train
+    from todi_offline.training.trainer import ToDiTrainer
 
 __version__ = "0.2.0"
 
@@ -61,13 +60,13 @@ _HOMES = {
     "DistillationConfig": "losses",
     "EvaluateConfig": "evaluation",
     "SparseTargets": "targets",
-    "ToDiTrainer": "trainer",
-    "TrainConfig": "training",
+    "ToDiTrainer": "training.trainer",
+    "TrainConfig": "training.run",
     "capture": "capturing",
     "evaluate": "evaluation",
     "open_cache": "cache.reader",
     "sparsify": "targets",
-    "train": "training",
+    "train": "training.run",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m todi_offline`: the same commands as `todi`, for launchers that start a module."""
 
-from todi_offline.cli import main
+from todi_offline.commands.cli import main
 
 main()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from todi_offline.data import Example
-from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
-from todi_offline.vllm_teacher.messages import KEY, example_message, parse_example
+from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, load_teacher
+from todi_offline.teacher.in_vllm.messages import KEY, example_message, parse_example
 
 Step = Sequence[tuple[int, int, int]]
 """Of each sequence that a step reads: its number, the position of its first token, how many tokens."""

@@ -32,9 +32,9 @@ import todi_offline.capturing.coordinator
 import todi_offline.capturing.engines
 import todi_offline.capturing.loading
 from support.disk import Operation, Watch
-from todi_offline.cli import main
+from todi_offline.commands.cli import main
 from todi_offline.data import DataConfig, load_examples
-from todi_offline.teacher import TeacherConfig
+from todi_offline.teacher.in_transformers import TeacherConfig
 
 Run = dict[str, Any]
 

@@ -54,7 +54,7 @@ from todi_offline.cache.store.locks import Holder
 from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.data import DataConfig, Examples, load_examples
 from todi_offline.errors import ModelError
-from todi_offline.teacher import TeacherConfig, as_teacher, load_teacher
+from todi_offline.teacher.in_transformers import TeacherConfig, as_teacher, load_teacher
 
 GRACE_SECONDS = 5.0
 """After the end of the first rank that fails, for the others to end by themselves."""

@@ -5,7 +5,7 @@ import functools
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from todi_offline.stdlib_corpus import stdlib_pairs
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

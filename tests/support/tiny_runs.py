@@ -10,7 +10,7 @@ from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
 from todi_offline.cache.reader import Cache
 from todi_offline.losses import DistillationConfig
-from todi_offline.trainer import ToDiTrainer
+from todi_offline.training.trainer import ToDiTrainer
 
 CHECKPOINTING = "activation_checkpointing"  # its old name: gradient_checkpointing
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:

@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2Runner
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1Runner
 
-from todi_offline.vllm_teacher.runners import V1Hook, V2Hook
+from todi_offline.teacher.in_vllm.runners import V1Hook, V2Hook
 
 
 def num_parameters(function: object) -> int:

@@ -8,7 +8,7 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.capturing.work import Work
 from todi_offline.data import DataConfig
 from todi_offline.errors import ConfigError
-from todi_offline.teacher import TeacherConfig
+from todi_offline.teacher.in_transformers import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,8 @@ from todi_offline.capturing.workers import start_workers
 from todi_offline.config import Setting, load_config
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import memory_errors
-from todi_offline.models import Tokenizer, load_tokenizer
-from todi_offline.teacher import Teacher
+from todi_offline.models.loading import Tokenizer, load_tokenizer
+from todi_offline.teacher.in_transformers import Teacher
 
 logger = logging.getLogger(__name__)
 

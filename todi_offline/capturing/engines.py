@@ -9,7 +9,14 @@ from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
-from todi_offline.teacher import Teacher, length_batches, num_positions, targets_of, teacher_fingerprint, tokenizer_json
+from todi_offline.teacher.in_transformers import (
+    Teacher,
+    length_batches,
+    num_positions,
+    targets_of,
+    teacher_fingerprint,
+    tokenizer_json,
+)
 
 _RECORDED = ("todi-offline", "numpy", "pyarrow", "numcodecs", "pcodec")
 

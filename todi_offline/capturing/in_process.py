@@ -10,7 +10,7 @@ from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.loading import load_engine
 from todi_offline.capturing.meter import Report
 from todi_offline.capturing.work import ShardResult, ShardTask, ShardWorker
-from todi_offline.teacher import Teacher
+from todi_offline.teacher.in_transformers import Teacher
 
 
 class InProcess:

@@ -14,7 +14,7 @@ from todi_offline.capturing.config import CaptureConfig
 from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.work import ShardTask
 from todi_offline.data import Examples
-from todi_offline.targets import check_capture
+from todi_offline.targets.sparse import check_capture
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from todi_offline.capturing.config import CaptureConfig
 from todi_offline.capturing.engines import Engine, TransformersEngine
 from todi_offline.errors import ConfigError
-from todi_offline.teacher import Teacher, load_teacher
+from todi_offline.teacher.in_transformers import Teacher, load_teacher
 
 
 def load_engine(config: CaptureConfig, teacher: Teacher | None = None) -> Engine:

@@ -10,13 +10,13 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.capturing.config import EngineConfig
 from todi_offline.capturing.engines import TeacherDescription, recorded_versions
-from todi_offline.checkpoint import checkpoint_fingerprint
 from todi_offline.data import Example
 from todi_offline.errors import ConfigError, ModelError, first_line
-from todi_offline.models import Tokenizer, load_tokenizer, real_vocab_size
-from todi_offline.teacher import TeacherConfig, tokenizer_json
-from todi_offline.vllm_teacher.client import Client
-from todi_offline.vllm_teacher.runners import minor_version
+from todi_offline.models.checkpoint import checkpoint_fingerprint
+from todi_offline.models.loading import Tokenizer, load_tokenizer, real_vocab_size
+from todi_offline.teacher.in_transformers import TeacherConfig, tokenizer_json
+from todi_offline.teacher.in_vllm.client import Client
+from todi_offline.teacher.in_vllm.runners import minor_version
 
 
 @dataclass(frozen=True, slots=True)

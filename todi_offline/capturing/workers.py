@@ -11,7 +11,7 @@ from todi_offline.capturing.in_process import InProcess
 from todi_offline.capturing.meter import Report
 from todi_offline.capturing.work import ShardResult, ShardTask
 from todi_offline.errors import ConfigError
-from todi_offline.teacher import Teacher
+from todi_offline.teacher.in_transformers import Teacher
 
 
 class Workers(AbstractContextManager["Workers"], Protocol):

@@ -31,7 +31,7 @@ from todi_offline.costing.sizes import ADAM_BYTES, BACKWARD, ModelSize, read_siz
 from todi_offline.costing.storage import amount_of
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import ConfigError
-from todi_offline.models import Tokenizer, load_tokenizer
+from todi_offline.models.loading import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from todi_offline.data.examples import BATCH_ROWS, DataConfig
+from todi_offline.data.stdlib_corpus import SPLITS, stdlib_pairs
 from todi_offline.data.tokens import Row
 from todi_offline.errors import DataError, first_line
-from todi_offline.stdlib_corpus import SPLITS, stdlib_pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,14 +43,14 @@ from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import TargetsError
 from todi_offline.evaluation.tally import Group, Tally
-from todi_offline.head import Head, require_vocabulary, tried_head
 from todi_offline.losses import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
 from todi_offline.losses.entries import entry_divergence, student_entries, teacher_entries
-from todi_offline.models import Model, Tokenizer, evaluation_mode
-from todi_offline.stream import Collator, batch_targets, prefetch
-from todi_offline.target_rows import chunk_rows
-from todi_offline.targets import SparseTargets
+from todi_offline.models.head import Head, require_vocabulary, tried_head
+from todi_offline.models.loading import Model, Tokenizer, evaluation_mode
+from todi_offline.targets.rows import chunk_rows
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.training.stream import Collator, batch_targets, prefetch
 
 Progress = Callable[[int, int], None]
 

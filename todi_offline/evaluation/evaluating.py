@@ -20,7 +20,7 @@ from todi_offline.evaluation.generation import (
     load_prompts,
     rouge_l_scorer,
 )
-from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
+from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 
 Progress = Callable[[int, int], None]
 

@@ -30,8 +30,8 @@ from todi_offline.data.questions import without_answer
 from todi_offline.data.sources import open_source
 from todi_offline.data.tokens import Dropped
 from todi_offline.errors import ConfigError, DataError
-from todi_offline.head import head_of
-from todi_offline.models import Model, Tokenizer, evaluation_mode, real_vocab_size
+from todi_offline.models.head import head_of
+from todi_offline.models.loading import Model, Tokenizer, evaluation_mode, real_vocab_size
 
 Progress = Callable[[int, int], None]
 

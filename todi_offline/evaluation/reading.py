@@ -10,12 +10,12 @@ from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
-from todi_offline.head import head_of, require_vocabulary
 from todi_offline.losses.entries import student_entries
-from todi_offline.models import Model, Tokenizer, evaluation_mode
+from todi_offline.models.head import head_of, require_vocabulary
+from todi_offline.models.loading import Model, Tokenizer, evaluation_mode
 from todi_offline.pages.tokens import TEACHER_ENTRIES, StudentRows
-from todi_offline.stream import Collator, batch_targets
-from todi_offline.targets import SparseTargets
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.training.stream import Collator, batch_targets
 
 
 def read_sequences(

@@ -15,7 +15,7 @@ from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError
 from todi_offline.losses.config import DistillationConfig, Tail
 from todi_offline.losses.divergences import Divergence, resolve, values_of
-from todi_offline.targets import SparseTargets, check_narrowing
+from todi_offline.targets.sparse import SparseTargets, check_narrowing
 
 FLOOR = -1e3
 """A logit of -inf is replaced by the largest logit of its row plus this many nats. Its probability is still exactly

@@ -32,7 +32,7 @@ from todi_offline.losses.entries import FLOOR, Entries, entry_divergence, teache
 from todi_offline.losses.objective import reverse_kl_with_bucket, sums_to_log
 from todi_offline.losses.passes import combine_rows, exponentiate_rows, pieces
 from todi_offline.losses.positions import parse_selection, position_weights, student_entropy
-from todi_offline.targets import SparseTargets
+from todi_offline.targets.sparse import SparseTargets
 
 
 def fused_linear_distill(

@@ -9,7 +9,7 @@ from todi_offline.losses.config import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
 from todi_offline.losses.entries import Entries, as_tensors, entry_divergence, student_entries, teacher_entries
 from todi_offline.losses.positions import parse_selection, position_weights, student_entropy
-from todi_offline.targets import SparseTargets
+from todi_offline.targets.sparse import SparseTargets
 
 
 def distillation_loss(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from todi_offline.models import Model, evaluation_mode
+from todi_offline.models.loading import Model, evaluation_mode
 
 PROBE_TOKENS = 32
 _NOT_SETTINGS = ("layer_idx", "layer_id", "num_hidden_layers", "store_full_length_kv", "training")

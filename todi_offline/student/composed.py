@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 from todi_offline.student.comparing import logits_difference, probe_logits, settings_difference
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from todi_offline.errors import ConfigError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 from todi_offline.student.composed import decoder_layers, require_composed
 from todi_offline.student.configs import config_of_layers
 from todi_offline.student.loading import construction_errors, generation_config, load_tensors

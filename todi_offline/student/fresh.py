@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from todi_offline.errors import ConfigError, ModelError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 from todi_offline.student.comparing import probe_logits
 from todi_offline.student.configs import config_of_layers, config_of_sizes
 from todi_offline.student.depth import spaced_layers

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from todi_offline.errors import ConfigError
-from todi_offline.models import Model, evaluation_mode
+from todi_offline.models.loading import Model, evaluation_mode
 from todi_offline.student.parts import WidthParts
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

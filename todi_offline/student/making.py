@@ -12,7 +12,7 @@ from torch import Tensor
 from todi_offline.config import Setting, load_config
 from todi_offline.data import DataConfig, load_examples
 from todi_offline.errors import ConfigError
-from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
+from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student.config import MadeStudent, MakingConfig
 from todi_offline.student.depth import prune_depth, spaced_layers
 from todi_offline.student.fresh import fresh_student

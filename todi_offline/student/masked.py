@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 from todi_offline.student.comparing import difference_of, probe_logits, settings_difference
 from todi_offline.student.parts import Sizes, WidthParts, described, refusal
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 from todi_offline.student.composed import decoder_layers
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from todi_offline.errors import ConfigError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 from todi_offline.student.comparing import in_float32, restore_dtypes
 from todi_offline.student.configs import config_of_sizes
 from todi_offline.student.importance import Importance, activation_importance

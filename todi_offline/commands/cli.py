@@ -13,11 +13,9 @@ from typing import Any
 import click
 
 from todi_offline import __version__
-from todi_offline.config import load_config
-from todi_offline.errors import one_line_errors
-from todi_offline.headings import HEADINGS
-from todi_offline.options import ConfigCommand, argument, given, whole_numbers
-from todi_offline.terminal import (
+from todi_offline.commands.headings import HEADINGS
+from todi_offline.commands.options import ConfigCommand, argument, given, whole_numbers
+from todi_offline.commands.terminal import (
     cache_rows,
     no_bars_in_logs,
     print_capture,
@@ -30,6 +28,8 @@ from todi_offline.terminal import (
     print_texts,
     progress,
 )
+from todi_offline.config import load_config
+from todi_offline.errors import one_line_errors
 
 
 @click.group(context_settings={"max_content_width": 110})
@@ -65,7 +65,7 @@ def demo(out: Path, as_json: bool) -> None:
     \b
     Example: todi demo --out todi-demo
     """
-    from todi_offline.demo import demo
+    from todi_offline.commands.demo import demo
     from todi_offline.pages.texts import printable
 
     with progress("tokens", quiet=as_json) as report, contextlib.redirect_stdout(sys.stderr):
@@ -166,7 +166,7 @@ def student(config: Path | None, keep: str | None, as_json: bool, **settings: An
 
 @cli.command(
     cls=ConfigCommand,
-    config="todi_offline.training:TrainConfig",
+    config="todi_offline.training.run:TrainConfig",
     groups=HEADINGS["train"],
 )
 @click.option("--epochs", "num_train_epochs", type=float, help="Passes over the cache. [default: 3]")
@@ -202,7 +202,7 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
     \b
     Example: todi train --student student/ --cache cache/ --out run/ --epochs 3 --learning-rate 1e-4
     """
-    from todi_offline.training import train
+    from todi_offline.training.run import train
 
     overrides = {**dict(map(argument, arguments)), **given(settings)}
     with contextlib.redirect_stdout(sys.stderr):  # where transformers' log belongs
@@ -253,7 +253,7 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
 
 @cli.command(
     cls=ConfigCommand,
-    config="todi_offline.viewing:ViewConfig",
+    config="todi_offline.evaluation.viewing:ViewConfig",
     groups=HEADINGS["view"],
 )
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
@@ -267,7 +267,7 @@ def view(config: Path | None, as_json: bool, **settings: Any) -> None:
     \b
     Example: todi view --student run/ --cache heldout/ --run run/ --scores scores/ --out run.html
     """
-    from todi_offline.viewing import view
+    from todi_offline.evaluation.viewing import view
 
     with progress("sequences", quiet=as_json) as report:
         page = view(config, progress=report, **given(settings))
@@ -293,7 +293,7 @@ def keys(tokenizer: str, out: Path, **settings: Any) -> None:
     Example: todi keys --data some.jsonl --tokenizer teacher/ --out keys.txt
     """
     from todi_offline.data import DataConfig, load_examples
-    from todi_offline.models import load_tokenizer
+    from todi_offline.models.loading import load_tokenizer
 
     examples = load_examples(load_config(DataConfig, overrides=given(settings)), load_tokenizer(tokenizer))
     content_keys = examples.content_keys()

@@ -18,8 +18,8 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
 from todi_offline.errors import EngineError, TeacherOutputError, TodiError, first_line, memory_errors
-from todi_offline.target_rows import chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
-from todi_offline.vllm_teacher.messages import Message, parse_example, rows_message
+from todi_offline.targets.rows import chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
+from todi_offline.teacher.in_vllm.messages import Message, parse_example, rows_message
 
 ComputeLogits = Callable[[Tensor], Tensor | None]
 """Hidden states [row, hidden] in, logits [row, vocab] out; None on a worker to which the logits are not gathered."""

@@ -19,12 +19,12 @@ from todi_offline.errors import (
     TodiError,
     first_line,
 )
-from todi_offline.target_rows import sparsify_chunks
-from todi_offline.vllm_teacher.messages import KEY, Message, example_message, parse_rows, settings_message
-from todi_offline.vllm_teacher.processes import StartedProcesses
-from todi_offline.vllm_teacher.runners import is_death, require_tested, run, shut_down
-from todi_offline.vllm_teacher.watchdog import Watchdog, died
-from todi_offline.vllm_teacher.worker import EXTENSION
+from todi_offline.targets.rows import sparsify_chunks
+from todi_offline.teacher.in_vllm.messages import KEY, Message, example_message, parse_rows, settings_message
+from todi_offline.teacher.in_vllm.processes import StartedProcesses
+from todi_offline.teacher.in_vllm.runners import is_death, require_tested, run, shut_down
+from todi_offline.teacher.in_vllm.watchdog import Watchdog, died
+from todi_offline.teacher.in_vllm.worker import EXTENSION
 
 _TAKEN_BYTES = 64 * 2**20  # of targets in one answer of a worker
 

@@ -16,7 +16,7 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
 from todi_offline.errors import TeacherOutputError
-from todi_offline.targets import SparseTargets, teacher_targets
+from todi_offline.targets.sparse import SparseTargets, teacher_targets
 
 MIN_ROWS = 16
 """Products of the head have a multiple of this many rows: with fewer, a kernel sums in another order."""

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from todi_offline.errors import ModelError
-from todi_offline.models import Model, evaluation_mode
+from todi_offline.models.loading import Model, evaluation_mode
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from todi_offline.checkpoint import locate
 from todi_offline.errors import ModelError, first_line
+from todi_offline.models.checkpoint import locate
 
 logger = logging.getLogger(__name__)
 

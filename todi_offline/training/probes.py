@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from todi_offline.first_rank import of_first_rank
-from todi_offline.head import Head, logits_difference, tried_head
-from todi_offline.models import Model, evaluation_mode
-from todi_offline.stream import Collator, model_inputs
+from todi_offline.models.head import Head, logits_difference, tried_head
+from todi_offline.models.loading import Model, evaluation_mode
+from todi_offline.training.first_rank import of_first_rank
+from todi_offline.training.stream import Collator, model_inputs
 
 logger = logging.getLogger(__name__)
 

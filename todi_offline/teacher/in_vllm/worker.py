@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from todi_offline.vllm_teacher.messages import Message, parse_settings
-from todi_offline.vllm_teacher.processes import end_with
-from todi_offline.vllm_teacher.runners import install, is_answering
-from todi_offline.vllm_teacher.steps import StepTargets
+from todi_offline.teacher.in_vllm.messages import Message, parse_settings
+from todi_offline.teacher.in_vllm.processes import end_with
+from todi_offline.teacher.in_vllm.runners import install, is_answering
+from todi_offline.teacher.in_vllm.steps import StepTargets
 
 EXTENSION = f"{__name__}.TargetsExtension"
 """The name by which vLLM loads the class below."""

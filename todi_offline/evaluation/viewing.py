@@ -10,7 +10,7 @@ from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.config import Setting, load_config
 from todi_offline.errors import ConfigError
 from todi_offline.evaluation.reading import read_sequences
-from todi_offline.models import load_model, load_tokenizer
+from todi_offline.models.loading import load_model, load_tokenizer
 from todi_offline.pages.cache_page import read_shown
 from todi_offline.pages.choosing import BUDGET_MB, shown_sequences
 from todi_offline.pages.page import Page, Section

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from todi_offline.errors import ConfigError, EngineError
-from todi_offline.vllm_teacher.messages import KEY
-from todi_offline.vllm_teacher.steps import Span, StepTargets
+from todi_offline.teacher.in_vllm.messages import KEY
+from todi_offline.teacher.in_vllm.steps import Span, StepTargets
 
 TESTED_VERSIONS = ("0.32",)
 """Minor versions of vLLM whose private names were checked, on both model runners."""

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from todi_offline.arguments import refuse_ignored
 from todi_offline.cache.format.fingerprint import differences, tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
 from todi_offline.errors import CacheMismatchError, ConfigError, ModelError
-from todi_offline.head import Head, require_vocabulary
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.losses.schedule import scheduled
-from todi_offline.meters import FiniteLosses, Meter
-from todi_offline.models import Model, Tokenizer
-from todi_offline.probes import probe
-from todi_offline.stream import (
+from todi_offline.models.head import Head, require_vocabulary
+from todi_offline.models.loading import Model, Tokenizer
+from todi_offline.targets.sparse import SparseTargets
+from todi_offline.training.arguments import refuse_ignored
+from todi_offline.training.meters import FiniteLosses, Meter
+from todi_offline.training.probes import probe
+from todi_offline.training.stream import (
     Batch,
     CacheDataset,
     FilledOrder,
@@ -34,7 +35,6 @@ from todi_offline.stream import (
     prefetch,
     training_order,
 )
-from todi_offline.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ToDiTrainer(Trainer):
     the same; its loss is without the routers'.
 
     A loss that is not finite ends the run at the next log or checkpoint. TensorBoard's curves lie in `runs` inside the
-    run's folder. Arguments that would be ignored are refused; see `todi_offline.arguments`.
+    run's folder. Arguments that would be ignored are refused; see `todi_offline.training.arguments`.
     """
 
     loss_is_scaled_for_ga = True

@@ -18,7 +18,7 @@ from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
 from todi_offline.cache.store.remote import RemoteStore
-from todi_offline.targets import SparseTargets
+from todi_offline.targets.sparse import SparseTargets
 
 logger = logging.getLogger(__name__)
 

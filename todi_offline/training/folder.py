@@ -15,7 +15,7 @@ from typing import Any
 
 from todi_offline.cache.format.fingerprint import differences, hash_bytes
 from todi_offline.errors import ConfigError
-from todi_offline.models import Model
+from todi_offline.models.loading import Model
 
 RUN_NAME = "todi_run.json"
 

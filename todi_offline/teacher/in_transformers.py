@@ -14,18 +14,18 @@ from torch import Tensor
 from todi_offline.cache.format.fingerprint import hash_bytes, hash_json
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
-from todi_offline.checkpoint import (
+from todi_offline.data import Example
+from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
+from todi_offline.models.checkpoint import (
     SAMPLED_TENSOR_BYTES,
     checkpoint_fingerprint,
     identity_of_adapter,
     identity_of_config,
     sampled_ranges,
 )
-from todi_offline.data import Example
-from todi_offline.errors import ConfigError, ModelError, TeacherOutputError
-from todi_offline.head import Head, in_dtype, tried_head
-from todi_offline.models import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer, real_vocab_size
-from todi_offline.target_rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
+from todi_offline.models.head import Head, in_dtype, tried_head
+from todi_offline.models.loading import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer, real_vocab_size
+from todi_offline.targets.rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from todi_offline import tuning
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.errors import TargetsError, TeacherOutputError
-from todi_offline.top_k import top_k
+from todi_offline.targets.top_k import top_k
 
 _BLOCK = 256  # columns summed at once, of which those of a drawn block are looked at one by one
 

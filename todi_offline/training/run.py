@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from todi_offline.arguments import refuse_ignored, require_kinds
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache, open_cache, select, union
@@ -22,14 +21,15 @@ from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.config import Setting, as_tables, flat_fields, load_config, to_dict, unknown_setting
 from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
 from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
-from todi_offline.first_rank import of_first_rank
 from todi_offline.losses import DistillationConfig
-from todi_offline.models import Model, Tokenizer, load_model, load_tokenizer
-from todi_offline.recipes import recipe_settings
-from todi_offline.runs import Start, begin, find_start, last_checkpoint, note, weights_fingerprint
+from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student import LoraSettings, add_lora
-from todi_offline.trainer import ToDiTrainer, require_targets
-from todi_offline.training_log import print_rows
+from todi_offline.training.arguments import refuse_ignored, require_kinds
+from todi_offline.training.first_rank import of_first_rank
+from todi_offline.training.folder import Start, begin, find_start, last_checkpoint, note, weights_fingerprint
+from todi_offline.training.log import print_rows
+from todi_offline.training.recipes import recipe_settings
+from todi_offline.training.trainer import ToDiTrainer, require_targets
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +339,7 @@ def _open_caches(
 
 
 def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache | None) -> dict[str, Any]:
-    """Return everything that decides the outcome of a run, except for the student's weights; see `todi_offline.runs`.
+    """Return everything that decides the outcome of a run, except for the student's weights; see `folder`.
 
     A hash of the content replaces the path of a cache, and the sequences per step replace the batch settings.
     """
