@@ -8,7 +8,7 @@ workers.py       what captures shards: in_process.py, this process, or ray_actor
 attempts.py      shards whose workers have died -> what to try next
 work.py          a shard's examples -> its commit record: an engine, and a writer that needs no lock
 loading.py       the settings -> the engine that they ask for
-vllm_engine.py   the engine that is vLLM; see vllm_teacher/
+vllm_engine.py   the engine that is vLLM; see teacher/in_vllm
 engines.py       a shard's examples -> the teacher's targets, whichever library runs the teacher
 meter.py         what workers report -> how far the capture is
 """
