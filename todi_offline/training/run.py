@@ -222,6 +222,8 @@ def training_arguments(config: TrainConfig) -> Any:
         **config.trainer,
         "output_dir": str(config.out),
     }
+    if isinstance(values["report_to"], tuple):
+        values["report_to"] = list(values["report_to"])  # transformers takes a tuple for a name
     try:
         arguments = TrainingArguments(**values)
         get_reporting_integration_callbacks(arguments.report_to)  # raises where a name is unknown
