@@ -147,6 +147,14 @@ def test_what_made_a_cache_mends_it_after_a_capture_has_added_to_it(
     assert verify_cache(root) == []
 
 
+def test_a_capture_of_what_was_imported_into_other_shards_does_nothing(tmp_path: Path) -> None:
+    root = imported(captured(tmp_path / "a", range(12)), tmp_path / "b")
+    before = contents_of(root)
+    assert open_cache(root).manifest.num_shards == 1
+    captured(root, range(12))
+    assert contents_of(root) == before
+
+
 def test_a_reused_subset_gives_the_rows_of_the_subset_and_captures_the_others(tmp_path: Path) -> None:
     narrow = {"k": 4, "tail_samples": 2}
     source = subset_of(captured(tmp_path / "a", FIRST), tmp_path / "s", **narrow)

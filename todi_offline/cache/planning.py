@@ -100,6 +100,9 @@ def plan_capture(store: Store, fresh: Manifest, keys: ContentKeys, num_tokens: n
     if number is None and not len(own):
         return CapturePlan(root.manifest, own, [])
     plan = _plan(root.manifest, earlier, part, own, num_tokens)
+    if number is not None and _is_whole(root, number) and len(plan.shards) != root.parts[number].num_shards:
+        # An import has laid the same sequences into other shards, and nothing is missing.
+        return CapturePlan(dataclasses.replace(root.manifest, parts=root.parts), own, [])
     following = root.parts[len(earlier) + 1 :]
     return dataclasses.replace(
         plan, manifest=dataclasses.replace(plan.manifest, parts=(*plan.manifest.parts, *following))
@@ -140,6 +143,13 @@ def _plan(
     part = dataclasses.replace(part, num_sequences=len(own), num_shards=len(shards))
     moved = [dataclasses.replace(shard, index=first + shard.index) for shard in shards]
     return CapturePlan(dataclasses.replace(found, parts=(*earlier, part)), own, moved)
+
+
+def _is_whole(root: Root, number: int) -> bool:
+    """Whether a part is finished and has lost no shard."""
+    first = sum(part.num_shards for part in root.parts[:number])
+    stop = first + root.parts[number].num_shards
+    return number < len(root.manifest.parts) and not any(first <= shard < stop for shard in root.lost_shards)
 
 
 def _data(part: Part) -> tuple[object, str]:
