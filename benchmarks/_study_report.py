@@ -81,14 +81,19 @@ def _table(means: Sequence[Row]) -> str:
     header = "| " + " | ".join((*columns, "ECE", "seeds")) + " |"
     lines = [header, "|---" * 9 + "|"]
     for mean in sorted(means, key=lambda mean: (mean["start"] != "warm", mean["forward_kl"])):
-        share = "" if mean["share"] is None else f"{mean['share']:.1%} ± {mean['share_deviation']:.1%}"
+        share = "" if mean["share"] is None else f"{mean['share']:.1%}{_deviation(mean, 'share', '.1%')}"
         size = f"{mean['bytes_per_target']:.1f}" if mean["bytes_per_target"] else "–"
         lines.append(
-            f"| {mean['start']} | {mean['label']} | {size} | {mean['forward_kl']:.4f} ± "
-            f"{mean['forward_kl_deviation']:.4f} | {share} | {mean['reverse_kl']:.4f} | {mean['cross_entropy']:.4f} | "
-            f"{mean['calibration_error']:.4f} | {mean['seeds']} |"
+            f"| {mean['start']} | {mean['label']} | {size} | {mean['forward_kl']:.4f}"
+            f"{_deviation(mean, 'forward_kl', '.4f')} | {share} | {mean['reverse_kl']:.4f} | "
+            f"{mean['cross_entropy']:.4f} | {mean['calibration_error']:.4f} | {mean['seeds']} |"
         )
     return "\n".join(lines)
+
+
+def _deviation(mean: Row, name: str, digits: str) -> str:
+    """Return what follows a mean; a single seed has no deviation."""
+    return f" ± {mean[f'{name}_deviation']:{digits}}" if mean["seeds"] > 1 else ""
 
 
 def _bars(means: Sequence[Row], bars: dict[tuple[int, int], float]) -> list[str]:
