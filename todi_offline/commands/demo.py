@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from todi_offline.data.stdlib_corpus import stdlib_pairs
 from todi_offline.errors import ModelError
 from todi_offline.evaluation import Prompts, answer, load_prompts
 from todi_offline.evaluation.viewing import ViewConfig, view
+from todi_offline.folders import user_cache
 from todi_offline.models.loading import load_model, load_tokenizer
 from todi_offline.pages.run_page import Scores
 from todi_offline.student import save_pruned, spaced_layers
@@ -116,7 +116,7 @@ def fetch_teacher() -> Path:
     Raises:
         ModelError: it cannot be downloaded, or its checksum is wrong.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline"
+    home = user_cache()
     file = home / Path(MEMBER).name
     if not file.exists():
         home.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from todi_offline.cache.format.fingerprint import hash_json, tokenizer_fingerprint
 from todi_offline.data.examples import DataConfig
 from todi_offline.data.templates import read_template
+from todi_offline.folders import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,8 +56,7 @@ def choose_place(config: DataConfig, identity: Any, tokenizer: "PreTrainedTokeni
             {library: _version(library) for library in _LIBRARIES},
         ]
     )
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = config.examples_dir or home / "todi_offline" / "examples"
+    folder = config.examples_dir or user_cache("examples")
     return Place(folder / f"{name}.arrow", folder / f"{name}.json")
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from todi_offline.errors import CacheError
+from todi_offline.folders import user_cache
 
 DEFAULT_LIMIT_GB = 20.0
 HELD = 32  # copies that a process keeps from removal: four shards of eight arrays
@@ -134,8 +135,7 @@ class Staging:
 
 
 def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "todi_offline" / "staging"
+    return user_cache("staging")
 
 
 def _hold(path: Path, num_bytes: int) -> int | None:
