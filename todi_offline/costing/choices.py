@@ -11,7 +11,7 @@ import numpy.typing as npt
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.planning import CapturePlan
 from todi_offline.capturing.config import CaptureConfig
-from todi_offline.costing.probing import Probe, draw
+from todi_offline.costing.probing import Probe, draw, with_shape
 from todi_offline.costing.results import Choice
 from todi_offline.costing.storage import Amount, StoredBytes, kept_mass, measured_bytes, narrowed, token_bytes
 from todi_offline.costing.studied import BYTES, ENCODINGS, REQUIRED_SHARE, SHAPES, shares_of
@@ -57,7 +57,8 @@ def choices_of(work: Work) -> list[Choice]:
 
 
 def _choice(work: Work, k: int, samples: int, encoding: str, *, is_asked: bool) -> Choice:
-    settings = _with_shape(work.config.cache, k, samples, encoding)
+    shape: dict[str, Any] = {"encoding": encoding}
+    settings = dataclasses.replace(with_shape(work.config.cache, k, samples), **shape)
     mass, basis, stored = None, "unknown", None
     if work.probe is not None:
         rows = work.probe.asked if is_asked else narrowed(work.probe.sequences, settings)
@@ -76,12 +77,6 @@ def _choice(work: Work, k: int, samples: int, encoding: str, *, is_asked: bool) 
         shares_of(k, samples),
         is_asked,
     )
-
-
-def _with_shape(asked: CacheSettings, k: int, samples: int, encoding: str) -> CacheSettings:
-    at = asked.tail_temperature if asked.tail_temperature in asked.temperatures else asked.temperatures[0]
-    shape: dict[str, Any] = {"k": k, "tail_samples": samples, "encoding": encoding, "tail_temperature": at}
-    return dataclasses.replace(asked, **shape)
 
 
 def _studied_bytes(work: Work, settings: CacheSettings, per_target: float) -> StoredBytes:

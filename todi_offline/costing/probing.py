@@ -14,9 +14,8 @@ import torch
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.layout import CacheSettings, array_specs
 from todi_offline.cache.format.sequences import SequenceRows
-from todi_offline.cache.format.shard import encode_shard
 from todi_offline.capturing.engines import Engine
-from todi_offline.costing.storage import as_sequences, narrowed
+from todi_offline.costing.storage import as_sequences, columns_of, narrowed, stored_bytes
 from todi_offline.data import Examples
 
 
@@ -48,6 +47,11 @@ def widest(asked: CacheSettings, shapes: Sequence[tuple[int, int]]) -> CacheSett
     """Return settings of which all shapes, and what is asked for, are a part."""
     k = max([asked.k, *(shape[0] for shape in shapes)])
     samples = max([asked.tail_samples, *(shape[1] for shape in shapes)])
+    return with_shape(asked, k, samples)
+
+
+def with_shape(asked: CacheSettings, k: int, samples: int) -> CacheSettings:
+    """Return settings of another shape; samples, where there were none, are drawn at a temperature that there is."""
     at = asked.tail_temperature if asked.tail_temperature in asked.temperatures else asked.temperatures[0]
     return dataclasses.replace(asked, k=k, tail_samples=samples, tail_temperature=at)
 
@@ -94,13 +98,9 @@ def measure(
 
 def _write(sequences: Sequence[SequenceRows], settings: CacheSettings, vocab_size: int) -> None:
     """Encode and compress the targets as a shard's writer does, and drop them."""
-    encoded = [encode_rows(each.targets, settings.encoding) for each in sequences]
     specs = array_specs(settings, vocab_size)
-    for name in encoded[0]:
-        values = np.concatenate([arrays[name] for arrays in encoded])
-        spec = specs[name]
-        whole = dataclasses.replace(spec, shard_rows=spec.chunks_of(len(values)) * spec.chunk_rows)
-        encode_shard(whole, values, settings.codec)
+    for name, values in columns_of([encode_rows(each.targets, settings.encoding) for each in sequences]).items():
+        stored_bytes(specs[name], values, settings.codec)
 
 
 def _peak_bytes() -> int:

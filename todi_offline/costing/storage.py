@@ -85,7 +85,7 @@ def measured_bytes(
     """
     encoded = [encode_rows(each.targets, settings.encoding) for each in sequences]
     specs = array_specs(settings, vocab_size)
-    columns = {name: np.concatenate([arrays[name] for arrays in encoded]) for name in encoded[0]}
+    columns = columns_of(encoded)
     per_target, last_chunks = _rows_bytes(specs, columns, settings.codec, amount.last_targets)
     tokens = token_bytes([(each.token_ids, each.target_mask) for each in sequences], settings, vocab_size, amount)
     half = -(-len(sequences) // 2)
@@ -114,6 +114,11 @@ def token_bytes(
     return StoredBytes(0.0, per_token, per_shard=last_chunks + sum(map(index_bytes, specs.values())))
 
 
+def columns_of(encoded: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of encoded sequences, each name's end to end."""
+    return {name: np.concatenate([arrays[name] for arrays in encoded]) for name in encoded[0]}
+
+
 def as_sequences(examples: Sequence[Any], targets: Sequence[TargetRows]) -> list[SequenceRows]:
     """Return examples with their targets, as a shard takes them."""
     return [
@@ -127,17 +132,17 @@ def _rows_bytes(
 ) -> tuple[float, float]:
     """Return the mean bytes of a row in full chunks, and what a last chunk of so many rows takes beyond its rows'."""
     per_row = sum(_mean_bytes(specs[name], values, codec) for name, values in columns.items())
-    last = sum(_stored(specs[name], values[:last_rows], codec) for name, values in columns.items())
+    last = sum(stored_bytes(specs[name], values[:last_rows], codec) for name, values in columns.items())
     num_rows = min(last_rows, min(map(len, columns.values())))
     return per_row, max(last - per_row * num_rows, 0.0) if num_rows else 0.0
 
 
 def _mean_bytes(spec: ArraySpec, values: npt.NDArray[Any], codec: str) -> float:
     rows = len(values) // spec.chunk_rows * spec.chunk_rows or len(values)
-    return _stored(spec, values[:rows], codec) / rows
+    return stored_bytes(spec, values[:rows], codec) / rows
 
 
-def _stored(spec: ArraySpec, values: npt.NDArray[Any], codec: str) -> int:
+def stored_bytes(spec: ArraySpec, values: npt.NDArray[Any], codec: str) -> int:
     """Return the bytes of the chunks that hold these rows."""
     if not len(values):
         return 0
