@@ -31,7 +31,7 @@ from todi_offline.costing.sizes import ADAM_BYTES, BACKWARD, ModelSize, read_siz
 from todi_offline.costing.storage import amount_of
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import ConfigError
-from todi_offline.models.loading import Tokenizer, load_tokenizer
+from todi_offline.models.loading import Tokenizer, load_tokenizer, num_known_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +98,7 @@ def plan(
 def _plan(config: CaptureConfig, options: PlanOptions, stage: Callable[[str], None]) -> Plan:
     stage("Reading the data set")
     tokenizer = load_tokenizer(config.teacher.teacher, trust_remote_code=config.teacher.trust_remote_code)
-    vocab_size = int(max(tokenizer.get_vocab().values())) + 1
+    vocab_size = num_known_ids(tokenizer)
     examples = load_examples(config.data, tokenizer)
     size = read_size(config.teacher.teacher, vocab_size)
     work = _work(config, options, examples, tokenizer, vocab_size, stage)

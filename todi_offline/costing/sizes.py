@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from todi_offline.errors import ModelError, first_line
+from todi_offline.models.checkpoint import open_gguf
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -141,11 +142,7 @@ def _hub_headers(name: str) -> Iterator[Header]:
 
 
 def _gguf_headers(file: Path) -> Iterator[Header]:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ModelError("a GGUF file needs the reader: pip install 'todi-offline[gguf]'") from error
-    for tensor in GGUFReader(file).tensors:
+    for tensor in open_gguf(file).tensors:
         yield Header(tensor.name, tuple(map(int, tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes))
 
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from todi_offline.cache.format.fingerprint import hash_bytes, hash_json
 from todi_offline.errors import ModelError, first_line
+from todi_offline.folders import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +194,22 @@ def _config(files: _Files) -> tuple[dict[str, Any], list[_Tensor]]:
     return facts, _tensors(files.weights)
 
 
-def _gguf(file: Path) -> tuple[dict[str, Any], list[_Tensor]]:
-    """Read a GGUF file; its config is all that stands before the tensors, the tokenizer too."""
+def open_gguf(file: Path) -> Any:
+    """Return a reader of a GGUF file.
+
+    Raises:
+        ModelError: the package that reads such files is not installed.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise ModelError("a GGUF file needs gguf: pip install 'todi-offline[gguf]'") from error
-    reader = GGUFReader(file)
+    return GGUFReader(file)
+
+
+def _gguf(file: Path) -> tuple[dict[str, Any], list[_Tensor]]:
+    """Read a GGUF file; its config is all that stands before the tensors, the tokenizer too."""
+    reader = open_gguf(file)
     with file.open("rb") as opened:
         header = hash_bytes([opened.read(reader.data_offset)])
     kind = reader.fields.get("general.architecture")
@@ -275,9 +285,7 @@ def _kept_at(files: _Files) -> Path:
     """Return where the fingerprint of these files, as they are now, is kept."""
     status = [(str(file.resolve()), file.stat()) for file in files.all()]
     state = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "todi_offline" / "fingerprints"
-    return folder / f"{hash_json([_SCHEME, SAMPLED_TENSOR_BYTES, BLOCK_BYTES, state])}.json"
+    return user_cache("fingerprints", f"{hash_json([_SCHEME, SAMPLED_TENSOR_BYTES, BLOCK_BYTES, state])}.json")
 
 
 def _keep(place: Path, found: Mapping[str, Any]) -> None:

@@ -112,13 +112,18 @@ def _split_over(num_ranks: int) -> Any:
         raise ModelError(f"tp needs a newer release of transformers: {first_line(error)}") from error
 
 
+def num_known_ids(tokenizer: Tokenizer) -> int:
+    """Return how many ids a tokenizer knows."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def real_vocab_size(tokenizer: Tokenizer, num_ids: int) -> int:
     """Return how many ids the tokenizer and a head of `num_ids` rows both know; rows beyond pad the embedding.
 
     Of a tokenizer that knows more, as Gemma 3's knows one, the others have no logit; `Examples.require_ids` refuses an
     example that holds one.
     """
-    known = int(max(tokenizer.get_vocab().values())) + 1
+    known = num_known_ids(tokenizer)
     if known > num_ids:
         logger.warning(
             "the tokenizer knows %s ids and the model's head %s; an example with one of the others will be refused",
