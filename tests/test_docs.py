@@ -10,6 +10,7 @@ import pytest
 from support.tiny_models import save_llama
 
 from cache_tools.__main__ import cli as cache_cli
+from todi_offline import capture
 from todi_offline.commands.cli import cli
 from todi_offline.data.stdlib_corpus import stdlib_pairs
 
@@ -54,6 +55,8 @@ def test_the_python_examples_run_from_the_first_to_the_last(
     readme: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    if readme != ROOT / "README.md" and not Path("cache/cache.json").exists():  # that page makes it itself
+        capture("teacher/", "instructions.jsonl", "cache/")
     names: dict[str, object] = {}
     for block in blocks(readme, "python"):
         short = block.replace("max_steps=500", "max_steps=2").replace('"run3/")', '"run3/", max_steps=2)')
