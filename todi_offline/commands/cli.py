@@ -14,7 +14,7 @@ import click
 
 from todi_offline import __version__
 from todi_offline.commands.headings import HEADINGS
-from todi_offline.commands.options import ConfigCommand, argument, given, whole_numbers
+from todi_offline.commands.options import ConfigCommand, argument, config_options, given, whole_numbers
 from todi_offline.commands.terminal import (
     cache_rows,
     no_bars_in_logs,
@@ -90,8 +90,7 @@ def demo(out: Path, as_json: bool) -> None:
     config="todi_offline.capturing.config:CaptureConfig",
     groups=HEADINGS["capture"],
 )
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@config_options("Print the summary as JSON.")
 def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Run a teacher once over a data set, and keep its sparse targets.
 
@@ -118,8 +117,7 @@ def capture(config: Path | None, as_json: bool, **settings: Any) -> None:
     groups=HEADINGS["plan"],
 )
 @click.option("--out", help="An existing cache to add to: its sequences are not counted. By default a new cache.")
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of a capture's settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@config_options("Print the plan as JSON.", file="A TOML file of a capture's settings.")
 def plan(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Say what a capture will cost, before it runs.
 
@@ -145,8 +143,7 @@ def _shown(report: Any) -> Any:
 @cli.command(cls=ConfigCommand, config="todi_offline.student:MakingConfig", groups=HEADINGS["student"])
 @click.option("--from", "source", help="The teacher: a folder, a hub id, or a GGUF file. [required]")
 @click.option("--keep", help="The layers to keep, such as 0,4,8,29.")
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the student is made of as JSON.")
+@config_options("Print what the student is made of as JSON.")
 def student(config: Path | None, keep: str | None, as_json: bool, **settings: Any) -> None:
     """Make a student from a teacher: cut from it, or new in its family.
 
@@ -194,8 +191,7 @@ def student(config: Path | None, keep: str | None, as_json: bool, **settings: An
     metavar="NAME=VALUE",
     help="Any other field of transformers' TrainingArguments, such as --set weight_decay=0.01.",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@config_options("Print the summary as JSON.")
 def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """Train a student from a cache. The teacher is not needed.
 
@@ -228,8 +224,7 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
     config="todi_offline.evaluation:EvaluateConfig",
     groups=HEADINGS["evaluate"],
 )
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@config_options("Print the summary as JSON.")
 def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Measure a student's distance to a cached teacher, and its ROUGE-L.
 
@@ -256,8 +251,7 @@ def evaluate(config: Path | None, as_json: bool, **settings: Any) -> None:
     config="todi_offline.evaluation.viewing:ViewConfig",
     groups=HEADINGS["view"],
 )
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of these settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers of the page as JSON.")
+@config_options("Print the numbers of the page as JSON.")
 def view(config: Path | None, as_json: bool, **settings: Any) -> None:
     """Write a page of a student: its predictions, training and responses.
 

@@ -8,7 +8,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,8 @@ import click
 
 from todi_offline.config import flat_fields
 from todi_offline.errors import ConfigError
+
+F = typing.TypeVar("F", bound=Callable[..., Any])
 
 _OPTION_NAMES = {"temperatures": "temperature", "seeds": "seed"}
 """Options with another name than their fields: an option that is repeated names one value."""
@@ -69,6 +71,16 @@ class ConfigCommand(click.Command):
         if records:
             with formatter.section(RARE if self._groups else "Options"):
                 formatter.write_dl(list(records.values()))
+
+
+def config_options(as_json: str, *, file: str = "A TOML file of these settings.") -> Callable[[F], F]:
+    """Return a decorator with what commands of configs have in common: --config FILE and --json, with their help."""
+
+    def add(function: F) -> F:
+        function = click.option("--json", "as_json", is_flag=True, help=as_json)(function)
+        return click.option("--config", type=click.Path(path_type=Path), help=file)(function)
+
+    return add
 
 
 class _JsonObject(click.ParamType[dict[str, Any]]):
