@@ -115,13 +115,12 @@ def _left_out(cache: Cache) -> dict[str, str]:
     return {example: reason for part in cache.manifest.parts for example, reason in part.left_out.items()}
 
 
-def _warned(left_out: dict[str, str]) -> dict[str, str]:
+def _warn_of(left_out: dict[str, str]) -> None:
     """Say which examples a cache lacks."""
     for example, reason in list(left_out.items())[:_NUM_WARNINGS]:
         logger.warning("example %r is left out: %s", example, reason)
     if len(left_out) > _NUM_WARNINGS:
         logger.warning("... and %d more; `todi-cache inspect --json` has all of them", len(left_out) - _NUM_WARNINGS)
-    return left_out
 
 
 def _finish(
@@ -131,7 +130,8 @@ def _finish(
     if work or not writer.missing_shards():
         writer.seal()
     cache, done = open_cache(config.out), Work.total(work.values())
-    num_targets = int(cache.num_targets.sum())
+    num_targets, left_out = int(cache.num_targets.sum()), _left_out(cache)
+    _warn_of(left_out)
     return CaptureSummary(
         num_sequences=len(cache),
         num_tokens=int(cache.num_tokens.sum()),
@@ -143,7 +143,7 @@ def _finish(
         teacher_seconds=done.teacher_seconds,
         bytes_per_target=sum(cache.bytes_by_array.values()) / num_targets,
         mean_topk_mass=float(np.average(cache.columns["topk_mass"], weights=cache.num_targets)),
-        left_out=_warned(_left_out(cache)),
+        left_out=left_out,
         data_report=job.examples.report,
         workers=dict(work),
     )

@@ -1,5 +1,6 @@
 """The settings of a capture in; its work, time, bytes and files out, and those of training a student from it."""
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -101,7 +102,8 @@ def _plan(config: CaptureConfig, options: PlanOptions, stage: Callable[[str], No
     vocab_size = num_known_ids(tokenizer)
     examples = load_examples(config.data, tokenizer)
     size = read_size(config.teacher.teacher, vocab_size)
-    work = _work(config, options, examples, tokenizer, vocab_size, stage)
+    with contextlib.ExitStack() as stack:
+        work = _work(config, options, examples, tokenizer, vocab_size, stage, stack)
     read_tokens, read_targets = examples.num_tokens[work.unread], int(examples.num_targets[work.unread].sum())
     flops = size.forward_flops(read_tokens, read_targets)
     duration = _duration(work, options, size, flops, int(read_tokens.sum()))
@@ -135,15 +137,16 @@ def _work(
     tokenizer: Tokenizer,
     vocab_size: int,
     stage: Callable[[str], None],
+    stack: contextlib.ExitStack,
 ) -> Work:
-    """Plan the shards as a capture does, and probe the teacher where that is asked for."""
+    """Plan the shards as a capture does, and probe the teacher where that is asked for; `stack` closes its engine."""
     store = open_store(config.out)
     require_place(store)
     engine, setup_seconds = None, 0.0
     if options.probe:
         stage("Loading the teacher")
         started = perf_counter()
-        engine = load_engine(config)
+        engine = stack.enter_context(contextlib.closing(load_engine(config)))
         described = engine.describe()
         setup_seconds = perf_counter() - started
     else:
@@ -152,13 +155,11 @@ def _work(
     plan = job.plan(config)
     unread = _unread(config, job, plan)
     probe = None
-    if engine is not None:
-        if len(plan.sequences):
-            chosen = draw(unread if len(unread) else plan.sequences, options.probe, options.probe_seed)
-            stage(f"The teacher reads {len(chosen):,} sequences")
-            wide = widest(config.cache, shapes_of(vocab_size, config.cache))
-            probe = measure(engine, examples, chosen.tolist(), (config.cache, wide), vocab_size)
-        engine.close()
+    if engine is not None and len(plan.sequences):
+        chosen = draw(unread if len(unread) else plan.sequences, options.probe, options.probe_seed)
+        stage(f"The teacher reads {len(chosen):,} sequences")
+        wide = widest(config.cache, shapes_of(vocab_size, config.cache))
+        probe = measure(engine, examples, chosen.tolist(), (config.cache, wide), vocab_size)
     own = plan.sequences
     amount = amount_of(examples.num_tokens[own], examples.num_targets[own], [shard.start for shard in plan.shards])
     return Work(config, vocab_size, examples, plan, amount, unread, probe, setup_seconds)
