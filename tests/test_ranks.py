@@ -114,7 +114,8 @@ def test_after_a_rank_was_killed_the_others_end_and_the_next_job_leaves_the_same
         victims = [0, 1] if number % 4 == 3 else [number % 2]
         instant = jobs.seconds * float(rng.random())
         found = jobs.run(root, signals=[[victim, instant, "SIGKILL"] for victim in victims])
-        assert found["codes"] == [0, 0] or all(found["codes"]), found  # all ends of a job are the same
+        is_whole = sums_of(root) == jobs.whole
+        assert is_whole or all(found["codes"]), found  # a rank says 0 only where the job's work is done
         size = (1, 2, 3)[number % 3]  # goes on with any number of ranks, or without any
         assert jobs.run(root, size)["codes"] == [0] * size
         assert sums_of(root) == jobs.whole, (victims, instant)
