@@ -125,37 +125,43 @@ def draw(means: Sequence[Row], file: Path, measures: Sequence[str] = ("forward_k
     drawn = [(start, measure) for measure in measures for start in starts]
     columns = min(len(drawn), 2)
     rows = -(-len(drawn) // columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(6 * columns, 4.2 * rows), squeeze=False)
+    size = (6 * columns, 4.2 * rows)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    colours = {name: f"C{number}" for number, name in enumerate(sorted(_series(means)))}
+    handles: dict[str, Any] = {}
     for panel, (start, measure) in zip(panels.flat, drawn, strict=True):
-        _draw_panel(panel, [mean for mean in means if mean["start"] == start], measure)
+        _draw_panel(panel, [mean for mean in means if mean["start"] == start], measure, colours)
+        handles |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
         panel.set(title=f"{start} student", xlabel="bytes a target (numbers at points: K)")
         panel.set_ylabel(f"held-out {measure.replace('_kl', ' KL')} to the teacher, nats")
-    figure.tight_layout()
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 * columns, fontsize=7)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
 
-def _draw_panel(panel: Any, means: Sequence[Row], measure: str) -> None:
+def _draw_panel(panel: Any, means: Sequence[Row], measure: str, colours: dict[str, str]) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     levels = [mean for mean in means if mean["label"] in (SFT.label, DENSE.label, DENSE_FORWARD_KL[0].label)]
-    for number, mean in enumerate(sorted(levels, key=lambda mean: mean["label"])):
+    levels = sorted(levels, key=lambda mean: mean[measure])
+    for number, mean in enumerate(levels):
         panel.axhline(mean[measure], linestyle="--", linewidth=0.8, color="grey")
-        at = (0.01 + 0.25 * number, mean[measure])  # side by side: two may be as high
-        panel.annotate(mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-    for number, (name, members) in enumerate(sorted(_series(means).items())):
+        at = (1.01, mean[measure])  # beside the panel; of two levels that are as high, the label of the lower hangs
+        panel.annotate(
+            mean["label"], at, xycoords=("axes fraction", "data"), fontsize=7, va="bottom" if number else "top"
+        )
+    for name, members in _series(means).items():
         columns = ((m["bytes_per_target"], m[measure], m[f"{measure}_deviation"]) for m in members)
         x, y, error = zip(*columns, strict=True)
         style = "o-" if members[0]["arm"].targets == "cached" else "x"
-        panel.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, label=name, color=f"C{number}")
+        panel.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, label=name, color=colours[name])
         for mean in members if style == "o-" else ():
             at = mean["bytes_per_target"], mean[measure]
-            panel.annotate(mean["arm"].k, at, xytext=(2, 4), textcoords="offset points", fontsize=6)
+            panel.annotate(mean["arm"].k, at, xytext=(3, 4), textcoords="offset points", fontsize=6)
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.set_xticks([10, 20, 50, 100, 200])
     panel.minorticks_off()
-    panel.legend(fontsize=7)
 
 
 def _series(means: Sequence[Row]) -> dict[str, list[Row]]:
