@@ -27,7 +27,8 @@ predictions; for random draws, of their different ids and how often each was dra
 
 With the teacher that is trained on the spot a run takes half a minute on one core, with a dense teacher a minute.
 Rows are written as they are measured; the same command again goes on where it was stopped. results/ holds the CSV, the
-table and the picture of each grid. It needs matplotlib: pip install 'todi-offline[benchmarks]'.
+table and the picture of each grid, named after the grid and --set teacher, data, heldout and vocab. It needs
+matplotlib: pip install 'todi-offline[benchmarks]'.
 
 Not claimed: that a result with a small teacher, one text and a few hundred steps holds for others. The measure, forward
 KL, is nearer to the objective of forward KL than to ToDi.
@@ -72,6 +73,8 @@ from todi_offline.models.loading import evaluation_mode
 from todi_offline.training.stream import Collator
 
 RESULTS = Path(__file__).parent / "results"
+NAMED = ("teacher", "data", "heldout", "vocab")
+"""The settings that the names of result files hold; the files hold all."""
 MEASURES = ("bytes_per_target", "forward_kl", "reverse_kl", "cross_entropy", "calibration_error", "seconds")
 
 
@@ -84,8 +87,8 @@ def run(quick: bool, *, grid: str = "", seeds: str = "", work: str = "", **optio
     arms = arms_of(grid, int(seeds or (1 if quick else 3)))
     print(f"{len(arms)} runs; rows, models and caches are kept in {folder}", flush=True)
     rows = _measured(arms, make_world(settings, folder), folder)
-    name = "-".join(["study", grid, *(f"{key}-{Path(value).stem}" for key, value in sorted(options.items()))])
-    print(write_report(rows, RESULTS / name, dataclasses.asdict(settings)))
+    world = (f"{name}-{Path(options[name]).stem}" for name in NAMED if name in options)
+    print(write_report(rows, RESULTS / "-".join(["study", grid, *world]), dataclasses.asdict(settings)))
     return {}
 
 

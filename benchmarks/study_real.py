@@ -14,6 +14,8 @@ standard error is a bootstrap's over sequences). Bytes a target are those of the
     --set data=FILE       instructions that are read beside Python's documentation; its last 100 rows are held out
     --set targets=N       supervised tokens that an arm reads, 50,000
     --set seeds=N         of the five main arms, 3; the others have one
+    --set arms=main,cold  of the groups main, cold and others, by default all
+    --set teacher=PATH    another teacher: a folder, hub id or GGUF file; its results are named after it
     --set work=FOLDER     where the teacher's words, students and rows are kept
     --set write=yes       the students of the first seed, already trained, answer the held-out prompts of FILE: ROUGE-L
     --set report=only     make CSV, table and picture of the rows that there are
@@ -80,10 +82,18 @@ OTHERS = [
     Arm(targets="random", samples=50, kd_weight=matched(0.5)),
 ]
 COLD = [dataclasses.replace(arm, start="cold") for arm in MAIN[:4]]
+GROUPS = {"main": MAIN, "cold": COLD, "others": OTHERS}
 
 
 def run(
-    quick: bool, *, seeds: str = "3", work: str = "", write: str = "", report: str = "", **options: str
+    quick: bool,
+    *,
+    seeds: str = "3",
+    arms: str = ",".join(GROUPS),
+    work: str = "",
+    write: str = "",
+    report: str = "",
+    **options: str,
 ) -> dict[str, object]:
     settings = _settings(quick, options)
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline" / "study-real"
@@ -91,22 +101,29 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     if write and not settings.data:
         raise ConfigError("nothing asks the students to write: name a file of instructions (--set data=FILE)")
-    arms = arms_of(1 if quick else int(seeds))
-    print(f"{len(arms)} runs; rows, models and caches are kept in {folder}", flush=True)
+    chosen = arms_of(1 if quick else int(seeds), arms.split(","))
+    print(f"{len(chosen)} runs; rows, models and caches are kept in {folder}", flush=True)
     if not report:
         prepare(settings, folder)
-        measure_arms(arms, settings, folder)
+        measure_arms(chosen, settings, folder)
         if write:
-            write_arms([arm for arm in arms if arm.seed == 0], settings, folder)
-    name = RESULTS / ("study-real-quick" if quick else "study-real")
-    print(write_report(arms, read_rows(folder / "rows.csv"), read_rows(folder / "written.csv"), name, _shown(settings)))
+            write_arms([arm for arm in chosen if arm.seed == 0], settings, folder)
+    name = "-".join(["study-real", *([Path(settings.teacher).stem] if settings.teacher else []), *["quick"] * quick])
+    rows, written = read_rows(folder / "rows.csv"), read_rows(folder / "written.csv")
+    print(write_report(chosen, rows, written, RESULTS / name, _shown(settings)))
     return {}
 
 
-def arms_of(seeds: int) -> list[Arm]:
-    """Return the arms, the most informative first."""
-    main = [dataclasses.replace(arm, seed=seed) for seed in range(1, seeds) for arm in MAIN]
-    return [*MAIN, *OTHERS, *main, *COLD]
+def arms_of(seeds: int, groups: Sequence[str] = tuple(GROUPS)) -> list[Arm]:
+    """Return the arms of some groups, the most informative first.
+
+    Raises:
+        ConfigError: a group is unknown.
+    """
+    if unknown := set(groups) - set(GROUPS):
+        raise ConfigError(f"unknown group of arms {sorted(unknown)[0]!r}; expected some of {', '.join(GROUPS)}")
+    more_seeds = [dataclasses.replace(arm, seed=seed) for seed in range(1, seeds) for arm in MAIN]
+    return [*(arm for group in groups for arm in GROUPS[group]), *(more_seeds if "main" in groups else [])]
 
 
 def _settings(quick: bool, options: dict[str, str]) -> Settings:

@@ -179,3 +179,13 @@ def test_no_two_arms_have_one_name():
     arms = study_real.arms_of(3)
     assert len({study_real.name_of(arm) for arm in arms}) == len(arms)
     assert all(isinstance(arm, Arm) for arm in arms)
+
+
+def test_groups_of_arms_are_chosen_by_name():
+    everything = study_real.arms_of(3)
+    assert everything[: len(study_real.MAIN)] == study_real.MAIN
+    assert {arm.seed for arm in everything} == {0, 1, 2}
+    assert study_real.arms_of(1, ["cold"]) == study_real.COLD
+    assert study_real.arms_of(3, ["cold"]) == study_real.COLD
+    with pytest.raises(ConfigError, match="'colt'; expected some of main, cold, others"):
+        study_real.arms_of(1, ["colt"])
