@@ -8,12 +8,13 @@ whose content no earlier part holds.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from todi_offline.cache.fetching import at_once
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Manifest, Part, describe_recipe, identity_differences
 from todi_offline.cache.format.root import Root
@@ -156,17 +157,17 @@ def _data(part: Part) -> tuple[object, str]:
     return part.planned.recipe, part.content
 
 
-def _held(store: Store, root: Root, parts: Iterable[Part]) -> ContentKeys:
+def _held(store: Store, root: Root, parts: Sequence[Part]) -> ContentKeys:
     """Return the content keys of all sequences of the first parts of a cache."""
-    keys: list[ContentKeys] = []
-    for part in parts:
-        for _ in range(part.num_shards):
-            shard = len(keys)
-            commit = root.commits[shard] if shard < len(root.commits) else None
-            try:
-                table = read_table(store, read_record(store, root.manifest, shard, commit))
-            except CacheIncompleteError as error:
-                what = describe_part(part)
-                raise CacheIncompleteError(f"{error}; capture {what} again first: that restores it") from error
-            keys.append(ContentKeys.from_column(table["content_key"]))
-    return ContentKeys.concatenate(keys)
+
+    def keys_of(shard: int, part: Part) -> ContentKeys:
+        commit = root.commits[shard] if shard < len(root.commits) else None
+        try:
+            table = read_table(store, read_record(store, root.manifest, shard, commit))
+        except CacheIncompleteError as error:
+            what = describe_part(part)
+            raise CacheIncompleteError(f"{error}; capture {what} again first: that restores it") from error
+        return ContentKeys.from_column(table["content_key"])
+
+    owners = [part for part in parts for _ in range(part.num_shards)]
+    return ContentKeys.concatenate(at_once(keys_of, range(len(owners)), owners))

@@ -3,11 +3,13 @@
 open_cache  one cache
 union       all sequences of several caches, each content once
 select      some sequences, in any order
+read_all    the rows of some sequences, one after the other
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from todi_offline.cache.fetching import ahead
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, identity_differences
@@ -63,7 +66,7 @@ class Cache:
 
     def __iter__(self) -> Iterator[CachedSequence]:
         """Yield the sequences in order."""
-        return (self[index] for index in range(len(self)))
+        return read_all(self, range(len(self)))
 
     @overload
     def __getitem__(self, index: int) -> CachedSequence: ...
@@ -145,7 +148,7 @@ class Cache:
         return sums
 
     def prepare(self, shard: int) -> None:
-        """Fetch the objects of a shard from an object store, so that a later read need not wait."""
+        """Fetch the objects of a shard from an object store, so that a later read need not wait; errors are dropped."""
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
         self.members[number].prepare(shard - int(self._first_shards[number]))
 
@@ -188,6 +191,26 @@ def union(caches: Sequence[Cache], settings: CacheSettings | None = None, *, mix
 def select(cache: Cache, indices: npt.NDArray[np.int64]) -> Cache:
     """Return the sequences with these numbers, in this order."""
     return Cache(cache.members, cache.manifest, cache._places[indices])
+
+
+def read_all(cache: Cache, indices: Iterable[int]) -> Iterator[CachedSequence]:
+    """Yield the sequences with these numbers, in this order; while a shard is read, the next ones are fetched.
+
+    Raises as `Cache.__getitem__`.
+    """
+    shards = cache.shards
+    runs = (list(run) for _, run in groupby(indices, key=lambda index: shards[index]))
+
+    known = set[int]()  # in an order that returns to shards again and again, each is fetched ahead once
+
+    def fetched(run: list[int]) -> list[int]:
+        if (shard := int(shards[run[0]])) not in known:
+            known.add(shard)
+            cache.prepare(shard)
+        return run
+
+    for run in ahead([cache.store], fetched, runs):
+        yield from (cache[index] for index in run)
 
 
 def require_alike(caches: Sequence[Cache], *, mix_teachers: bool = False) -> None:

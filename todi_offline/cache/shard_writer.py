@@ -5,15 +5,16 @@ object with other bytes and no commit record. Such an object makes way while the
 Therefore a stalled process cannot touch the objects that its successor has committed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from todi_offline.cache.fetching import at_once
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Manifest
@@ -23,9 +24,11 @@ from todi_offline.cache.format.rows import Array
 from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, sequence_table, table_bytes
 from todi_offline.cache.format.shard import chunk_sums, encode_shard
 from todi_offline.cache.objects import read_record
-from todi_offline.cache.store import Store
+from todi_offline.cache.store import LocalStore, Store
 from todi_offline.cache.store.locks import naming_successor, read_holder, require_held
 from todi_offline.errors import CacheLockedError, DataError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,16 @@ class ShardWriter:
         self._require_rows(shard, sequences)
         settings = self.manifest.settings
         encoded = [encode_rows(sequence.targets, settings.encoding) for sequence in sequences]
-        objects: dict[str, ObjectSum] = {}
+        arrays = _shard_arrays(sequences, encoded)
+        keys = [self.manifest.arrays[name].object_key(shard) for name in arrays]
+
+        def create(name: str, key: str) -> ObjectSum:
+            spec = self.manifest.arrays[name]
+            data = encode_shard(spec, arrays[name], settings.codec)
+            return self._create(shard, key, data, chunk_sums(spec, data))
+
         with naming_successor(self.store, self.token):
-            for name, values in _shard_arrays(sequences, encoded).items():
-                spec = self.manifest.arrays[name]
-                key, data = spec.object_key(shard), encode_shard(spec, values, settings.codec)
-                objects[key] = self._create(shard, key, data, chunk_sums(spec, data))
+            objects = dict(zip(keys, self._for_each(create, arrays, keys), strict=True))
             return self._commit(shard, sequence_table(shard, sequences, encoded, settings, left_out), objects)
 
     def link(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
@@ -70,12 +77,10 @@ class ShardWriter:
         `record` and `table` are the shard's commit record and sequence table in that cache. Raises as `write`.
         """
         require_held(self.store, self.token)
-        objects = {}
+        keys = {spec.object_key(record.shard): spec.object_key(shard) for spec in self.manifest.arrays.values()}
         with naming_successor(self.store, self.token):
-            for spec in self.manifest.arrays.values():
-                there, here = spec.object_key(record.shard), spec.object_key(shard)
-                self._copy(shard, here, source, there)
-                objects[here] = record.objects[there]
+            self._for_each(lambda there, here: self._copy(shard, here, source, there), keys.keys(), keys.values())
+            objects = {here: record.objects[there] for there, here in keys.items()}
             return self._commit(shard, renumbered_table(table, shard, self.manifest.settings.shard_tokens), objects)
 
     def committed(self, shard: int) -> CommitRecord | None:
@@ -88,6 +93,10 @@ class ShardWriter:
         if self.store.size(record_key(shard)) is None:
             return None
         return read_record(self.store, self.manifest, shard, None)
+
+    def _for_each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
+        """Call a function for each object: at once in an object store, which answers slowly; in order in a folder."""
+        return list(map(function, *arguments)) if isinstance(self.store, LocalStore) else at_once(function, *arguments)
 
     def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))

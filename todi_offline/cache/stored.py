@@ -1,15 +1,16 @@
 """The store of one cache in, its sequences out, in any order and with all that they hold."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from todi_offline.cache.fetching import at_once, fetch
 from todi_offline.cache.format.encoding import decode_rows
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Manifest
@@ -24,8 +25,6 @@ _READERS = 16  # threads; each waits for a store
 _PLACE = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
 _NUMBERS = (*_PLACE, "teacher_nll", "topk_mass")
 
-T = TypeVar("T")
-
 
 def open_stored(store: Store, *, allow_unsealed: bool = False) -> "StoredCache":
     """Open a cache for reading as it is now; see `reader.open_cache`."""
@@ -37,7 +36,7 @@ def open_stored(store: Store, *, allow_unsealed: bool = False) -> "StoredCache":
     most = sum(part.num_shards for part in root.parts)
     shards = {**named, **{shard: None for shard in begun if len(root.commits) <= shard < most}}
     manifest = dataclasses.replace(root.manifest, parts=root.parts) if allow_unsealed else root.manifest
-    return StoredCache(store, manifest, _map(partial(read_record, store, manifest), shards.keys(), shards.values()))
+    return StoredCache(store, manifest, at_once(partial(read_record, store, manifest), shards.keys(), shards.values()))
 
 
 def _require_whole(store: Store, root: Root) -> None:
@@ -51,12 +50,6 @@ def _require_whole(store: Store, root: Root) -> None:
             f"{store} is not finished: run the same `todi capture` again to finish it, or open the cache with "
             "allow_unsealed (--allow-unsealed) to use its committed shards"
         )
-
-
-def _map(read: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-    """Read many small objects at once: an object store answers each request slowly."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, *arguments))
 
 
 class StoredCache:
@@ -142,20 +135,15 @@ class StoredCache:
     @cached_property
     def sequences(self) -> pa.Table:
         """The sequence table with its texts; read on first use."""
-        return pa.concat_tables(_map(partial(read_table, self.store), self._records))
+        return pa.concat_tables(at_once(partial(read_table, self.store), self._records))
 
     def records(self) -> Mapping[int, CommitRecord]:
         """Return the commit records of the open shards, by shard."""
         return {record.shard: record for record in self._records}
 
     def prepare(self, shard: int) -> None:
-        """Fetch the objects of a shard from an object store, so that a later read need not wait.
-
-        Raises:
-            CacheIncompleteError, CacheError: an object cannot be fetched.
-        """
-        for spec in self.manifest.arrays.values():
-            self.store.prepare(spec.object_key(shard))
+        """Fetch the objects of a shard from an object store, so that a later read need not wait; errors are dropped."""
+        fetch(self.store, [spec.object_key(shard) for spec in self.manifest.arrays.values()])
 
     @cached_property
     def bytes_by_array(self) -> Mapping[str, int]:

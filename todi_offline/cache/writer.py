@@ -12,12 +12,12 @@ Until the seal a reader finds the old cache.
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 import pyarrow as pa
 
+from todi_offline.cache.fetching import at_once
 from todi_offline.cache.format.manifest import Manifest, Part
 from todi_offline.cache.format.names import (
     APPEND_KEY,
@@ -47,8 +47,6 @@ from todi_offline.cache.store import LocalStore, Store, open_store
 from todi_offline.cache.store.base import Lock
 from todi_offline.cache.store.locks import naming_successor, require_held
 from todi_offline.errors import CacheError, CacheIncompleteError, CacheLockedError, CacheMismatchError
-
-_READERS = 16  # threads; each waits for the store
 
 
 class CacheWriter:
@@ -129,8 +127,7 @@ class CacheWriter:
         if not self.is_sealed:
             commits = dict(enumerate(self._root.commits))
             written = [shard for shard in range(self.manifest.num_shards) if commits.get(shard) is None]
-            with ThreadPoolExecutor(_READERS) as pool:
-                found = dict(zip(written, pool.map(self._commit, written), strict=True))
+            found = dict(zip(written, at_once(self._commit, written), strict=True))
             commits |= {shard: sum_ for shard, (sum_, _) in found.items()}
             parts = self._sealed_parts({shard: num_sequences for shard, (_, num_sequences) in found.items()})
             manifest = dataclasses.replace(self._root.manifest, parts=parts)

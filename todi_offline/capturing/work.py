@@ -13,8 +13,8 @@ import numpy as np
 from todi_offline.cache.format.keys import ContentKeys, KeyIndex, content_key
 from todi_offline.cache.format.records import CommitRecord
 from todi_offline.cache.format.rows import TargetRows
-from todi_offline.cache.format.sequences import SequenceRows
-from todi_offline.cache.reader import Cache
+from todi_offline.cache.format.sequences import CachedSequence, SequenceRows
+from todi_offline.cache.reader import Cache, read_all
 from todi_offline.cache.reuse import open_reusable
 from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.capturing.engines import Engine
@@ -100,11 +100,11 @@ class Reusable:
             CacheCorruptError: it has other tokens under an example's content key.
         """
         keys = ContentKeys.of(content_key(example.token_ids, example.target_mask) for example in examples)
-        places = self._index.find(keys).tolist()
-        return {number: self._read(place, examples[number]) for number, place in enumerate(places) if place >= 0}
+        places = {number: place for number, place in enumerate(self._index.find(keys).tolist()) if place >= 0}
+        found = zip(places, read_all(self._cache, places.values()), strict=True)
+        return {number: self._targets_of(sequence, examples[number]) for number, sequence in found}
 
-    def _read(self, place: int, example: Example) -> TargetRows:
-        found = self._cache[place]
+    def _targets_of(self, found: CachedSequence, example: Example) -> TargetRows:
         if not np.array_equal(found.token_ids, example.token_ids) or not np.array_equal(
             found.target_mask, example.target_mask
         ):

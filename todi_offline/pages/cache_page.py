@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from todi_offline.cache.format.manifest import Part, describe_recipe
-from todi_offline.cache.reader import Cache
+from todi_offline.cache.reader import Cache, read_all
 from todi_offline.pages.blocks import Block, bars, facts, histogram, lines, series, table
 from todi_offline.pages.choosing import BUDGET_MB, Shown, shown_sequences
 from todi_offline.pages.gate import entropy_bound, teacher_entries
@@ -70,9 +70,10 @@ def cache_page(
 def read_shown(cache: Cache, shown: Sequence[Shown]) -> list[ShownSequence]:
     """Read the sequences of a page."""
     names = cache.sequences.select(["id", "source"]).take([item.number for item in shown]).to_pylist()
+    sequences = read_all(cache, [item.number for item in shown])
     return [
-        ShownSequence(item.number, name["id"], name["source"], item.why, cache[item.number], None)
-        for item, name in zip(shown, names, strict=True)
+        ShownSequence(item.number, name["id"], name["source"], item.why, sequence, None)
+        for item, name, sequence in zip(shown, names, sequences, strict=True)
     ]
 
 
@@ -133,8 +134,7 @@ def _measure(cache: Cache, num_shown: int, progress: Progress | None) -> _Measur
     numbers = np.unique(np.linspace(0, len(cache) - 1, MEASURED_SEQUENCES).round().astype(int)).tolist()
     temperatures = cache.manifest.settings.temperatures
     parts: dict[str, list[Any]] = {name: [] for name in ("mass", "entropy", "nll", "position", *map(str, temperatures))}
-    for done, number in enumerate(numbers):
-        sequence = cache[number]
+    for done, sequence in enumerate(read_all(cache, numbers)):
         rows = sequence.targets
         parts["mass"].append(np.exp(rows.logprobs.astype(np.float64)).cumsum(axis=1))
         parts["nll"].append(-rows.label_logprob.astype(np.float64))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from todi_offline.cache.format.fingerprint import differences
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.progress import Progress, no_progress
-from todi_offline.cache.reader import Cache
+from todi_offline.cache.reader import Cache, read_all
 
 SHOWN_IDS = 5
 _BLOCK_ENTRIES = 2**17  # entries that are compared at once
@@ -43,9 +43,11 @@ def _targets(first: Cache, second: Cache, pairs: list[tuple[int, int]], progress
     found: dict[str, Any] = {"sequences": len(pairs), "differing": 0, "other_ids": 0.0, "largest_difference": 0.0}
     num_ids = num_other = num_targets = 0
     kl = 0.0
-    for done, (mine, other) in enumerate(pairs):
+    mine = read_all(first, [number for number, _ in pairs])
+    others = read_all(second, [number for _, number in pairs])
+    for done, sequences in enumerate(zip(mine, others, strict=True)):
         progress(done, len(pairs))
-        a, b = first[mine].targets, second[other].targets
+        a, b = (sequence.targets for sequence in sequences)
         k = min(a.ids.shape[1], b.ids.shape[1])
         same = a.ids[:, :k] == b.ids[:, :k]
         num_ids, num_other = num_ids + same.size, num_other + int((~same).sum())

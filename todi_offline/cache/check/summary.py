@@ -7,7 +7,7 @@ import numpy as np
 
 from todi_offline.cache.format.codecs import codec_name
 from todi_offline.cache.format.sequences import CachedSequence
-from todi_offline.cache.reader import Cache
+from todi_offline.cache.reader import Cache, read_all
 
 _SAMPLED_SEQUENCES = 64
 _SAMPLED_TARGETS = 64  # of each
@@ -60,8 +60,8 @@ def coverage(cache: Cache) -> dict[int, float]:
     A cache without entries has none.
     """
     parts = []
-    for index in _spread(len(cache), _SAMPLED_SEQUENCES):
-        logprobs = cache[index].targets.logprobs
+    for sequence in read_all(cache, _spread(len(cache), _SAMPLED_SEQUENCES)):
+        logprobs = sequence.targets.logprobs
         parts.append(np.exp(logprobs[_spread(len(logprobs), _SAMPLED_TARGETS)], dtype=np.float64).cumsum(axis=1))
     mass = np.concatenate(parts).mean(axis=0)
     if not len(mass):

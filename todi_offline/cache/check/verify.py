@@ -7,6 +7,7 @@ that cannot be read is a problem like any other, and does not end the search.
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from todi_offline.cache.check.problems import (
     remedy_of,
 )
 from todi_offline.cache.check.sums import Difference, damaged_chunks, difference, object_difference
+from todi_offline.cache.fetching import ahead, fetch
 from todi_offline.cache.format.manifest import Manifest
 from todi_offline.cache.format.names import (
     APPEND_KEY,
@@ -214,15 +216,26 @@ def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[P
         yield Problem(RECORDS_PREFIX, str(error), READ_AGAIN)
         begun = []
     shards |= dict.fromkeys(begun)
-    for done, (shard, commit) in enumerate(shards.items()):
+    records = ahead([store], partial(_fetched_record, store, root.manifest), shards.items())
+    for done, (shard, record) in enumerate(zip(shards, records, strict=True)):
         progress(done, len(shards))
-        try:
-            record = read_record(store, root.manifest, shard, commit)
-        except CacheError as error:
-            yield Problem(record_key(shard), str(error), remedy_of(error, redo(shard)))
-            continue
-        yield from _shard_problems(store, root.manifest, record)
+        if isinstance(record, CacheError):
+            yield Problem(record_key(shard), str(record), remedy_of(record, redo(shard)))
+        else:
+            yield from _shard_problems(store, root.manifest, record)
     progress(len(shards), len(shards))
+
+
+def _fetched_record(
+    store: Store, manifest: Manifest, commit: tuple[int, ObjectSum | None]
+) -> CommitRecord | CacheError:
+    """Return the commit record of a shard, or the reason why there is none; fetch the objects that it names."""
+    try:
+        record = read_record(store, manifest, *commit)
+    except CacheError as error:
+        return error
+    fetch(store, record.objects)
+    return record
 
 
 def _shard_problems(store: Store, manifest: Manifest, record: CommitRecord) -> Iterator[Problem]:

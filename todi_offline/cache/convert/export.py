@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,11 @@ def export_cache(
         metadata[TOKENIZER_KEY] = tokenizer
     temporary = out.with_name(out.name + ".tmp")
     try:
+        sequences = iter(cache)
         with pq.ParquetWriter(temporary, schema.with_metadata(metadata), compression="zstd") as writer:
             for members in _groups(cache.num_targets):
                 names = {name: cache.sequences[name].slice(members.start, len(members)) for name in ("id", "source")}
-                rows = [row(cache[index]) for index in members]
+                rows = [row(sequence) for sequence in islice(sequences, len(members))]
                 columns = {name: [each[name] for each in rows] for name in rows[0]}
                 arrays = [
                     pa.array(columns[field.name], field.type) if field.name in columns else names[field.name]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from todi_offline.cache.check.sums import object_difference
 from todi_offline.cache.convert.copying import sequence_rows
+from todi_offline.cache.fetching import ahead, fetch
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Part, identity_differences
 from todi_offline.cache.format.records import CommitRecord
@@ -59,9 +60,14 @@ def merge_caches(places: Sequence[str], out: str, progress: Progress = no_progre
     manifest = dataclasses.replace(caches[0].manifest, parts=tuple(_parts(caches, pieces)))
     tokenizer = read_tokenizer(caches[0].store, read_root(caches[0].store))
     pieces = [piece for piece in pieces if len(piece.kept)]
+
+    def fetched(number: int) -> int:
+        fetch(pieces[number].cache.store, pieces[number].record.objects)
+        return number
+
     with CacheWriter(out, manifest, tokenizer) as writer:
         missing = [shard for shard in writer.missing_shards() if shard < len(pieces)]  # later captures own the others
-        for done, number in enumerate(missing):
+        for done, number in enumerate(ahead([cache.store for cache in caches], fetched, missing)):
             progress(done, len(missing))
             _write(writer, number, pieces[number])
         writer.seal()

@@ -1,7 +1,8 @@
 """A cache in, a smaller one out: some of its sequences, with narrower rows, or in another encoding."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,11 @@ def subset_cache(
     tokenizer = read_tokenizer(cache.store, read_root(cache.store))
     with CacheWriter(out, manifest, tokenizer) as writer:
         missing = [shard for shard in writer.missing_shards() if shard < len(plan)]  # later captures own the others
-        for done, number in enumerate(missing):
+        shards = {number: indices[plan[number].start : plan[number].stop].tolist() for number in missing}
+        rows = _narrowed(cache, list(chain.from_iterable(shards.values())), asked)
+        for done, (number, members) in enumerate(shards.items()):
             progress(done, len(missing))
-            members = indices[plan[number].start : plan[number].stop].tolist()
-            writer.write_shard(number, _narrowed(cache, members, asked))
+            writer.write_shard(number, list(islice(rows, len(members))))
         writer.seal()
         progress(len(missing), len(missing))
     return manifest
@@ -89,8 +91,6 @@ def _require_precise(cache: Cache, asked: CacheSettings) -> None:
         )
 
 
-def _narrowed(cache: Cache, indices: list[int], settings: CacheSettings) -> list[SequenceRows]:
-    return [
-        dataclasses.replace(sequence, targets=narrow(sequence.targets, settings, sequence.content_key))
-        for sequence in sequence_rows(cache, indices)
-    ]
+def _narrowed(cache: Cache, indices: list[int], settings: CacheSettings) -> Iterator[SequenceRows]:
+    for sequence in sequence_rows(cache, indices):
+        yield dataclasses.replace(sequence, targets=narrow(sequence.targets, settings, sequence.content_key))
