@@ -17,7 +17,7 @@ from todi_offline.cache.format.sequences import SequenceRows
 from todi_offline.cache.objects import read_root, read_tokenizer
 from todi_offline.cache.planning import plan_shards
 from todi_offline.cache.progress import Progress, no_progress
-from todi_offline.cache.reader import Cache
+from todi_offline.cache.reader import Cache, read_all
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.errors import CacheMismatchError, TargetsError
 
@@ -51,7 +51,8 @@ def subset_cache(
         )
     asked = dataclasses.replace(cache.manifest.settings, **settings)
     _require_precise(cache, asked)
-    narrow(cache[0].targets[:1], asked, cache.content_keys[0])  # raises before anything is written
+    first = next(read_all(cache, [0]))
+    narrow(first.targets[:1], asked, cache.content_keys[0])  # raises before anything is written
     indices = np.flatnonzero(chosen)
     plan = plan_shards(cache.num_tokens[indices].tolist(), asked.shard_tokens)
     part = Part(
