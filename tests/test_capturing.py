@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from todi_offline.capturing import CaptureConfig, CaptureProgress, capture
 from todi_offline.data import DataConfig, Example, Examples
 from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TeacherOutputError
 from todi_offline.targets.sparse import SparseTargets
-from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, as_teacher
+from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, as_teacher, targets_of
 from todi_offline.training.stream import Collator
 
 COMPUTE = 2e-5
@@ -259,18 +260,17 @@ def test_a_teacher_that_breaks_leaves_the_shards_before_it_and_nothing_of_its_ow
 
     current = ""
 
-    def alone(teacher: Teacher, members: list[Example], settings: Any) -> list[TargetRows]:
+    def alone(teacher: Teacher, members: list[Example], settings: Any) -> Any:
         nonlocal current
         rows = []
         for member in members:
             current = member.id
-            rows += genuine_targets_of(teacher, [member], settings)
-        return rows
+            rows += targets_of(teacher, [member], settings)
+        return SimpleNamespace(read=lambda: rows)
 
-    genuine_targets_of = todi_offline.capturing.engines.targets_of
     with monkeypatch.context() as patched:
         patched.setattr(todi_offline.targets.rows, "teacher_targets", breaking)
-        patched.setattr(todi_offline.capturing.engines, "targets_of", alone)
+        patched.setattr(todi_offline.capturing.engines, "queue_targets", alone)
         with pytest.raises(TeacherOutputError, match=f"example '{third}' at position [0-9]+ hold NaN"):
             capture(teacher, many, tmp_path / "cache", **SMALL)
     found = files_of(tmp_path / "cache")

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,15 @@ from support.tiny_runs import trainer_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
+from todi_offline.errors import TeacherOutputError
 from todi_offline.losses import DistillationConfig, distillation_loss, fused_linear_distill, passes
 from todi_offline.targets.sparse import SparseTargets, teacher_targets
-from todi_offline.teacher.in_transformers import as_teacher
+from todi_offline.targets.top_k import top_k
+from todi_offline.teacher.in_transformers import as_teacher, queue_targets, targets_of
 
 DEVICE = torch.device(os.environ.get("TODI_DEVICE", "cuda"))
 IS_CUDA = DEVICE.type == "cuda"
@@ -55,9 +59,10 @@ def targets_on(
 ) -> tuple[SparseTargets, Tensor]:
     logits = 3 * normal(NUM_TARGETS, VOCAB, seed=1)
     logits[0] = logits[0].round()  # with ties, which a path of its own decides
-    return teacher_targets(
+    targets, labels, _ = teacher_targets(
         logits.to(device), LABELS.to(device), K, temperatures=temperatures, uniforms=UNIFORMS.to(device)
     )
+    return targets, labels
 
 
 def test_targets_equal_the_cpus() -> None:
@@ -220,6 +225,62 @@ def test_a_capture_of_the_same_machine_has_the_same_bytes(examples: Examples, tm
     assert files[0] == files[1]
 
 
+@contextlib.contextmanager
+def without_reads() -> Iterator[None]:
+    """Within, the host does not wait for the device."""
+    if not IS_CUDA:  # nothing waits for it
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("k", "tail_samples"), [(8, 0), (8, 4), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_a_capture_is_queued_without_a_read(
+    examples: Examples, dtype: torch.dtype, k: int, tail_samples: int
+) -> None:
+    """From the first layer on: before it transformers reads whether sequences are packed."""
+    teacher = as_teacher(llama().to(DEVICE, dtype), tiny_tokenizer())
+    batch, settings = [examples[index] for index in range(4)], CacheSettings(k=k, tail_samples=tail_samples)
+    expected = targets_of(teacher, batch, settings)  # kernels are made, and the memory for the copies is pinned
+    with contextlib.ExitStack() as stack:
+        teacher.model.model.layers[0].register_forward_pre_hook(
+            lambda *_: stack.enter_context(without_reads()) and None
+        )
+        queued = queue_targets(teacher, batch, settings)
+    for found, same in zip(queued.read(), expected, strict=True):
+        for name, values in same.arrays().items():
+            np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_logit_of_a_queued_batch_is_named(examples: Examples, value: float) -> None:
+    model = llama().to(DEVICE)
+    teacher, batch = as_teacher(model, tiny_tokenizer()), [examples[index] for index in range(2)]
+    positions = np.flatnonzero(batch[1].target_mask)
+
+    def breaking(_: Any, __: Any, output: Tensor) -> None:
+        output.flatten(0, -2)[int(batch[0].target_mask.sum()) + 2, 5] = value
+
+    handle = model.lm_head.register_forward_hook(breaking)
+    queued = queue_targets(teacher, batch, CacheSettings(k=8))
+    handle.remove()
+    with pytest.raises(TeacherOutputError, match=f"example '{batch[1].id}' at position {positions[2]} hold NaN"):
+        queued.read()
+    queue_targets(teacher, batch, CacheSettings(k=8)).read()  # the device goes on
+
+
+def test_the_top_k_of_every_row_are_settled_as_on_a_cpu() -> None:
+    for dtype, vocab, k in ((torch.bfloat16, 151_936, 64), (torch.float32, 5000, 16), (torch.bfloat16, 300, 8)):
+        logits = (3 * normal(8, vocab, seed=5)).to(dtype)
+        for found, expected in zip(top_k(logits.to(DEVICE), k), top_k(logits, k), strict=True):
+            assert torch.equal(found.cpu(), expected)
+
+
 STEPS: dict[str, Any] = {
     "max_steps": 2,
     "gradient_accumulation_steps": 2,
@@ -261,16 +322,6 @@ def test_a_gradient_scaler_keeps_the_loss(cache: Cache, tmp_path: Path) -> None:
     found = trained(tmp_path / "there", cache, fp16=True)
     expected = trained(tmp_path / "here", cache)
     assert found.losses == pytest.approx(expected.losses, rel=2e-2)
-
-
-@contextlib.contextmanager
-def without_reads() -> Iterator[None]:
-    """Within, the host does not wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_cuda

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,18 +18,22 @@ from support.tiny_models import llama
 from support.tiny_runs import trainer_of
 from torch import Tensor, nn
 
+import todi_offline.targets.host_copy
+import todi_offline.tuning
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.reader import Cache
 from todi_offline.data import DataConfig, load_examples
+from todi_offline.errors import TeacherOutputError
 from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
 from todi_offline.models.head import tried_head
+from todi_offline.targets.rows import queue_chunks
 from todi_offline.targets.sparse import SparseTargets, teacher_targets
-from todi_offline.teacher.in_transformers import as_teacher, targets_of
+from todi_offline.teacher.in_transformers import as_teacher, queue_targets, targets_of
 from todi_offline.training.trainer import ToDiTrainer
 
 if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this release of torch knows no devices made in Python", allow_module_level=True)
-from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres, settle, without_reads
+from support.elsewhere import ELSEWHERE, Elsewhere, Elsewheres, Event, settle, without_reads
 
 NUM_TARGETS, WIDTH, VOCAB, K, NUM_SAMPLES = 6, 8, 600, 5, 3
 
@@ -42,7 +49,8 @@ UNIFORMS = torch.rand(NUM_TARGETS, NUM_SAMPLES, generator=torch.Generator().manu
 def targets_on(device: torch.device | str) -> tuple[SparseTargets, Tensor]:
     logits = 3 * normal(NUM_TARGETS, VOCAB, seed=1)
     logits[0] = logits[0].round()  # with ties, which a path of its own decides
-    return teacher_targets(logits.to(device), LABELS.to(device), K, uniforms=UNIFORMS.to(device))
+    targets, labels, _ = teacher_targets(logits.to(device), LABELS.to(device), K, uniforms=UNIFORMS.to(device))
+    return targets, labels
 
 
 def here(tensor: Tensor) -> Tensor:
@@ -122,6 +130,55 @@ def test_a_teacher_reads_where_it_is() -> None:
         assert np.array_equal(rows.ids, same.ids)
         np.testing.assert_allclose(rows.logprobs, same.logprobs, atol=1e-5)
         np.testing.assert_allclose(rows.tail_logsumexp, same.tail_logsumexp, atol=1e-5)
+
+
+@pytest.fixture
+def copies_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device copies to the host behind its back, as CUDA devices do."""
+    stream = SimpleNamespace(record_event=lambda: Mock(spec=torch.cuda.Event, synchronize=Event().synchronize))
+    monkeypatch.setattr(todi_offline.targets.host_copy, "QUEUED_DEVICES", (ELSEWHERE.type,))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+
+
+@pytest.mark.usefixtures("copies_are_queued")
+@pytest.mark.parametrize("encoding", ["root8", "bf16_logit"])
+@pytest.mark.parametrize(("k", "tail_samples"), [(8, 0), (8, 4), (0, 4)])
+def test_targets_are_queued_without_a_read_from_the_first_layer_to_the_copies(
+    k: int, tail_samples: int, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first layer, transformers reads once whether sequences are packed."""
+    tokenizer = tiny_tokenizer()
+    examples = load_examples(DataConfig(limit=3, max_length=64, max_prompt_length=32), tokenizer)
+    batch = [examples[index] for index in range(3)]
+    settings = CacheSettings(k=k, tail_samples=tail_samples, encoding=encoding)
+    monkeypatch.setattr(todi_offline.tuning, "chunk_bytes", lambda *_: 16 * 4 * VOCAB)
+    expected = targets_of(as_teacher(llama(), tokenizer), batch, settings)
+    with Elsewheres(), contextlib.ExitStack() as stack:
+        model = llama()
+        settle(model)
+        teacher = as_teacher(model, tokenizer)
+        model.model.layers[0].register_forward_pre_hook(lambda *_: stack.enter_context(without_reads()) and None)
+        queued = queue_targets(teacher, batch, settings)
+        assert len(queued.rows.chunks) > 1
+        assert all(copy.copies["largest"].isnan().all() for copy in queued.rows.chunks)
+        found = queued.read()
+    for rows, same in zip(found, expected, strict=True):
+        for name, values in same.arrays().items():
+            np.testing.assert_allclose(getattr(rows, name), values, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.usefixtures("copies_are_queued")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_logit_is_named_when_the_copies_are_read(value: float) -> None:
+    logits = normal(2 * NUM_TARGETS, VOCAB, seed=1)
+    logits[NUM_TARGETS + 2, 7] = value
+    with Elsewheres():
+        chunks = torch.split(logits.to(ELSEWHERE), NUM_TARGETS)
+        with without_reads():
+            queued = queue_chunks(chunks, LABELS.repeat(2), UNIFORMS.repeat(2, 1), CacheSettings(k=K, tail_samples=3))
+            with pytest.raises(TeacherOutputError) as raised:
+                queued.read()
+    assert raised.value.row == NUM_TARGETS + 2
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash"])

@@ -358,12 +358,12 @@ def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: P
         "import os, signal\n"
         "import todi_offline.capturing.engines as engines\n"
         "from todi_offline.commands.cli import main\n"
-        "real = engines.targets_of\n"
-        "def targets_of(*args):\n"
+        "real = engines.queue_targets\n"
+        "def queue_targets(*args):\n"
         "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
-        "engines.targets_of = targets_of\n"
+        "engines.queue_targets = queue_targets\n"
         "main()\n"
     )
     done = run([*launched("torchrun"), str(script), *words_of(jobs, root)])

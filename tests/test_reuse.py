@@ -16,7 +16,6 @@ from support.tiny_models import llama
 import todi_offline.capturing.engines
 from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.format.layout import ENCODINGS
-from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.reader import open_cache
 from todi_offline.capturing import CaptureProgress, capture
 from todi_offline.data import Example, Examples
@@ -63,9 +62,9 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
         self.ids: list[str] = []
         self.num_rows = 0
-        genuine, forward = todi_offline.capturing.engines.targets_of, type(model).forward
+        genuine, forward = todi_offline.capturing.engines.queue_targets, type(model).forward
 
-        def targets_of(teacher: Teacher, examples: Sequence[Example], *args: Any) -> list[TargetRows]:
+        def queue_targets(teacher: Teacher, examples: Sequence[Example], *args: Any) -> Any:
             self.ids += [example.id for example in examples]
             return genuine(teacher, examples, *args)
 
@@ -73,7 +72,7 @@ class Watch:
             self.num_rows += len(inputs["input_ids"])
             return forward(model, *args, **inputs)
 
-        monkeypatch.setattr(todi_offline.capturing.engines, "targets_of", targets_of)
+        monkeypatch.setattr(todi_offline.capturing.engines, "queue_targets", queue_targets)
         monkeypatch.setattr(type(model), "forward", counting)
 
 

@@ -232,7 +232,7 @@ def test_a_generator_decides_the_samples():
 def test_labels_come_with_their_log_probs_kept_or_not():
     logits, uniforms = random_logits(4, 20), random_uniforms(4, 2)
     labels = torch.tensor([0, 5, 19, 7])
-    targets, label_logprobs = teacher_targets(logits, labels, 3, (1.0, 2.0), uniforms)
+    targets, label_logprobs, _ = teacher_targets(logits, labels, 3, (1.0, 2.0), uniforms)
     expected = sparsify(logits, 3, uniforms=uniforms)
     torch.testing.assert_close(label_logprobs, logits.log_softmax(-1)[torch.arange(4), labels])
     for name in ("ids", "logprobs", "tail_logsumexp", "tail_ids", "tail_logprobs"):
@@ -240,7 +240,7 @@ def test_labels_come_with_their_log_probs_kept_or_not():
 
 
 def test_no_columns_of_uniforms_mean_no_samples():
-    targets, _ = teacher_targets(random_logits(2, 8), torch.tensor([0, 1]), 8, uniforms=random_uniforms(2, 0))
+    targets, *_ = teacher_targets(random_logits(2, 8), torch.tensor([0, 1]), 8, uniforms=random_uniforms(2, 0))
     assert targets.tail_ids is None
 
 

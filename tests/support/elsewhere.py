@@ -3,6 +3,7 @@
 What runs here runs where no accelerator is, and yet notices a tensor that was made on the CPU and should have been made
 beside the others, or a number that is copied to the device for an index or a literal, for which a real one waits.
 Within `without_reads` it refuses to be read too: the host would wait until all that was asked of the device is done.
+A copy to the CPU that does not wait holds no numbers until an `Event` that was recorded after it is synchronised.
 """
 
 import contextlib
@@ -32,6 +33,20 @@ def without_reads() -> Iterator[None]:
         yield
     finally:
         _refuses_reads = False
+
+
+_queued: list[tuple[Tensor, Tensor]] = []
+
+
+class Event:
+    """The end of all copies that were queued before it was recorded."""
+
+    def __init__(self) -> None:
+        self._copies = list(_queued)
+
+    def synchronize(self) -> None:
+        for copy, numbers in self._copies:
+            copy.copy_(numbers)
 
 
 class _Module(backends._DummyBackendModule):
@@ -121,7 +136,7 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if not is_there:
-        return result
+        return _queue(result) if there and kwargs.get("non_blocking") else result
 
     def outer(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -131,6 +146,12 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(outer, result)
 
 
+def _queue(numbers: Tensor) -> Tensor:
+    copy = torch.full_like(numbers, torch.nan if numbers.is_floating_point() else -1)
+    _queued.append((copy, numbers))
+    return copy
+
+
 def _check_read(function: Any, args: Any, kwargs: dict[str, Any], *, is_there: bool) -> None:
     if not (_refuses_reads and is_there):
         return
@@ -138,7 +159,8 @@ def _check_read(function: Any, args: Any, kwargs: dict[str, Any], *, is_there: b
     if function is torch.ops.aten.index.Tensor:  # indices give a known shape; a mask must be read
         reads = any(index is not None and index.dtype == torch.bool for index in args[1])
     target = kwargs.get("device") if function is not torch.ops.aten.copy_.default else args[0].device
-    if reads or (function in MOVES and target is not None and torch.device(target).type == "cpu"):
+    waits = function in MOVES and not kwargs.get("non_blocking", False)
+    if reads or (waits and target is not None and torch.device(target).type == "cpu"):
         raise RuntimeError(f"{function} reads from the device")
 
 

@@ -130,17 +130,17 @@ def happen(fault: str, asked: Operation, root: Path) -> None:
 
 def failing_teacher(at: int) -> Any:
     """Let the teacher run out of memory at its n-th batch."""
-    real: Callable[..., Any] = todi_offline.capturing.engines.targets_of
+    real: Callable[..., Any] = todi_offline.capturing.engines.queue_targets
     count = 0
 
-    def targets_of(*args: Any) -> Any:
+    def queue_targets(*args: Any) -> Any:
         nonlocal count
         count += 1
         if count == at:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
         return real(*args)
 
-    return mock.patch.object(todi_offline.capturing.engines, "targets_of", targets_of)
+    return mock.patch.object(todi_offline.capturing.engines, "queue_targets", queue_targets)
 
 
 if __name__ == "__main__":

@@ -162,9 +162,9 @@ def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
     if poison is None:
         yield
         return
-    real = todi_offline.capturing.engines.targets_of
+    real = todi_offline.capturing.engines.queue_targets
 
-    def targets_of(teacher: Any, examples: Any, settings: Any) -> Any:
+    def queue_targets(teacher: Any, examples: Any, settings: Any) -> Any:
         if any(example.id == poison["id"] for example in examples):
             if poison["how"] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -173,7 +173,7 @@ def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
             raise RuntimeError("no kernel for this")
         return real(teacher, examples, settings)
 
-    with mock.patch.object(todi_offline.capturing.engines, "targets_of", targets_of):
+    with mock.patch.object(todi_offline.capturing.engines, "queue_targets", queue_targets):
         yield
 
 

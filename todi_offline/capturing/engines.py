@@ -1,6 +1,6 @@
 """A shard's examples in, the teacher's targets at their supervised positions out, whatever runs the teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -10,10 +10,11 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
 from todi_offline.teacher.in_transformers import (
+    QueuedTargets,
     Teacher,
     length_batches,
     num_positions,
-    targets_of,
+    queue_targets,
     teacher_fingerprint,
     tokenizer_json,
 )
@@ -89,11 +90,23 @@ class TransformersEngine:
         """Return the targets of each example, in order; see `Engine`."""
         lengths = [len(example.token_ids) for example in examples]
         rows: dict[int, TargetRows] = {}
-        for batch in length_batches(lengths, self.batch_tokens, num_positions(self.teacher)):
-            found = targets_of(self.teacher, [examples[index] for index in batch], settings)
+        batches = length_batches(lengths, self.batch_tokens, num_positions(self.teacher))
+        queued = (queue_targets(self.teacher, [examples[index] for index in batch], settings) for batch in batches)
+        for batch, found in zip(batches, _read_behind(queued), strict=True):
             rows |= zip(batch, found, strict=True)
             report(sum(lengths[index] for index in batch))
         return [rows[index] for index in range(len(examples))]
 
     def close(self) -> None:
         """Do nothing: the memory is that of this process."""
+
+
+def _read_behind(queued: Iterable[QueuedTargets]) -> Iterator[list[TargetRows]]:
+    """Read the targets of each batch once the next batch is queued, so that a device computes while the host reads."""
+    previous: QueuedTargets | None = None
+    for batch in queued:
+        if previous is not None:
+            yield previous.read()
+        previous = batch
+    if previous is not None:
+        yield previous.read()

@@ -1,7 +1,8 @@
 """Chunks of a teacher's logits in, rows of targets as a cache stores them out, for every engine."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.data import Example
 from todi_offline.errors import TeacherOutputError
-from todi_offline.targets.sparse import SparseTargets, teacher_targets
+from todi_offline.targets.host_copy import HostCopy, queued_to
+from todi_offline.targets.sparse import SparseTargets, require_softmax, teacher_targets
 
 MIN_ROWS = 16
 """Products of the head have a multiple of this many rows: with fewer, a kernel sums in another order."""
@@ -55,35 +57,86 @@ def tail_uniforms(example: Example, settings: CacheSettings) -> npt.NDArray[np.f
     return np.minimum(uniforms, np.nextafter(1.0, 0.0))  # the last stratum's may round to 1
 
 
+@dataclass(frozen=True, slots=True)
+class QueuedRows:
+    """Targets of chunks of logits, which a device may still be computing; their copies to the host are queued."""
+
+    chunks: tuple[HostCopy, ...]
+    temperatures: tuple[float, ...]
+    tail_temperature: float
+
+    def read(self) -> TargetRows:
+        """Wait for the last chunk, and return the rows.
+
+        Raises:
+            TeacherOutputError: a logit is NaN or +inf; `row` counts over all chunks.
+        """
+        copies = [chunk.read() for chunk in self.chunks]
+        require_softmax(torch.cat([copy["largest"] for copy in copies]))
+        return TargetRows.concatenate([self._rows(copy) for copy in copies])
+
+    def _rows(self, copies: Mapping[str, Tensor]) -> TargetRows:
+        arrays: dict[str, Any] = {
+            name: tensor.numpy().astype("<u4" if name.endswith("ids") else "<f4")
+            for name, tensor in copies.items()
+            if name != "largest"
+        }
+        return TargetRows(temperatures=self.temperatures, tail_temperature=self.tail_temperature, **arrays)
+
+
+def queue_chunks(
+    chunks: Iterable[Float[Tensor, "chunk vocab"]],
+    labels: Int[Tensor, " target"],
+    uniforms: Float[Tensor, "target sample"],
+    settings: CacheSettings,
+) -> QueuedRows:
+    """Queue the computation of the targets of chunks of logits, which are made one after the other, and their copies.
+
+    On a CUDA device the host waits for nothing here. It goes on while the device computes, and a chunk's logits are
+    freed in the order of the device's work, so that no more of them exist at a time than if the host waited.
+    """
+    copies, start = [], 0
+    for logits in chunks:
+        rows = slice(start, start + len(logits))
+        targets, label_logprob, largest = teacher_targets(
+            logits,
+            queued_to(labels[rows], logits.device),
+            settings.k,
+            settings.temperatures,
+            uniforms[rows] if settings.tail_samples else None,
+            settings.tail_temperature,
+        )
+        log_partition = _log_partition(logits, targets) if settings.encoding == "bf16_logit" else None
+        copies.append(
+            HostCopy.start(
+                {
+                    "largest": largest,
+                    "ids": targets.ids,
+                    "logprobs": targets.logprobs,
+                    "tail_logsumexp": targets.tail_logsumexp,
+                    "label_logprob": label_logprob,
+                    "tail_ids": targets.tail_ids,
+                    "tail_logprobs": targets.tail_logprobs,
+                    "log_partition": log_partition,
+                }
+            )
+        )
+        start = rows.stop
+    return QueuedRows(tuple(copies), settings.temperatures, settings.tail_temperature)
+
+
 def sparsify_chunks(
     chunks: Iterable[Float[Tensor, "chunk vocab"]],
     labels: Int[Tensor, " target"],
     uniforms: Float[Tensor, "target sample"],
     settings: CacheSettings,
 ) -> TargetRows:
-    """Return the targets of chunks of logits, which are made one after the other.
+    """Return the targets of chunks of logits: those of `queue_chunks`, read at once.
 
     Raises:
         TeacherOutputError: a logit is NaN or +inf; `row` counts over all chunks.
     """
-    parts, start = [], 0
-    for logits in chunks:
-        rows = slice(start, start + len(logits))
-        try:
-            targets, label_logprob = teacher_targets(
-                logits,
-                labels[rows].to(logits.device),
-                settings.k,
-                settings.temperatures,
-                uniforms[rows] if settings.tail_samples else None,
-                settings.tail_temperature,
-            )
-        except TeacherOutputError as error:
-            raise TeacherOutputError(str(error), start + error.row) from error
-        log_partition = _log_partition(logits, targets) if settings.encoding == "bf16_logit" else None
-        parts.append(_to_numpy(targets, label_logprob, log_partition))
-        start = rows.stop
-    return TargetRows.concatenate(parts)
+    return queue_chunks(chunks, labels, uniforms, settings).read()
 
 
 def _log_partition(logits: Float[Tensor, "target vocab"], targets: SparseTargets) -> Float[Tensor, " target"]:
@@ -109,22 +162,3 @@ def located(error: TeacherOutputError, sources: Sequence[tuple[str, npt.NDArray[
             )
         row -= len(positions)
     return error
-
-
-def _to_numpy(
-    targets: SparseTargets, label_logprob: Float[Tensor, " target"], log_partition: Float[Tensor, " target"] | None
-) -> TargetRows:
-    def plain(tensor: Tensor | None, dtype: str) -> Any:
-        return None if tensor is None else tensor.cpu().numpy().astype(dtype)
-
-    return TargetRows(
-        ids=plain(targets.ids, "<u4"),
-        logprobs=plain(targets.logprobs, "<f4"),
-        tail_logsumexp=plain(targets.tail_logsumexp, "<f4"),
-        label_logprob=plain(label_logprob, "<f4"),
-        temperatures=targets.temperatures,
-        tail_temperature=targets.tail_temperature,
-        tail_ids=plain(targets.tail_ids, "<u4"),
-        tail_logprobs=plain(targets.tail_logprobs, "<f4"),
-        log_partition=plain(log_partition, "<f4"),
-    )

@@ -181,7 +181,9 @@ def sparsify(
         device = generator.device if generator else "cpu"
         shape = (len(logits), num_tail_samples)
         uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-    return _targets(logits, k, tuple(temperatures), uniforms, tail_temperature)[0]
+    targets, _, largest = _targets(logits, k, tuple(temperatures), uniforms, tail_temperature)
+    require_softmax(largest)
+    return targets
 
 
 def teacher_targets(
@@ -191,16 +193,18 @@ def teacher_targets(
     temperatures: Sequence[float] = (1.0, 2.0),
     uniforms: Float[Tensor, "target sample"] | None = None,
     tail_temperature: float = 1.0,
-) -> tuple[SparseTargets, Float[Tensor, " target"]]:
-    """Return what `sparsify` does and the log-probs of the labels, kept or not, from one softmax.
+) -> tuple[SparseTargets, Float[Tensor, " target"], Float[Tensor, " target"]]:
+    """Return what `sparsify` does, the log-probs of the labels, kept or not, and the largest logit of each row.
+
+    The host reads nothing from the device, so that it does not wait there. Hence broken rows are not refused:
+    `require_softmax` refuses them by their largest logits, once these are on the host.
 
     Raises:
         TargetsError: as `sparsify`.
-        TeacherOutputError: as `sparsify`.
     """
-    targets, log_partition = _targets(logits, k, tuple(temperatures), uniforms, tail_temperature)
+    targets, log_partition, largest = _targets(logits, k, tuple(temperatures), uniforms, tail_temperature)
     label_logprobs = logits.gather(-1, labels[:, None]) - log_partition
-    return targets, label_logprobs.to(targets.logprobs.dtype).squeeze(-1)
+    return targets, label_logprobs.to(targets.logprobs.dtype).squeeze(-1), largest
 
 
 def check_narrowing(k: int, stored: int) -> None:
@@ -216,8 +220,8 @@ def _targets(
     temperatures: tuple[float, ...],
     uniforms: Float[Tensor, "target sample"] | None,
     tail_temperature: float,
-) -> tuple[SparseTargets, Float[Tensor, "target 1"]]:
-    """Return the targets, and each row's log-partition in double precision.
+) -> tuple[SparseTargets, Float[Tensor, "target 1"], Float[Tensor, " target"]]:
+    """Return the targets, each row's log-partition in double precision, and its largest logit: NaN if the row has one.
 
     No softmax is taken: the kept logits and the sums over all others give the log-partition, so that a pass over the
     vocabulary is made once a temperature. The tail is counted from its own largest logit: it has a logarithm however
@@ -226,7 +230,6 @@ def _targets(
     uniforms = None if uniforms is None or uniforms.shape[1] == 0 else uniforms
     check_capture(logits.shape[1], k, temperatures, tail_temperature if uniforms is not None else None)
     values, ids, following = top_k(logits, k)
-    _require_softmax((values if k else following)[:, 0])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     largest = following.masked_fill(following == -math.inf, 0).to(dtype)
     summed = tuple(dict.fromkeys((*temperatures, 1.0)))
@@ -235,7 +238,8 @@ def _targets(
         for rows, piece in _tails(logits, ids, largest)
     ]
     sums, tail_ids, tail_values = (torch.cat(part) for part in zip(*parts, strict=True))
-    scales = torch.tensor(summed, dtype=torch.float64, device=sums.device)
+    # Filled there: for a list that is copied to a device the host waits.
+    scales = torch.stack([sums.new_full((), temperature) for temperature in summed])
     sums = _wide(largest) / scales + sums.log()
     rest = sums[:, summed.index(1.0), None]
     log_partition = torch.logaddexp(_wide(values).logsumexp(-1, keepdim=True), rest)
@@ -249,7 +253,7 @@ def _targets(
         tail_logprobs=None if uniforms is None else tail_values - shift,
         tail_temperature=tail_temperature,
     )
-    return targets, log_partition.to(logits.device)
+    return targets, log_partition.to(logits.device), (values if k else following)[:, 0]
 
 
 def _tails(
@@ -288,8 +292,12 @@ def _wide(values: Tensor) -> Tensor:
     return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
 
 
-def _require_softmax(largest: Float[Tensor, " target"]) -> None:
-    """Refuse rows whose largest logit, which is NaN where the row holds one, is not finite."""
+def require_softmax(largest: Float[Tensor, " target"]) -> None:
+    """Refuse rows whose largest logit, which is NaN where the row holds one, is not finite; the host reads them.
+
+    Raises:
+        TeacherOutputError: `row` is the number of the first such row.
+    """
     broken = (~largest.isfinite()).nonzero().flatten().tolist()
     if broken:
         row = broken[0]
@@ -337,7 +345,7 @@ def _draw(
 
     In a row without weights any id is drawn.
     """
-    block, rest = _invert(blocks.cumsum(-1), uniforms.to(blocks))
+    block, rest = _invert(blocks.cumsum(-1), uniforms.to(blocks, non_blocking=True))
     columns = (block[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)).to(weights.device)
     beyond = columns >= weights.shape[1]
     chosen = weights.gather(-1, columns.masked_fill(beyond, 0).flatten(1)).view(columns.shape)

@@ -15,8 +15,12 @@ def top_k(
     """Return the k largest logits and their ids, sorted by (logit descending, id ascending), and the next one or -inf.
 
     torch.topk promises nothing about equal values, and a bfloat16 head makes many. A stable sort restores
-    the order among them; where the k-th and the next are equal, the choice among them is made anew.
+    the order among them; where the k-th and the next are equal, the choice among them is made anew. On a CPU this is
+    done in those rows alone. To learn which rows they are, the host would have to wait for another device, so there
+    all rows are treated alike.
     """
+    if logits.device.type != "cpu":
+        return _top_k_without_reads(logits, k)
     values, ids = _largest(logits, min(k + 1, logits.shape[1]))
     following = values[:, k:] if values.shape[1] > k else torch.full_like(values[:, :1], -math.inf)
     ambiguous = (following == values[:, k - 1 : k]).any(-1).nonzero().flatten()
@@ -26,6 +30,41 @@ def top_k(
     if len(ambiguous):
         ids[ambiguous] = _smallest_tied_ids(logits[ambiguous], values[ambiguous], ids[ambiguous])
     return values, ids, following
+
+
+def _top_k_without_reads(
+    logits: Float[Tensor, "target vocab"], k: int
+) -> tuple[Float[Tensor, "target k"], Int[Tensor, "target k"], Float[Tensor, "target 1"]]:
+    """Return what `top_k` does, by groups of neighbouring columns.
+
+    Let the groups be sorted by (maximum descending, first id ascending). The first k + 1 of them hold the first k + 1
+    logits by (logit descending, id ascending): each of them has one that comes before all logits of the groups behind.
+    """
+    vocab, count = logits.shape[1], min(k + 1, logits.shape[1])
+    num_groups = vocab // TOP_K_GROUP
+    if num_groups < 8 * count:
+        values, ids = _first(logits, count)
+    else:
+        whole = num_groups * TOP_K_GROUP
+        maxima = logits[:, :whole].view(len(logits), num_groups, TOP_K_GROUP).amax(-1)
+        groups = _first(maxima, count)[1].sort(-1).values[:, :, None]
+        members = (groups * TOP_K_GROUP + torch.arange(TOP_K_GROUP, device=logits.device)).flatten(1)
+        others = torch.arange(whole, vocab, device=logits.device).expand(len(logits), -1)
+        columns = torch.cat([members, others], dim=-1)  # ascending
+        values, places = _first(logits.gather(-1, columns), count)
+        ids = columns.gather(-1, places)
+    following = values[:, k:] if count > k else torch.full_like(values[:, :1], -math.inf)
+    return values[:, :k], ids[:, :k], following
+
+
+def _first(
+    values: Float[Tensor, "target column"], count: int
+) -> tuple[Float[Tensor, "target count"], Int[Tensor, "target count"]]:
+    """Return the first `count` values by (value descending, column ascending), and their columns."""
+    found, columns = values.topk(count)
+    columns, order = columns.sort(-1)
+    found, order = found.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return found, _smallest_tied_ids(values, found, columns.gather(-1, order))
 
 
 def _largest(
@@ -57,6 +96,6 @@ def _smallest_tied_ids(
     threshold = values[:, -1:]
     countdown = torch.arange(vocab, 0, -1, dtype=torch.int32, device=ids.device)
     tied_ids = vocab - torch.where(logits == threshold, countdown, 0).topk(k).values.long()
-    num_above = (values > threshold).sum(-1, keepdim=True)
+    num_above = (~(values <= threshold)).sum(-1, keepdim=True)  # with NaN, which topk takes for the largest
     rank_among_tied = torch.arange(k, device=ids.device) - num_above
     return torch.where(rank_among_tied < 0, ids, tied_ids.gather(-1, rank_among_tied.clamp(min=0)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,7 +26,8 @@ from todi_offline.models.checkpoint import (
 )
 from todi_offline.models.head import Head, in_dtype, tried_head
 from todi_offline.models.loading import Model, Tokenizer, evaluation_mode, load_model, load_tokenizer, real_vocab_size
-from todi_offline.targets.rows import MIN_ROWS, chunk_rows, filled_up, located, sparsify_chunks, tail_uniforms
+from todi_offline.targets.host_copy import queued_to
+from todi_offline.targets.rows import MIN_ROWS, QueuedRows, chunk_rows, filled_up, located, queue_chunks, tail_uniforms
 
 logger = logging.getLogger(__name__)
 
@@ -147,16 +149,49 @@ def num_positions(teacher: Teacher) -> int | None:
     return getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
 
 
+@dataclass(frozen=True, slots=True)
+class QueuedTargets:
+    """The targets of a batch of examples, which the teacher's device may still be computing."""
+
+    rows: QueuedRows
+    sources: list[tuple[str, npt.NDArray[np.int64]]]
+    """The id and the supervised positions of each example."""
+
+    def read(self) -> list[TargetRows]:
+        """Wait for the device, and return the targets of each example.
+
+        Raises:
+            TeacherOutputError: a logit is NaN or +inf; names the example and the position.
+        """
+        try:
+            rows = self.rows.read()
+        except TeacherOutputError as error:
+            raise located(error, self.sources) from error
+        ends = np.cumsum([len(positions) for _, positions in self.sources])
+        return [
+            rows[int(end) - len(positions) : int(end)] for end, (_, positions) in zip(ends, self.sources, strict=True)
+        ]
+
+
 def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSettings) -> list[TargetRows]:
-    """Run the teacher over one batch, padded on the right, and return the targets of each example.
+    """Return the targets of each example of one batch: those of `queue_targets`, read at once.
+
+    Raises:
+        TeacherOutputError: a logit is NaN or +inf; names the example and the position.
+    """
+    return queue_targets(teacher, examples, settings).read()
+
+
+def queue_targets(teacher: Teacher, examples: Sequence[Example], settings: CacheSettings) -> QueuedTargets:
+    """Run the teacher over one batch, padded on the right, as far as the host need not wait for the results.
 
     Padding needs no mask: a causal model never looks to the right. On a CPU, a sequence of a batch of `length_batches`
     has the same bits whatever else is in the batch: each row of a matrix product is summed in the same order, unless
     there are very few rows, so products have at least 16. A GPU's kernels choose an order by the number of rows, so
     targets are the same up to rounding there.
 
-    Raises:
-        TeacherOutputError: a logit is NaN or +inf; names the example and the position.
+    The head and the targets make the host wait for nothing on a CUDA device. A model may: transformers reads once,
+    before the first layer, whether the sequences are packed, so the host waits there for the batch before.
     """
     device = teacher.model.get_input_embeddings().weight.device
     length = padded_length(max(len(example.token_ids) for example in examples), num_positions(teacher))
@@ -168,14 +203,10 @@ def targets_of(teacher: Teacher, examples: Sequence[Example], settings: CacheSet
     labels = torch.from_numpy(input_ids.reshape(-1)[positions + 1])
     uniforms = filled_up([tail_uniforms(example, settings) for example in examples])
     with evaluation_mode(teacher.model):
-        chunks = _logit_chunks(teacher, torch.from_numpy(input_ids).to(device), torch.from_numpy(positions))
-        try:
-            rows = sparsify_chunks(chunks, labels, torch.from_numpy(uniforms), settings)
-        except TeacherOutputError as error:
-            ids = [example.id for example in examples]
-            raise located(error, list(zip(ids, columns, strict=True))) from error
-    ends = np.cumsum([len(column) for column in columns])
-    return [rows[int(end) - len(column) : int(end)] for end, column in zip(ends, columns, strict=True)]
+        there = queued_to(torch.from_numpy(positions), teacher.head.device)
+        chunks = _logit_chunks(teacher, queued_to(torch.from_numpy(input_ids), device), there)
+        rows = queue_chunks(chunks, labels, torch.from_numpy(uniforms), settings)
+    return QueuedTargets(rows, [(example.id, column) for example, column in zip(examples, columns, strict=True)])
 
 
 def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:

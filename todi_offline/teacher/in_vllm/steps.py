@@ -195,7 +195,7 @@ class StepTargets:
             return iter(())
         labels = filled_up([cut.job.example.token_ids[cut.positions + 1].astype(np.int64) for cut in cuts])
         uniforms = filled_up([cut.job.uniforms[cut.columns] for cut in cuts])
-        try:
+        try:  # read at once: after a step the engine waits for the device anyway, for the token that comes next
             rows = sparsify_chunks(
                 self._known_ids(chunks), torch.from_numpy(labels), torch.from_numpy(uniforms), self._settings
             )
