@@ -253,3 +253,41 @@ def test_no_model_is_loaded(saved: Path) -> None:
     code = "import sys; from todi_offline.models.checkpoint import *; checkpoint_fingerprint(sys.argv[1])"
     command = [sys.executable, "-c", f"{code}; assert not {{'torch', 'transformers'}} & sys.modules.keys()", str(saved)]
     subprocess.run(command, check=True)
+
+
+def with_code(folder: Path, **modules: str) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "its_config.Its", "AutoModelForCausalLM": "its_model.Its", "AutoTokenizer": ["t.T", None]}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    code = {
+        "its_config": "class Its: ...",
+        "its_model": "from .its_config import Its\nfrom .its_layers import Layer\n",
+        "its_layers": "from .inner.its_kernel import run\n",
+        "inner/its_kernel": "def run(): return 1\n",
+        "convert_weights": "",
+    }
+    (folder / "inner").mkdir()
+    for name, text in (code | modules).items():
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def test_trusted_code_that_comes_with_a_model_belongs_to_the_fingerprint(saved: Path, tmp_path: Path) -> None:
+    def fingerprint(name: str, *, trust: bool = True, **modules: str) -> dict[str, Any]:
+        folder = with_code(copied(saved, tmp_path / name), **modules)
+        return checkpoint_fingerprint(str(folder), trust_remote_code=trust)
+
+    expected = fingerprint("a")
+    assert fingerprint("b") == expected
+    assert changed(fingerprint("c", trust=False), expected) == {"code"}
+    for name in ("its_config", "its_model", "its_layers", "inner/its_kernel"):
+        assert changed(fingerprint(name, **{name: "class Its: other = 1"}), expected) == {"code"}
+    assert fingerprint("d", convert_weights="never imported") == expected
+    (tmp_path / "a" / "inner" / "its_kernel.py").write_text("def run(): return 2\n")  # though the rest is kept
+    assert changed(checkpoint_fingerprint(str(tmp_path / "a"), trust_remote_code=True), expected) == {"code"}
+
+
+def test_the_fingerprint_of_a_model_without_code_is_the_same_whether_code_is_trusted(saved: Path) -> None:
+    expected = checkpoint_fingerprint(str(saved))
+    assert checkpoint_fingerprint(str(saved), trust_remote_code=True) == expected
+    assert expected.keys().isdisjoint({"code"})

@@ -42,7 +42,7 @@ class VllmEngine:
         config = _config(teacher)
         vocab_size = real_vocab_size(tokenizer, config.get_text_config().vocab_size)
         options = {"dtype": _dtype(teacher, config), "trust_remote_code": teacher.trust_remote_code} | engine.engine_set
-        fingerprint = checkpoint_fingerprint(teacher.teacher)
+        fingerprint = checkpoint_fingerprint(teacher.teacher, trust_remote_code=teacher.trust_remote_code)
         client = Client(
             teacher.teacher,
             options,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from todi_offline.errors import ModelError, first_line
-from todi_offline.models.checkpoint import open_gguf
+from todi_offline.models.weights import gguf_tensors_of, open_gguf, safetensors_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -80,7 +80,8 @@ def read_size(name: str, vocab_size: int) -> ModelSize:
             return _size(list(_gguf_headers(path)), vocab_size, dtype="float32")
         headers = list(_folder_headers(path) if path.exists() else _hub_headers(name))
     except (OSError, ValueError) as error:
-        raise ModelError(f"the headers of {name} cannot be read: {first_line(error)}") from error
+        reason = first_line(error)
+        raise ModelError(f"the headers of {name} cannot be read: {reason}; copy or download it again") from error
     return _size(headers or list(_built_headers(name)), vocab_size)
 
 
@@ -108,16 +109,9 @@ def _size(headers: list[Header], vocab_size: int, dtype: str | None = None) -> M
 
 
 def _folder_headers(folder: Path) -> Iterator[Header]:
-    from safetensors import SafetensorError, safe_open
-
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no mapping
-                    tensor = opened.get_slice(name)
-                    yield _header(name, tensor.get_shape(), tensor.get_dtype())
-        except SafetensorError as error:
-            raise ModelError(f"{file} is damaged: {first_line(error)}; copy or download it again") from error
+        for tensor in safetensors_of(file):
+            yield _header(tensor.name, tensor.shape, tensor.dtype)
 
 
 def _hub_headers(name: str) -> Iterator[Header]:
@@ -142,8 +136,8 @@ def _hub_headers(name: str) -> Iterator[Header]:
 
 
 def _gguf_headers(file: Path) -> Iterator[Header]:
-    for tensor in open_gguf(file).tensors:
-        yield Header(tensor.name, tuple(map(int, tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes))
+    for tensor in gguf_tensors_of(file, open_gguf(file)):
+        yield Header(tensor.name, tensor.shape, tensor.dtype, tensor.stop - tensor.start)
 
 
 def _built_headers(name: str) -> Iterator[Header]:

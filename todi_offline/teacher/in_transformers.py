@@ -75,6 +75,20 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a teacher was loaded from, which identifies it."""
+
+    path: str
+    adapter: str | None
+    trust_remote_code: bool
+    """Whether the code that comes with the model is run, and identifies it too."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the fingerprint of the files; see `checkpoint_fingerprint`."""
+        return checkpoint_fingerprint(self.path, self.adapter, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True, slots=True)
 class Teacher:
     """A loaded teacher: what `capture` needs of it."""
 
@@ -83,8 +97,8 @@ class Teacher:
     vocab_size: int
     """Ids that tokenizer and head know; logits beyond pad the embedding and are dropped."""
     head: Head
-    checkpoint: tuple[str, str | None] | None = None
-    """The paths of the model and of its adapter, which identify it; None where the model was handed over in memory."""
+    checkpoint: Checkpoint | None = None
+    """What it was loaded from; None where the model was handed over in memory."""
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
@@ -105,7 +119,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     )
     if config.adapter:
         model = _with_adapter(model, config.adapter)
-    teacher = dataclasses.replace(as_teacher(model, tokenizer), checkpoint=(config.teacher, config.adapter))
+    checkpoint = Checkpoint(config.teacher, config.adapter, config.trust_remote_code)
+    teacher = dataclasses.replace(as_teacher(model, tokenizer), checkpoint=checkpoint)
     if config.head_dtype is None:
         return teacher
     return dataclasses.replace(teacher, head=in_dtype(teacher.head, getattr(torch, config.head_dtype)))
@@ -221,7 +236,7 @@ def teacher_fingerprint(teacher: Teacher) -> dict[str, Any]:
     dtypes = {"dtype": _name(teacher.model.dtype)}
     if teacher.head.stand_in is not None:
         dtypes["head_dtype"] = _name(teacher.head.stand_in.weight.dtype)
-    found = checkpoint_fingerprint(*teacher.checkpoint) if teacher.checkpoint else _memory_fingerprint(teacher.model)
+    found = teacher.checkpoint.fingerprint() if teacher.checkpoint else _memory_fingerprint(teacher.model)
     return {**found, **dtypes}
 
 
