@@ -1,8 +1,10 @@
 """The folder of a run: the same command resumes, different settings are refused, a new start leaves no old files."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,12 +15,13 @@ import pytest
 import torch
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama, save
+from support.tiny_runs import trainer_of
 from torch import nn
 from transformers import TrainerCallback
 
 import todi_offline.training.run
 from todi_offline.cache.reader import Cache
-from todi_offline.errors import ConfigError, DivergedError, OutOfMemoryError
+from todi_offline.errors import CacheLockedError, ConfigError, DivergedError, OutOfMemoryError
 from todi_offline.training.folder import find_start
 from todi_offline.training.run import TrainSummary, train
 
@@ -140,6 +143,60 @@ def test_resume_continues_a_run_with_different_settings(student: str, cache: Cac
     assert more.num_steps == 8
     with pytest.raises(ConfigError, match=r"checkpoint-8 cannot be resumed \(sequences_a_step: 8 now, 4 in that"):
         train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | {"gradient_accumulation_steps": 2}))
+
+
+def test_a_finished_run_is_not_resumed_with_settings_that_leave_no_step(
+    student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for change, planned in (({"beta": 2.0}, 5), ({"max_steps": 4}, 4), ({"max_steps": -1, "num_train_epochs": 0.1}, 1)):
+        with pytest.raises(
+            ConfigError, match=f"checkpoint-5 is already at step 5 and the new settings end at step {planned}, so no"
+        ) as raised:
+            train(student, cache, out, eval_cache=heldout, resume=True, **(SETTINGS | change))
+        assert all(way in str(raised.value) for way in ("--max-steps", "--epochs", "--out", "--no-resume"))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 3}, {"num_train_epochs": 2.0}, {"num_train_epochs": 0.7}])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_planned_steps_are_those_of_the_trainer(
+    settings: dict[str, Any], accumulation: int, cache: Cache, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, cache, gradient_accumulation_steps=accumulation, **settings)
+    planned = trainer.num_planned_steps()
+    trainer.train()
+    assert planned == trainer.state.max_steps == trainer.state.global_step
+
+
+def test_a_second_run_in_a_folder_is_refused_and_names_the_first(student: str, cache: Cache, tmp_path: Path) -> None:
+    out, refusals = tmp_path / "run", []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            for resume in (None, False):
+                with pytest.raises(CacheLockedError) as raised:
+                    train(student, cache, out, resume=resume, **SETTINGS)
+                refusals.append(str(raised.value))
+
+    train(student, cache, out, callbacks=[Second()], **(SETTINGS | {"max_steps": 1}))
+    message = f"{out} is being written by process {os.getpid()} on {socket.gethostname()}; wait for it, or stop it"
+    assert refusals == [message, message]
+    assert not (out / ".lock").exists()
+
+
+def test_a_killed_run_does_not_block_the_next(student: str, cache: Cache, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    code = (
+        "import os, signal, sys; from pathlib import Path; from todi_offline.cache.store.locks import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == -signal.SIGKILL
+    assert (out / ".lock").exists()
+    assert train(student, cache, out, **(SETTINGS | {"max_steps": 1})).num_steps == 1
+    assert not (out / ".lock").exists()
 
 
 def test_a_resumed_run_may_split_its_steps_differently(student: str, cache: Cache, whole: Path, tmp_path: Path) -> None:

@@ -27,14 +27,8 @@ from todi_offline.errors import (
     TargetsError,
 )
 from todi_offline.teacher.in_transformers import Teacher, as_teacher
-from todi_offline.training.run import (
-    SelectedData,
-    TrainSummary,
-    load_train_config,
-    select_data,
-    train,
-    training_arguments,
-)
+from todi_offline.training.run import TrainSummary, load_train_config, train, training_arguments
+from todi_offline.training.selected import SelectedData, select_data
 
 SMALL: dict[str, Any] = {
     "use_cpu": True,

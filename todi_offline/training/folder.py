@@ -2,20 +2,24 @@
 
 `todi_run.json` records the parts of a run, and its summary once it is finished. A run with the same parts resumes by
 itself. The split of a step over ranks and micro-batches may change if the number of sequences per step stays the same.
-A checkpoint is complete if its `trainer_state.json`, which is written last, can be read.
+A checkpoint is complete if its `trainer_state.json`, which is written last, can be read. A run holds the lock of its
+folder while it trains; the kernel releases the lock when its process ends.
 """
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from todi_offline.cache.format.fingerprint import differences, hash_bytes
+from todi_offline.cache.store.locks import FolderLock
 from todi_offline.errors import ConfigError
 from todi_offline.models.loading import Model
+from todi_offline.training.first_rank import of_first_rank
 
 RUN_NAME = "todi_run.json"
 
@@ -36,6 +40,30 @@ class Start:
     """The metrics before the first step, if the run resumes."""
     finished: Mapping[str, Any] | None = None
     """The summary of the run, if it is already finished."""
+    is_changed: bool = False
+    """Whether the checkpoint is of a run with other settings."""
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """In this context no other run can write in the folder. The first process locks it for all processes of this run.
+
+    Raises:
+        CacheLockedError: another run writes in the folder; names its process.
+        ConfigError: the folder cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                message = f"the folder {out} cannot be made: {error.strerror}; name another folder (--out)"
+                raise ConfigError(message) from error
+            stack.enter_context(FolderLock(out))
+
+        of_first_rank(lock)
+        yield
 
 
 def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
@@ -74,7 +102,31 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
             f"{checkpoint} cannot be resumed ({line}): its position in the data would be lost; keep processes x "
             "per_device_train_batch_size x gradient_accumulation_steps as in that run"
         )
-    return Start(checkpoint, before)
+    return Start(checkpoint, before, is_changed=bool(lines))
+
+
+def require_steps_left(start: Start, planned_steps: int) -> None:
+    """Refuse to resume a checkpoint with other settings that plan no step after it.
+
+    Raises:
+        ConfigError: with the ways to train on.
+    """
+    if start.checkpoint is None or not start.is_changed:
+        return
+    if (step := _step(Path(start.checkpoint))) >= planned_steps:
+        raise ConfigError(
+            f"{start.checkpoint} is already at step {step:,} and the new settings end at step {planned_steps:,}, so no "
+            "step is left to train; train longer (--max-steps, --epochs), or start again with the new settings: in "
+            "another folder (--out), or here (--no-resume, which deletes the checkpoints)"
+        )
+
+
+def how_to_go_on(out: Path) -> str:
+    """Return in words what the same command does next in the folder of a run that was stopped."""
+    checkpoint = last_checkpoint(out)
+    if checkpoint is None:
+        return "there is no checkpoint yet, so the same command starts again; --set save_steps=N writes one earlier"
+    return f"the same command resumes from {checkpoint}"
 
 
 def begin(out: Path, parts: Parts, start: Start) -> None:

@@ -10,25 +10,34 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
-from todi_offline.cache.reader import Cache, open_cache, select, union
+from todi_offline.cache.reader import Cache, open_cache, union
 from todi_offline.cache.store import open_store
 from todi_offline.cache.store.staging import DEFAULT_LIMIT_GB, Staging
 from todi_offline.config import Setting, as_tables, flat_fields, load_config, to_dict, unknown_setting
-from todi_offline.data import DataConfig, load_examples, recorded_settings, with_recorded_template
-from todi_offline.errors import CacheIncompleteError, ConfigError, ModelError, memory_errors
+from todi_offline.data import with_recorded_template
+from todi_offline.errors import ConfigError, memory_errors
 from todi_offline.losses import DistillationConfig
 from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student import LoraSettings, add_lora
 from todi_offline.training.arguments import refuse_ignored, require_kinds
 from todi_offline.training.first_rank import of_first_rank
-from todi_offline.training.folder import Start, begin, find_start, last_checkpoint, note, weights_fingerprint
+from todi_offline.training.folder import (
+    Start,
+    begin,
+    find_start,
+    held,
+    how_to_go_on,
+    note,
+    require_steps_left,
+    weights_fingerprint,
+)
 from todi_offline.training.log import print_rows
 from todi_offline.training.recipes import recipe_settings
+from todi_offline.training.selected import SelectedData, select_data
 from todi_offline.training.trainer import ToDiTrainer, require_targets
 
 logger = logging.getLogger(__name__)
@@ -48,22 +57,6 @@ class StudentConfig:
     """Attention of transformers (`attn_implementation`), such as `sdpa`."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SelectedData:
-    """Which examples of the caches to train on; all of them by default."""
-
-    data: str | None = None
-    """Train on exactly the examples of this data set, which the cache must hold; by default on all of the cache."""
-    split: str | None = None
-    """The split of this data set."""
-    limit: int | None = None
-    """Only the first rows of this data set, this many."""
-    max_length: int | None = None
-    """Cut an example after this many tokens; by default as the first cache's capture did."""
-    max_prompt_length: int | None = None
-    """Cut a prompt to this many tokens; by default as the first cache's capture did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,10 +236,7 @@ def _run(
     eval_cache: Cache | None,
     callbacks: list[Any] | None,
 ) -> TrainSummary:
-    """Load, evaluate, train, evaluate and save; or resume a run with the same settings.
-
-    Most errors appear before the student is loaded.
-    """
+    """Open the caches, check the folder of the run, and train; most errors appear before the student is loaded."""
     arguments = training_arguments(config)
     tokenizer = student[1] if student else _load_tokenizer(config.student)
     cache, eval_cache = _open_caches(config, cache, eval_cache, tokenizer)
@@ -254,7 +244,22 @@ def _run(
         tokenizer = with_recorded_template(tokenizer, [part.recipe for part in cache.manifest.parts])
     parts = _parts(config, arguments, cache, eval_cache)
     find_start(config.out, parts, config.resume)
-    model = student[0] if student else _load_model(config.student)
+    with held(config.out):
+        return _run_here(config, parts, arguments, (student and student[0], tokenizer), cache, eval_cache, callbacks)
+
+
+def _run_here(
+    config: TrainConfig,
+    parts: dict[str, Any],
+    arguments: Any,
+    student: tuple[Model | None, Tokenizer | None],
+    cache: Cache,
+    eval_cache: Cache | None,
+    callbacks: list[Any] | None,
+) -> TrainSummary:
+    """Load the student, evaluate, train, evaluate and save; or resume a run with the same settings."""
+    model, tokenizer = student
+    model = _load_model(config.student) if model is None else model
     parts["student_weights"] = of_first_rank(lambda: weights_fingerprint(model))
     start = find_start(config.out, parts, config.resume)
     if start.finished is not None:
@@ -270,6 +275,7 @@ def _run(
         callbacks=callbacks,
     )
     print_rows(trainer)
+    require_steps_left(start, trainer.num_planned_steps())
     trainer.accelerator.wait_for_everyone()  # every rank has read the folder before the first rank changes it
     if trainer.is_world_process_zero():
         begin(config.out, parts, start)
@@ -291,7 +297,7 @@ def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
     try:
         output = trainer.train(resume_from_checkpoint=start.checkpoint)
     except KeyboardInterrupt:
-        logger.warning("stopped at step %s; %s", f"{trainer.state.global_step:,}", _how_to_go_on(out))
+        logger.warning("stopped at step %s; %s", f"{trainer.state.global_step:,}", how_to_go_on(out))
         raise
     seconds = perf_counter() - started
     after = _without_prefix(trainer.evaluate()) if trainer.eval_dataset is not None else {}
@@ -308,13 +314,6 @@ def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
         before=before,
         after=after,
     )
-
-
-def _how_to_go_on(out: Path) -> str:
-    checkpoint = last_checkpoint(out)
-    if checkpoint is None:
-        return "there is no checkpoint yet, so the same command starts again; --set save_steps=N writes one earlier"
-    return f"the same command resumes from {checkpoint}"
 
 
 def _open_caches(
@@ -358,39 +357,6 @@ def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache 
     settings["eval_cache_content"] = None if eval_cache is None else eval_cache.content_keys.digest()
     parts: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return parts
-
-
-def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -> Cache:
-    """Return the sequences of a cache that are the examples of a data set, in its order.
-
-    Raises:
-        CacheMismatchError: the tokenizer differs from the cache's.
-        CacheIncompleteError: the cache lacks an example; the message names a few and the command that captures them.
-        DataError: the data set cannot be read.
-    """
-    if tokenizer is None:
-        raise ModelError("finding a data set in a cache needs the student's tokenizer; pass tokenizer")
-    require_same_tokenizer(tokenizer_fingerprint(tokenizer), cache.manifest, "the student")
-    recipe = cache.manifest.parts[0].recipe
-    lengths = {name: getattr(data, name) or recipe.get(name) for name in ("max_length", "max_prompt_length")}
-    known = {name: value for name, value in lengths.items() if isinstance(value, int)}
-    settings = recorded_settings(recipe) | known
-    examples = load_examples(
-        DataConfig(data=data.data or "", split=data.split, limit=data.limit, **settings), tokenizer
-    )
-    indices = cache.content_keys.find(examples.content_keys())
-    if missing := np.flatnonzero(indices < 0).tolist():
-        names = ", ".join(examples[index].id for index in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        reuse = "".join(f" --reuse {member.store}" for member in cache.members)
-        options = {"data": data.data, "split": data.split, "limit": data.limit, **known}
-        shown = (f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
-        command = f"todi capture --teacher ... {' '.join(shown)}"
-        raise CacheIncompleteError(
-            f"{cache.root} lacks {len(missing):,} of the {len(examples):,} examples of {data.data}: {names}; append "
-            f"them with `{command} --out {cache.members[0].store}`, or copy the others into a new cache with "
-            f"`{command}{reuse} --out NEW`"
-        )
-    return select(cache, indices)
 
 
 def _without_prefix(metrics: dict[str, float]) -> dict[str, float]:

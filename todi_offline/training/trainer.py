@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -117,6 +118,15 @@ class ToDiTrainer(Trainer):
     def num_tokens_trained(self) -> int:
         """Tokens that were trained on since this trainer began, on all ranks."""
         return int(self._num_tokens)
+
+    def num_planned_steps(self) -> int:
+        """Return after how many optimizer steps, from the first on, the training ends."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = len(self.get_train_dataloader())
+        steps_an_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
+        steps: int = math.ceil(self.args.num_train_epochs * steps_an_epoch)
+        return steps
 
     def compute_loss(
         self,
