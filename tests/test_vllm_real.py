@@ -67,6 +67,20 @@ def test_a_capture_is_whole_and_of_the_same_teacher_as_one_by_transformers(teach
     assert caches[0].num_targets.tolist() == caches[1].num_targets.tolist()
 
 
+def test_actors_of_ray_each_run_an_engine_of_their_own_and_leave_none(teacher: Path, tmp_path: Path) -> None:
+    with start(["pip", "show", "ray"]) as asked:
+        if asked.wait():
+            pytest.skip("the environment of vLLM has no Ray")
+    mark = str(tmp_path)
+    found = run([*command(teacher, tmp_path / "r", 400), "--ray-actors", 2, "--json"], TODI_MARK=mark)
+    workers = json.loads(found.stdout)["workers"]
+    assert workers
+    assert all(name.startswith("actor ") for name in workers)
+    assert verify_cache(tmp_path / "r") == []
+    started = [one for one in psutil.process_iter(["environ"]) if (one.info["environ"] or {}).get("TODI_MARK") == mark]
+    assert psutil.wait_procs(started, timeout=120)[1] == []
+
+
 @pytest.mark.parametrize("victim", ["engine", "driver"])
 def test_after_a_kill_no_process_is_left_and_the_same_command_resumes(
     teacher: Path, tmp_path: Path, victim: str
