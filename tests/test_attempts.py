@@ -10,7 +10,7 @@ from todi_offline.errors import TodiError
 
 def attempts_of(num_shards: int, limit: int = 3, num_examples: int = 3) -> Attempts:
     shards = (Attempt(shard, num_examples, task=None) for shard in range(num_shards))
-    return Attempts(shards, limit, lambda attempt, number: f"{attempt.shard}/{number}")
+    return Attempts(shards, limit, lambda shard, number: f"{shard}/{number}")
 
 
 def steps(attempt: Attempt) -> Iterator[int | None]:

@@ -22,8 +22,9 @@ from support.tiny_models import save_llama
 import cache_tools.__main__ as tools
 from todi_offline.cache.check.diff import compare_caches
 from todi_offline.cache.check.verify import verify_cache
-from todi_offline.cache.objects import read_record
+from todi_offline.cache.objects import noted_shards, read_note, read_record
 from todi_offline.cache.reader import open_cache
+from todi_offline.cache.store import LocalStore
 from todi_offline.cache.store.locks import FolderLock
 from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.capturing import CaptureConfig
@@ -44,6 +45,12 @@ def sums_of(root: Path) -> Sums:
 
 def records_of(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "commits").glob("*.json"))
+
+
+def notes_of(root: Path) -> dict[int, tuple[int | None, ...]]:
+    """The shards with a note, and where the processes at them died."""
+    store = LocalStore(root)
+    return {shard: read_note(store, shard).ended for shard in noted_shards(store)}
 
 
 class Jobs:
@@ -73,9 +80,9 @@ class Jobs:
         self._program.close()
 
 
-def example_of(jobs: Jobs, shard: int) -> str:
-    """The third example of a shard."""
-    return str(open_cache(jobs.whole_root).sequences.to_pandas().query(f"shard == {shard}")["id"].iloc[2])
+def example_of(jobs: Jobs, shard: int, number: int = 2) -> str:
+    """An example of a shard, by default the third one."""
+    return str(open_cache(jobs.whole_root).sequences.to_pandas().query(f"shard == {shard}")["id"].iloc[number])
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +150,8 @@ def test_a_job_that_gets_sigterm_ends_and_can_be_resumed(jobs: Jobs, tmp_path: P
     root = tmp_path / "cache"
     poison = {"id": example_of(jobs, 3), "how": "stall"}
     found = jobs.run(root, poison=poison, signals=[[rank, 2 * jobs.seconds, "SIGTERM"] for rank in (0, 1)])
-    assert found["codes"] == [-signal.SIGTERM, -signal.SIGTERM], found
+    assert set(found["codes"]) <= {-signal.SIGTERM, 128 + signal.SIGTERM}, found
+    assert not notes_of(root)
     assert jobs.run(root)["codes"] == [0, 0]
     assert sums_of(root) == jobs.whole
 
@@ -194,8 +202,56 @@ def test_an_example_at_which_the_teacher_fails_is_named_and_committed_shards_sta
     committed = records_of(root)
     assert "000003.json" not in committed
     assert len(committed) >= 2
+    assert not notes_of(root)
     assert jobs.run(root, size)["codes"] == [0] * size
     assert sums_of(root) == jobs.whole
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_example_that_kills_its_process_is_found_by_the_runs_that_follow(
+    jobs: Jobs, tmp_path: Path, size: int
+) -> None:
+    """The first run dies at it, two more find it, the fourth names it; a preemption in between accuses nobody."""
+    root, shard = tmp_path / "cache", 1
+    poison = {"id": example_of(jobs, shard), "how": "kill"}
+    preempted = {"id": example_of(jobs, shard, 1), "how": "preempt"}
+    whole_shard, itself = (None,), (None, 2)
+    others = [name for name in records_of(jobs.whole_root) if name != f"{shard:06d}.json"]
+
+    def run(given: dict[str, str] | None, *words: str) -> list[str]:
+        found = jobs.run(root, size, poison=given, words=list(words))
+        assert found["codes"] == [0] * size or any(found["codes"]), found
+        return errors_of(found)
+
+    run(poison)
+    assert notes_of(root)[shard] == whole_shard
+    run(preempted)
+    assert notes_of(root) == {shard: whole_shard}
+    assert records_of(root) == others
+    run(poison)
+    assert notes_of(root) == {shard: itself}
+    run(poison)
+    assert notes_of(root) == {shard: (*itself, 2)}
+    (line,) = run(poison)
+    assert line == (
+        f"Error: example {poison['id']!r} of shard {shard} has ended each worker that read it: the last two runs died "
+        "there; what is committed is safe. Leave the example out with --skip-failed, or take it out of the data"
+    )
+    shutil.copytree(root, tmp_path / "cured")
+    assert verify_cache(root)  # what is left is said, and no damage
+    assert run(poison, "--skip-failed") == []
+    assert open_cache(root).manifest.parts[0].left_out == {poison["id"]: "each worker that read it has ended"}
+    assert (len(open_cache(root)), verify_cache(root)) == (len(open_cache(jobs.whole_root)) - 1, [])
+    jobs.run(tmp_path / "cured", size)
+    assert sums_of(tmp_path / "cured") == jobs.whole
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_process_that_is_told_to_end_leaves_no_note(jobs: Jobs, tmp_path: Path, size: int) -> None:
+    found = jobs.run(tmp_path / "cache", size, poison={"id": example_of(jobs, 2), "how": "preempt"})
+    assert all(found["codes"]), found
+    assert records_of(tmp_path / "cache")
+    assert not notes_of(tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

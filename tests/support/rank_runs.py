@@ -11,7 +11,8 @@ A run is a line of JSON:
     size      how many ranks
     words     more words of the command line
     signals   [[rank, seconds, name], ...]: sent to a rank so many seconds after the start
-    poison    {"id": example, "how": "raise", "kill" or "stall"}: what its teacher does at an example
+    poison    {"id": example, "how": "raise", "kill", "preempt" or "stall"}: what its teacher does at an example;
+              preempt: its process gets SIGTERM there
     odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
     lease     seconds: ranks cannot tell whether the holder of a lock is dead, and wait for so long a lease
     environ   more variables of the environment
@@ -168,7 +169,9 @@ def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
         if any(example.id == poison["id"] for example in examples):
             if poison["how"] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if poison["how"] == "stall":
+            if poison["how"] == "preempt":
+                os.kill(os.getpid(), signal.SIGTERM)
+            while poison["how"] in ("preempt", "stall"):
                 signal.pause()
             raise RuntimeError("no kernel for this")
         return real(teacher, examples, settings)

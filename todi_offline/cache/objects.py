@@ -14,10 +14,13 @@ from todi_offline.cache.format.names import (
     ROOT_KEY,
     TOKENIZER_KEY,
     array_key,
+    attempt_key,
+    is_attempt,
     record_key,
     sequences_key,
     shard_of,
 )
+from todi_offline.cache.format.notes import Note
 from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.root import Root
 from todi_offline.cache.format.sequences import parse_table
@@ -80,8 +83,25 @@ def derived_metadata(root: Root) -> Mapping[str, bytes]:
 
 def committed_shards(store: Store) -> list[int]:
     """Return the shards that have a commit record, whether or not the root names it."""
-    shards = (shard_of(key) for key in store.find(RECORDS_PREFIX))
+    shards = (shard_of(key) for key in store.find(RECORDS_PREFIX) if not is_attempt(key))
     return sorted(shard for shard in shards if shard is not None)
+
+
+def noted_shards(store: Store) -> list[int]:
+    """Return the shards that have a note on an attempt."""
+    shards = (shard_of(key) for key in store.find(RECORDS_PREFIX) if is_attempt(key))
+    return sorted(shard for shard in shards if shard is not None)
+
+
+def read_note(store: Store, shard: int) -> Note:
+    """Return the note on the last attempt at a shard.
+
+    Raises:
+        CacheFormatError, CacheCorruptError: the object is no such note.
+        CacheIncompleteError, CacheError: the object is missing or cannot be read.
+    """
+    key = attempt_key(shard)
+    return Note.from_bytes(store.read(key), shard, f"{store}/{key}")
 
 
 def read_if_there(store: Store, key: str) -> bytes | None:

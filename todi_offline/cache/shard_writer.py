@@ -18,7 +18,8 @@ from todi_offline.cache.fetching import at_once
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Manifest
-from todi_offline.cache.format.names import record_key, sequences_key
+from todi_offline.cache.format.names import attempt_key, record_key, sequences_key
+from todi_offline.cache.format.notes import Note
 from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.rows import Array
 from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, sequence_table, table_bytes
@@ -97,6 +98,22 @@ class ShardWriter:
     def _for_each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
         """Call a function for each object: at once in an object store, which answers slowly; in order in a folder."""
         return list(map(function, *arguments)) if isinstance(self.store, LocalStore) else at_once(function, *arguments)
+
+    def write_note(self, note: Note) -> None:
+        """Leave a note on the attempt at a shard that begins now, in place of an earlier note.
+
+        Raises:
+            CacheLockedError: another process has taken over.
+            CacheError: the store cannot be written.
+        """
+        require_held(self.store, self.token)
+        with naming_successor(self.store, self.token):
+            self.store.write(attempt_key(note.shard), note.to_bytes())
+
+    def delete_note(self, shard: int) -> None:
+        """Delete the note on an attempt at a shard, if there is one; raises as `write_note`."""
+        with naming_successor(self.store, self.token):
+            self.store.delete(attempt_key(shard))
 
     def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))

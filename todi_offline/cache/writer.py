@@ -29,6 +29,7 @@ from todi_offline.cache.format.names import (
     record_key,
     sequences_key,
 )
+from todi_offline.cache.format.notes import Note
 from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.root import Root
 from todi_offline.cache.format.sequences import SequenceRows, left_out_of
@@ -36,7 +37,9 @@ from todi_offline.cache.objects import (
     committed_shards,
     derived_metadata,
     has_cache,
+    noted_shards,
     read_if_there,
+    read_note,
     read_object,
     read_record,
     read_root,
@@ -60,6 +63,7 @@ class CacheWriter:
         self._locked = contextlib.ExitStack()
         self._lock: Lock | None = None
         self._root = Root(manifest=manifest)
+        self._noted: list[int] = []
 
     def __enter__(self) -> "CacheWriter":
         """Lock the place; begin the cache, or check that the cache there is the one to continue.
@@ -96,6 +100,22 @@ class CacheWriter:
         pending = range(len(self._root.commits), self.manifest.num_shards)
         return [*self._missing_of_finished(), *(shard for shard in pending if shard not in committed)]
 
+    def notes(self) -> dict[int, Note]:
+        """Return the notes that dead processes have left at missing shards; delete those at other shards.
+
+        Raises:
+            CacheFormatError, CacheCorruptError: an object is no note.
+        """
+        missing, found = set(self.missing_shards()), noted_shards(self.store)
+        for shard in found:
+            if shard not in missing:
+                self.shards.delete_note(shard)
+        self._noted = [shard for shard in found if shard in missing]
+        with ThreadPoolExecutor(_READERS) as pool:
+            return dict(
+                zip(self._noted, pool.map(lambda shard: read_note(self.store, shard), self._noted), strict=True)
+            )
+
     def write_shard(
         self, shard: int, sequences: Sequence[SequenceRows], left_out: Mapping[str, str] = MappingProxyType({})
     ) -> CommitRecord:
@@ -124,6 +144,8 @@ class CacheWriter:
             raise CacheIncompleteError(
                 f"{self.store} cannot be sealed: shards {missing} are not committed; run again the capture of {whose}"
             )
+        for shard in self._noted:
+            self.shards.delete_note(shard)
         if not self.is_sealed:
             commits = dict(enumerate(self._root.commits))
             written = [shard for shard in range(self.manifest.num_shards) if commits.get(shard) is None]

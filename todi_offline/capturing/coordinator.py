@@ -1,23 +1,28 @@
 """A capture's settings in, a cache out: plans, begins the cache, has its shards captured, and seals it."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from todi_offline.cache.format.notes import Note
 from todi_offline.cache.planning import CapturePlan, ShardPlan
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.cache.writer import CacheWriter
+from todi_offline.capturing.attempts import Attempts
 from todi_offline.capturing.config import CaptureConfig, CaptureSummary
 from todi_offline.capturing.jobs import Job
-from todi_offline.capturing.meter import CaptureProgress, Meter, Progress
-from todi_offline.capturing.ranks import join_ranks
+from todi_offline.capturing.meter import CaptureProgress, Meter, Progress, Report
+from todi_offline.capturing.notes import Notes
+from todi_offline.capturing.ranks import Ranks, join_ranks
 from todi_offline.capturing.work import ShardResult, Work
-from todi_offline.capturing.workers import start_workers
+from todi_offline.capturing.workers import Workers, start_workers
 from todi_offline.config import Setting, load_config
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import memory_errors
@@ -75,10 +80,9 @@ def _capture(
         ranks.require_same(job.manifest.to_json())
         plan = ranks.first(lambda: job.plan(config))
         writer = CacheWriter(config.out, plan.manifest, described.tokenizer_json)
-        missing, shards = ranks.first(lambda: _begin(plan, stack.enter_context(writer)))
-        with ranks.metered(Meter(_progress(job, plan, missing), progress)) as report:
-            tasks = job.tasks(plan, ranks.share(missing))
-            work = ranks.together(lambda: _work_by_worker(workers.capture(shards, tasks, report)))
+        begun = ranks.first(lambda: _begin(plan, stack.enter_context(writer)))
+        with ranks.metered(Meter(_progress(job, plan, begun.missing), progress)) as report:
+            work = _work(config, job, begun, ranks, workers, report)
         work = {name: part for works in ranks.gather(work) for name, part in works.items()}
         return ranks.first(lambda: _finish(config, job, plan, writer, work))
 
@@ -89,10 +93,60 @@ def _tokenizer(config: CaptureConfig, teacher: Teacher | None) -> Tokenizer:
     return load_tokenizer(config.teacher.teacher, trust_remote_code=config.teacher.trust_remote_code)
 
 
-def _begin(plan: CapturePlan, writer: CacheWriter) -> tuple[list[ShardPlan], ShardWriter]:
-    """Return the shards of the plan that a cache lacks, and what writes them."""
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A capture that holds the lock of its cache."""
+
+    plan: CapturePlan
+    missing: list[ShardPlan]
+    """The shards of the plan that the cache lacks."""
+    notes: Mapping[int, Note]
+    """What earlier runs have left where they died, by shard."""
+    shards: ShardWriter
+
+    def rounds(self, *, splits_teacher: bool) -> tuple[list[ShardPlan], ...]:
+        """Return the missing shards in the order of their capture: those at which a run died come last.
+
+        A teacher that is split over processes dies as a whole, and leaves no notes.
+        """
+        if splits_teacher:
+            return (self.missing,)
+        suspects = [shard for shard in self.missing if shard.index in self.notes]
+        suspects.sort(key=lambda shard: len(self.notes[shard.index].ended))
+        return [shard for shard in self.missing if shard.index not in self.notes], suspects
+
+
+def _begin(plan: CapturePlan, writer: CacheWriter) -> _Begun:
+    """Return what is left to do of a plan."""
     missing = set(writer.missing_shards())
-    return [shard for shard in plan.shards if shard.index in missing], writer.shards
+    return _Begun(plan, [shard for shard in plan.shards if shard.index in missing], writer.notes(), writer.shards)
+
+
+def _work(
+    config: CaptureConfig, job: Job, begun: _Begun, ranks: Ranks, workers: Workers, report: Report
+) -> dict[str, Work]:
+    """Have all missing shards captured; return what each worker of this rank did.
+
+    A shard at which an earlier run died is begun when all ranks have committed the others.
+
+    Raises:
+        TodiError: a shard cannot be captured.
+    """
+    uses_actors, splits_teacher = config.ray.ray_actors > 0, ranks.is_one_worker
+    work: dict[str, Work] = {}
+    for shards in filter(None, begun.rounds(splits_teacher=splits_teacher)):
+        notes = None if uses_actors or splits_teacher else Notes(begun.shards)
+        attempts = Attempts(
+            job.attempts(begun.plan, ranks.share(shards), {} if splits_teacher else begun.notes),
+            config.ray.ray_attempts,
+            lambda shard, number: job.name_in(begun.plan, shard, number),
+            skip_failed=config.skip_failed,
+            notes=notes,
+        )
+        results = workers.capture(begun.shards, attempts, report)
+        with ranks.before_sigterm(notes.stop) if notes else contextlib.nullcontext():
+            ranks.together(functools.partial(_add_work, work, results, notes))
+    return work
 
 
 def _progress(job: Job, plan: CapturePlan, missing: Sequence[ShardPlan]) -> CaptureProgress:
@@ -103,12 +157,11 @@ def _progress(job: Job, plan: CapturePlan, missing: Sequence[ShardPlan]) -> Capt
     return CaptureProgress(total - left, total, len(plan.shards) - len(missing), len(plan.shards))
 
 
-def _work_by_worker(results: Iterable[ShardResult]) -> dict[str, Work]:
-    """Have shards captured; return what each worker did."""
-    work: dict[str, Work] = {}
-    for result in results:
-        work[result.worker] = Work.total((work.get(result.worker, Work()), result.work))
-    return work
+def _add_work(work: dict[str, Work], results: Iterable[ShardResult], notes: Notes | None) -> None:
+    """Have shards captured; add up what each worker did."""
+    with notes or contextlib.nullcontext():
+        for result in results:
+            work[result.worker] = Work.total((work.get(result.worker, Work()), result.work))
 
 
 def _left_out(cache: Cache) -> dict[str, str]:

@@ -1,15 +1,16 @@
-"""Tasks in, results out: shards captured by this process, each written while the teacher reads the next."""
+"""Attempts at shards in, results out: this process captures them, and writes each while the teacher reads the next."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from todi_offline.cache.shard_writer import ShardWriter
+from todi_offline.capturing.attempts import Attempt, Attempts
 from todi_offline.capturing.config import CaptureConfig
 from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.loading import load_engine
 from todi_offline.capturing.meter import Report
-from todi_offline.capturing.work import ShardResult, ShardTask, ShardWorker
+from todi_offline.capturing.work import ShardResult, ShardRows, ShardWorker
 from todi_offline.teacher.in_transformers import Teacher
 
 
@@ -31,16 +32,16 @@ class InProcess:
         """Return what a cache records of the teacher; see `Workers`."""
         return self._engine.describe()
 
-    def capture(self, writer: ShardWriter, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
+    def capture(self, writer: ShardWriter, attempts: Attempts, report: Report) -> Iterator[ShardResult]:
         """Yield the result of each shard once it is committed; see `Workers`."""
         worker = ShardWorker.start(
             self._name, self._engine, writer, self._config.reuse, skip_failed=self._config.skip_failed
         )
         if not self._commits:
-            for task in tasks:
-                worker.rows(task, lambda _: None)
+            while (attempt := attempts.next(is_idle=True)) is not None:
+                worker.rows(attempt.task, lambda _: None)
             return
-        for result in _each_behind_the_next(worker, tasks, report):
+        for result in _each_behind_the_next(worker, attempts, report):
             report(0, 1)
             yield result
 
@@ -55,13 +56,23 @@ class InProcess:
         self._engine.close()
 
 
-def _each_behind_the_next(worker: ShardWorker, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
+def _each_behind_the_next(worker: ShardWorker, attempts: Attempts, report: Report) -> Iterator[ShardResult]:
+    def commit(attempt: Attempt, rows: ShardRows) -> ShardResult:
+        result = worker.commit(rows)
+        attempts.committed(attempt)
+        return result
+
     with ThreadPoolExecutor(1) as background:
         writing: Future[ShardResult] | None = None
-        for task in tasks:
-            rows = worker.rows(task, lambda num_tokens: report(num_tokens, 0))
+        while (attempt := attempts.next(is_idle=True)) is not None:
+            if attempt.is_alone and writing is not None:
+                yield writing.result()
+                writing = None
+            while (number := attempts.begin(attempt)) is not None:
+                worker.read(attempt.task, number)
+            rows = worker.rows(attempt.task, lambda num_tokens: report(num_tokens, 0), attempt.left_out)
             if writing is not None:
                 yield writing.result()
-            writing = background.submit(worker.commit, rows)
+            writing = background.submit(commit, attempt, rows)
         if writing is not None:
             yield writing.result()

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.layout import CacheSettings
 from todi_offline.cache.format.manifest import Manifest, Part
+from todi_offline.cache.format.notes import Note
 from todi_offline.cache.planning import CapturePlan, ShardPlan, plan_capture
 from todi_offline.cache.reuse import open_reusable
 from todi_offline.cache.store import open_store
+from todi_offline.capturing.attempts import Attempt
 from todi_offline.capturing.config import CaptureConfig
 from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.work import ShardTask
@@ -50,10 +52,20 @@ class Job:
         open_reusable(config.reuse, self.manifest)  # refused before anything is begun
         return plan_capture(open_store(config.out), self.manifest, self.keys, self.examples.num_tokens)
 
-    def tasks(self, plan: CapturePlan, shards: Iterable[ShardPlan]) -> Iterator[ShardTask]:
-        """Yield the work of these shards, each when it is asked for."""
+    def attempts(self, plan: CapturePlan, shards: Iterable[ShardPlan], notes: Mapping[int, Note]) -> Iterator[Attempt]:
+        """Yield these shards, each when it is asked for; `notes` has those at which an earlier run died.
+
+        Raises:
+            TodiError: a note does not belong to its shard.
+        """
         for shard in shards:
-            yield ShardTask.of(shard.index, self.examples, plan.sequences[shard.start : shard.stop].tolist())
+            indices = plan.sequences[shard.start : shard.stop].tolist()
+            yield Attempt.of(ShardTask.of(shard.index, self.examples, indices), notes.get(shard.index))
+
+    def name_in(self, plan: CapturePlan, shard: int, number: int) -> str:
+        """Return the id of an example of a shard."""
+        start = plan.shards[shard - plan.shards[0].index].start
+        return self.examples[int(plan.sequences[start + number])].id
 
 
 def describe_cache(described: TeacherDescription, settings: CacheSettings, parts: tuple[Part, ...] = ()) -> Manifest:

@@ -121,6 +121,10 @@ class Ranks:
                 return
             yield item
 
+    def before_sigterm(self, farewell: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """Within, a rank that gets SIGTERM calls `farewell` before it ends; a process by itself handles its signals."""
+        return _farewell(farewell) if self.size > 1 else contextlib.nullcontext()
+
     def _meet(self, name: str) -> None:
         """Return when all ranks have come here, or one has failed."""
         with _lost_ranks():
@@ -223,6 +227,34 @@ def _default_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _farewell(farewell: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGTERM has another thread call a function and end this process, whatever the main thread waits for."""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def watch() -> None:
+        while number := receiver.recv(1):
+            if number[0] == signal.SIGTERM:
+                try:
+                    farewell()
+                finally:
+                    os._exit(128 + signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, name="todi_offline SIGTERM", daemon=True)
+    thread.start()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Python then writes the signal to the socket
+    descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, before)
+        sender.close()
+        thread.join()
+        receiver.close()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Tasks in, results out: shards captured by actors of Ray, each of which owns a teacher; this process needs none.
+"""Attempts at shards in, results out: actors of Ray capture, each with its own teacher; this process needs none.
 
 An actor has two shards at a time: its teacher reads one while the other is written. An actor that dies is replaced, and
 `attempts` says what becomes of its shards.
@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,6 @@ from todi_offline.capturing.engines import Engine, TeacherDescription
 from todi_offline.capturing.loading import load_engine
 from todi_offline.capturing.meter import Report
 from todi_offline.capturing.work import ShardResult, ShardTask, ShardWorker, Work
-from todi_offline.data import examples_from_stream
 from todi_offline.errors import CacheMismatchError, ConfigError, TodiError, first_line
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,7 @@ class CaptureActor:
     def read(self, writer: ShardWriter, task: ShardTask, number: int) -> None:
         """Read one example of a shard, to see whether this process survives it; an error is left to `capture`."""
         with self._teacher, contextlib.suppress(Exception):
-            example = examples_from_stream(task.examples)[number]
-            self._start(writer).engine.targets([example], writer.manifest.settings, lambda _: None)
+            self._start(writer).read(task, number)
 
     def num_tokens(self) -> int:
         """Return how many tokens were done of the shards that are not committed yet."""
@@ -151,12 +149,9 @@ class RayActors:
                 )
         return self._described
 
-    def capture(self, writer: ShardWriter, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
+    def capture(self, writer: ShardWriter, attempts: Attempts, report: Report) -> Iterator[ShardResult]:
         """Yield the result of each shard once it is committed; see `Workers`."""
         stored = self._ray.put(writer)
-        shards = (Attempt(task.shard, task.num_examples, self._ray.put(task)) for task in tasks)
-        limit, skip_failed = self._config.ray.ray_attempts, self._config.skip_failed
-        attempts = Attempts(shards, limit, self._name_of, skip_failed=skip_failed)
         told = _Told(report)
         try:
             while self._assign(attempts, stored):
@@ -166,8 +161,9 @@ class RayActors:
                         told.committed(result.record.num_tokens)
                         yield result
                 told.update(sum(actor.num_tokens for actor in self._actors))
-        finally:  # before the lock is given up
-            self._kill_actors()
+        except BaseException:
+            self._kill_actors()  # before the lock is given up
+            raise
 
     def _assign(self, attempts: Attempts, writer: Any) -> bool:
         """Give actors work, the idle ones first; return whether any work is under way or left."""
@@ -177,6 +173,8 @@ class RayActors:
                 attempt = attempts.next(is_idle=not actor.attempts)
                 if attempt is None:
                     break
+                if isinstance(attempt.task, ShardTask):  # from now on it lies in the cluster
+                    attempt.task = self._ray.put(attempt.task)
                 actor.attempts.append(attempt)
                 self._go_on(actor, attempt, writer)
         return attempts.is_any_left or any(actor.attempts for actor in self._actors)
@@ -300,9 +298,6 @@ class RayActors:
             self._ray.wait(list(self._calls), num_returns=len(self._calls), timeout=_KILL_SECONDS)
         self._actors.clear()
         self._calls.clear()
-
-    def _name_of(self, attempt: Attempt, number: int) -> str:
-        return examples_from_stream(self._ray.get(attempt.task).examples)[number].id
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 Tasks and results may be pickled. A worker holds no lock: see `ShardWriter`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
@@ -173,6 +174,12 @@ class ShardWorker:
         counts = (sum(map(len, captured.values())), sum(map(len, copied.values())))
         work = Work(1, num_tokens, *counts, teacher_seconds)
         return ShardRows(task.shard, rows, {examples[number].id: failed[number] for number in sorted(failed)}, work)
+
+    def read(self, task: ShardTask, number: int) -> None:
+        """Read one example of a shard, to see whether this process survives it; an error is left to `rows`."""
+        with contextlib.suppress(Exception):
+            example = examples_from_stream(task.examples)[number]
+            self.engine.targets([example], self.writer.manifest.settings, lambda _: None)
 
     def _answers(
         self, shard: int, examples: Sequence[Example], report: Callable[[int], None]

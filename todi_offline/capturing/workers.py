@@ -1,15 +1,16 @@
 """The settings of a capture in, whatever captures its shards out: this process, or actors elsewhere."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from todi_offline.cache.shard_writer import ShardWriter
+from todi_offline.capturing.attempts import Attempts
 from todi_offline.capturing.config import CaptureConfig
 from todi_offline.capturing.engines import TeacherDescription
 from todi_offline.capturing.in_process import InProcess
 from todi_offline.capturing.meter import Report
-from todi_offline.capturing.work import ShardResult, ShardTask
+from todi_offline.capturing.work import ShardResult
 from todi_offline.errors import ConfigError
 from todi_offline.teacher.in_transformers import Teacher
 
@@ -20,8 +21,10 @@ class Workers(AbstractContextManager["Workers"], Protocol):
     def describe(self) -> TeacherDescription:
         """Return what a cache records of the teacher."""
 
-    def capture(self, writer: ShardWriter, tasks: Iterable[ShardTask], report: Report) -> Iterator[ShardResult]:
+    def capture(self, writer: ShardWriter, attempts: Attempts, report: Report) -> Iterator[ShardResult]:
         """Yield the result of each shard once it is committed, in any order; no work goes on when this ends.
+
+        May be called again, for other shards, when it has ended without an error.
 
         Raises:
             TodiError: a shard cannot be captured.

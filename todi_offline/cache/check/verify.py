@@ -36,6 +36,7 @@ from todi_offline.cache.format.names import (
     ROOT_KEY,
     SEALED_KEY,
     TOKENIZER_KEY,
+    is_attempt,
     is_own,
     is_temporary,
     record_key,
@@ -49,6 +50,7 @@ from todi_offline.cache.objects import (
     derived_metadata,
     has_cache,
     read_if_there,
+    read_note,
     read_record,
     read_root,
     read_root_copy,
@@ -195,7 +197,9 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
     for key in store.find():
         shard = shard_of(key)
         is_named = shard is None or (shard < num_shards and key in {record_key(shard), *object_keys(root, shard)})
-        if is_temporary(key):
+        if shard is not None and is_attempt(key):
+            yield _note_problem(store, key, shard)
+        elif is_temporary(key):
             yield Problem(key, "a stopped writer has left it behind", drop(key), is_note=True)
         elif is_own(key) and (not is_named or key in old):
             yield Problem(key, "no commit record names it", drop(key), is_note=True)
@@ -204,6 +208,16 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
             foreign.add(key if folder in FOLDERS else folder)
     for name in sorted(foreign):
         yield Problem(name, "it is not part of the cache and stays as it is", NOTHING, is_note=True)
+
+
+def _note_problem(store: Store, key: str, shard: int) -> Problem:
+    """Describe the note on an attempt at a shard; a capture goes on with a sound one and refuses any other."""
+    try:
+        read_note(store, shard)
+    except CacheError as error:
+        return Problem(key, str(error), remedy_of(error, drop(key)))
+    text = "run the same capture again: it deletes the note; so does `todi-cache repair`"
+    return Problem(key, "a capture has begun this shard and left a note", Remedy(text, drop=(key,)), is_note=True)
 
 
 def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:

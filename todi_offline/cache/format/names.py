@@ -4,6 +4,7 @@ A cache owns these keys below its root and no others. All other files there are 
 
     cache.json                  the root: the manifest, and the sums of the commit records
     commits/000003.json         the commit record of shard 3
+    commits/000003.attempt      a note: a process captures shard 3 now, or died while it did
     sequences/000003.parquet    its sequence table
     topk_ids/c/3/0              its part of an array
     zarr.json, */zarr.json      metadata for other readers of Zarr, derived from the root
@@ -39,6 +40,7 @@ _SHARD_KEYS = (
     re.compile(r"commits/(\d{6,})\.json"),
     re.compile(r"sequences/(\d{6,})\.parquet"),
     re.compile(rf"(?:{'|'.join(ARRAY_NAMES)})/c/(\d+)(?:/0)?"),
+    re.compile(r"commits/(\d{6,})\.attempt"),
 )
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
@@ -51,6 +53,16 @@ def sequences_key(shard: int) -> str:
 def record_key(shard: int) -> str:
     """Return the key of a shard's commit record."""
     return f"{RECORDS_PREFIX}{shard:06d}.json"
+
+
+def attempt_key(shard: int) -> str:
+    """Return the key of the note on an attempt at a shard."""
+    return f"{RECORDS_PREFIX}{shard:06d}.attempt"
+
+
+def is_attempt(key: str) -> bool:
+    """Whether a key belongs to a note on an attempt at a shard."""
+    return key.endswith(".attempt") and shard_of(key) is not None
 
 
 def array_key(name: str) -> str:
@@ -74,7 +86,7 @@ def is_own(key: str) -> bool:
 
 
 def shard_of(key: str) -> int | None:
-    """Return the shard that a key belongs to, as its record, sequence table or part of an array; None for other keys.
+    """Return the shard that a key belongs to, as its record, note, table or part of an array; None for other keys.
 
     >>> shard_of("commits/000007.json"), shard_of("topk_ids/c/7/0"), shard_of("commits/7.json"), shard_of("notes.md")
     (7, 7, None, None)

@@ -4,7 +4,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from todi_offline.cache.format.names import GROUP_KEY, LOCK_KEY, RECORDS_PREFIX, ROOT_KEY
+from todi_offline.cache.format.names import GROUP_KEY, LOCK_KEY, RECORDS_PREFIX, ROOT_KEY, is_attempt
+from todi_offline.cache.format.notes import MAX_NOTE_BYTES
 from todi_offline.cache.format.records import MAX_RECORD_BYTES
 from todi_offline.cache.format.root import MAX_ROOT_BYTES
 
@@ -14,6 +15,8 @@ _OTHER_LIMIT = 2**30  # sequence tables, tokenizers
 
 def read_limit(key: str) -> int:
     """Return the most bytes that are read of an object of this kind, whatever size the store reports."""
+    if is_attempt(key):
+        return MAX_NOTE_BYTES
     return MAX_RECORD_BYTES if key.startswith(RECORDS_PREFIX) else _LIMITS.get(key, _OTHER_LIMIT)
 
 
