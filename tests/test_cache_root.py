@@ -17,6 +17,8 @@ from todi_offline.cache.format.layout import ENCODINGS, array_specs
 from todi_offline.cache.format.manifest import Manifest
 from todi_offline.cache.format.names import (
     array_key,
+    attempt_key,
+    is_attempt,
     is_own,
     is_temporary,
     record_key,
@@ -27,7 +29,14 @@ from todi_offline.cache.format.names import (
 from todi_offline.cache.format.records import CommitRecord, ObjectSum
 from todi_offline.cache.format.root import Root
 from todi_offline.cache.format.version_1 import read_version_1
-from todi_offline.cache.objects import committed_shards, derived_metadata, read_object, read_record, read_root
+from todi_offline.cache.objects import (
+    committed_shards,
+    derived_metadata,
+    noted_shards,
+    read_object,
+    read_record,
+    read_root,
+)
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, CacheIncompleteError
@@ -59,7 +68,13 @@ def test_an_object_is_compared_with_its_sum(tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 def test_every_key_that_a_cache_makes_is_its_own_and_names_its_shard(shard: int, encoding: str) -> None:
     specs = array_specs(cache_settings(encoding=encoding), 300)
-    for key in (record_key(shard), sequences_key(shard), *(spec.object_key(shard) for spec in specs.values())):
+    assert is_attempt(attempt_key(shard))
+    for key in (
+        record_key(shard),
+        attempt_key(shard),
+        sequences_key(shard),
+        *(spec.object_key(shard) for spec in specs.values()),
+    ):
         assert (shard_of(key), is_own(key)) == (shard, True)
         assert is_temporary(temporary_key(key, "0123456789abcdef"))
     for name in specs:
@@ -74,6 +89,8 @@ def test_every_key_that_a_cache_makes_is_its_own_and_names_its_shard(shard: int,
         "commits/٠٠٠٠٠٠.json",
         "commits/9999999999.json",
         "commits/000000.json.bak",
+        "commits/0.attempt",
+        "sequences/000000.attempt",
         "backup/commits/000000.json",
         "sequences/000000.json",
         "topk_ids/c/00/0",
@@ -99,7 +116,8 @@ def test_committed_shards_are_those_with_a_record(tmp_path: Path) -> None:
     root = write_cache(tmp_path / "cache", **SMALL)
     for name in ("0.json", "notes.json", "000002.json.tmp"):
         (root / "commits" / name).write_text("")
-    assert committed_shards(LocalStore(root)) == [0, 1]
+    (root / attempt_key(5)).write_text("")
+    assert (committed_shards(LocalStore(root)), noted_shards(LocalStore(root))) == ([0, 1], [5])
     assert committed_shards(LocalStore(tmp_path)) == []
 
 

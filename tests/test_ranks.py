@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import Row
-from support.object_store import s3_bucket
+from support.object_store import Proxy, s3_bucket
 from support.programs import Answering, run, started
 from support.tiny_models import save_llama
 
@@ -353,13 +353,19 @@ def test_a_split_teacher_is_refused_where_another_setting_spreads_it(other: dict
 def bucket() -> Iterator[dict[str, str]]:
     """What ranks must know to find `s3://bucket`."""
     with s3_bucket() as proxy:
-        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE")
-        yield {name: os.environ[name] for name in names} | {"FSSPEC_S3_ENDPOINT_URL": f"http://{proxy.target}"}
+        yield endpoint_of(proxy)
+
+
+def endpoint_of(proxy: Proxy) -> dict[str, str]:
+    """The variables by which another process finds the same bucket."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE")
+    return {name: os.environ[name] for name in names} | {"FSSPEC_S3_ENDPOINT_URL": f"http://{proxy.target}"}
 
 
 def sums_in_bucket(place: str) -> Sums:
+    """The SHA-256 of every object of a cache, the lock apart."""
     store = RemoteStore(place)
-    return {key: hashlib.sha256(store.read(key, 2**26)).hexdigest() for key in store.find()}
+    return {key: hashlib.sha256(store.read(key, 2**26)).hexdigest() for key in store.find() if key != ".lock"}
 
 
 @pytest.mark.parametrize("lease", [None, 1.0])
@@ -371,11 +377,12 @@ def test_ranks_write_to_an_object_store_and_the_next_job_takes_over_from_a_kille
     poison = {"id": example_of(jobs, 3), "how": "kill"}
     found = jobs.run(place, environ=bucket, poison=poison, lease=lease)
     assert -signal.SIGKILL in found["codes"], found
-    committed = sum(key.startswith("commits/") for key in sums_in_bucket(place))
+    committed = sum(key.endswith(".json") for key in sums_in_bucket(place) if key.startswith("commits/"))
     assert 0 < committed < jobs.num_shards
+    assert any(key.endswith(".attempt") for key in sums_in_bucket(place))
     found = jobs.run(place, environ=bucket, lease=lease)
     assert found["codes"] == [0, 0], found
-    assert {key: sum_ for key, sum_ in sums_in_bucket(place).items() if key != ".lock"} == jobs.whole
+    assert sums_in_bucket(place) == jobs.whole
 
 
 LAUNCHERS = {
@@ -407,24 +414,42 @@ def test_nodes_of_torchrun_share_a_capture(jobs: Jobs, tmp_path: Path) -> None:
     assert sums_of(root) == jobs.whole
 
 
+DIES = """\
+import os, signal
+import todi_offline.capturing.engines as engines
+from todi_offline.commands.cli import main
+real = engines.queue_targets
+def queue_targets(teacher, examples, settings):
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(teacher, examples, settings)
+engines.queue_targets = queue_targets
+main()
+"""
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: Path) -> None:
     root, script = tmp_path / "cache", tmp_path / "dies_once.py"
-    script.write_text(
-        "import os, signal\n"
-        "import todi_offline.capturing.engines as engines\n"
-        "from todi_offline.commands.cli import main\n"
-        "real = engines.queue_targets\n"
-        "def queue_targets(*args):\n"
-        "    if (os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0'):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*args)\n"
-        "engines.queue_targets = queue_targets\n"
-        "main()\n"
-    )
+    script.write_text(DIES.format(when="(os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0')"))
     done = run([*launched("torchrun"), str(script), *words_of(jobs, root)])
     assert done.code == 0, done.errors
     assert sums_of(root) == jobs.whole
+
+
+@pytest.mark.slow
+def test_three_restarts_of_torchrun_name_an_example_that_kills_its_rank(jobs: Jobs, tmp_path: Path) -> None:
+    root, script, poison = tmp_path / "cache", tmp_path / "dies.py", example_of(jobs, 1)
+    script.write_text(DIES.format(when=f"{poison!r} in [example.id for example in examples]"))
+    words = [*launched("torchrun"), "--max-restarts", "3", str(script), *words_of(jobs, root)]
+    done = run(words)
+    assert done.code != 0
+    (line,) = done.error_lines
+    assert line.startswith(f"Error: example {poison!r} of shard 1 has ended each worker that read it"), done.errors
+    assert len(records_of(root)) == jobs.num_shards - 1
+    done = run([*words, "--skip-failed"])
+    assert done.code == 0, done.errors
+    assert json.loads(done.output)["left_out"] == {poison: "each worker that read it has ended"}
 
 
 def free_port() -> int:

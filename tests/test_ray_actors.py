@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ import numpy as np
 import pytest
 from conftest import Row, tokenised
 from support.fake_ray import Actor, Deadly, DiedError, FakeRay
-from support.poison import save_poisonous
+from support.object_store import s3_bucket
+from support.poison import Poisoned, save_poisonous
 from support.programs import run, started
 from support.tiny import tiny_tokenizer
 from support.tiny_models import llama, save_llama
-from test_ranks import LENGTHS, SMALL, Sums, records_of, sums_of
+from test_ranks import LENGTHS, SMALL, Sums, endpoint_of, records_of, sums_in_bucket, sums_of
 
+import todi_offline.capturing.in_process
 import todi_offline.capturing.ray_actors
+from todi_offline.cache.objects import noted_shards
 from todi_offline.cache.reader import open_cache
-from todi_offline.capturing import capture
+from todi_offline.cache.store import LocalStore
+from todi_offline.capturing import CaptureProgress, capture
 from todi_offline.capturing.engines import Engine, TransformersEngine
+from todi_offline.capturing.notes import Notes
 from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, TodiError
 from todi_offline.teacher.in_transformers import Teacher, as_teacher
@@ -71,7 +77,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, small_teacher: Teacher) -> Callable[..
     return put
 
 
-def in_actors(many: Examples, root: Path, num_actors: int = 2, **settings: Any) -> Any:
+def in_actors(many: Examples, root: Path | str, num_actors: int = 2, **settings: Any) -> Any:
     return capture("a teacher", many, root, ray_actors=num_actors, **SMALL, **settings)
 
 
@@ -122,71 +128,106 @@ def test_a_shard_that_a_dead_actor_has_committed_is_not_captured_again(
     assert captured.count("capture") == len(records_of(tmp_path / "cache"))
 
 
-class Poisoned:
-    """An engine that fails at an example, or ends its actor."""
+@dataclass(frozen=True)
+class Poison:
+    """An example of shard 2 at which the teacher of all actors fails."""
 
-    def __init__(self, engine: Engine, example_id: str, error: BaseException) -> None:
-        self._engine, self._id, self._error = engine, example_id, error
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def targets(self, examples: Any, settings: Any, report: Any) -> Any:
-        if any(example.id == self._id for example in examples):
-            raise self._error
-        return self._engine.targets(examples, settings, report)
+    example: str
+    kills: bool
+    """Whether the example ends its actor; else the teacher raises an error."""
 
 
-@pytest.mark.parametrize("how", ["raises", "kills"])
+@pytest.fixture(params=["raises", "kills"])
+def poison(
+    request: pytest.FixtureRequest, fake: Callable[..., FakeRay], small_teacher: Teacher, whole_root: Path
+) -> Poison:
+    example = str(open_cache(whole_root).sequences.to_pandas().query("shard == 2")["id"].iloc[3])
+    kills = request.param == "kills"
+    error: BaseException = DiedError() if kills else RuntimeError("no kernel for this")
+    fake(engine=Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), example, error))
+    return Poison(example, kills)
+
+
 def test_an_example_that_kills_its_teacher_is_named_and_committed_shards_stay(
-    fake: Callable[..., FakeRay],
-    many: Examples,
-    small_teacher: Teacher,
-    whole_root: Path,
-    tmp_path: Path,
-    how: str,
+    poison: Poison, many: Examples, small_teacher: Teacher, whole: Sums, tmp_path: Path
 ) -> None:
-    poison = str(open_cache(whole_root).sequences.to_pandas().query("shard == 2")["id"].iloc[3])
-    error: BaseException = RuntimeError("no kernel for this") if how == "raises" else DiedError()
-    fake(engine=Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), poison, error))
     with pytest.raises(TodiError) as caught:
         in_actors(many, tmp_path / "cache")
     assert "\n" not in str(caught.value)
-    named = f"example {poison!r} of shard 2 "
-    assert str(caught.value).startswith(named)
-    assert "has ended each worker that read it" in str(caught.value) or how == "raises"
+    assert str(caught.value).startswith(f"example {poison.example!r} of shard 2 ")
+    assert ("has ended each worker that read it" in str(caught.value)) == poison.kills
     assert "what is committed is safe" in str(caught.value)
     kept = records_of(tmp_path / "cache")
     assert kept
     assert "000002.json" not in kept
     capture(small_teacher, many, tmp_path / "cache", **SMALL)  # goes on without actors
-    assert sums_of(tmp_path / "cache") == sums_of(whole_root)
+    assert sums_of(tmp_path / "cache") == whole
 
 
-@pytest.mark.parametrize("how", ["raises", "kills"])
 def test_actors_leave_an_example_out_that_their_teacher_does_not_survive(
+    poison: Poison, many: Examples, tmp_path: Path
+) -> None:
+    summary = in_actors(many, tmp_path / "cache", skip_failed=True)
+    reason = "each worker that read it has ended" if poison.kills else "RuntimeError: no kernel for this"
+    assert summary.left_out == {poison.example: reason}
+    cache = open_cache(tmp_path / "cache")
+    assert poison.example not in cache.sequences["id"].to_pylist()
+    assert len(cache) == len(many) - 1 == cache.manifest.parts[0].num_sequences
+    in_actors(many, tmp_path / "alone", 1, skip_failed=True)
+    assert sums_of(tmp_path / "alone") == sums_of(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("begins", ["actors", "one process"])
+def test_a_capture_that_actors_begin_is_ended_by_one_process_and_the_other_way_round(
+    fake: Callable[..., FakeRay], many: Examples, small_teacher: Teacher, whole: Sums, tmp_path: Path, begins: str
+) -> None:
+    fake()
+
+    def stop(progress: CaptureProgress) -> None:
+        if progress.num_shards == 2:
+            raise KeyboardInterrupt
+
+    kinds: list[Callable[..., Any]] = [in_actors, functools.partial(capture, small_teacher)]
+    first, second = kinds if begins == "actors" else kinds[::-1]
+    settings = {} if begins == "actors" else SMALL
+    with pytest.raises(KeyboardInterrupt):
+        first(many, tmp_path / "cache", progress=stop, **settings)
+    assert 2 <= len(records_of(tmp_path / "cache")) < len(many)
+    second(many, tmp_path / "cache", **(SMALL if begins == "actors" else {}))
+    assert sums_of(tmp_path / "cache") == whole
+
+
+def test_actors_go_on_where_a_process_has_died(
     fake: Callable[..., FakeRay],
     many: Examples,
     small_teacher: Teacher,
     whole_root: Path,
     tmp_path: Path,
-    how: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = open_cache(whole_root).sequences.to_pandas().query("shard == 2")
-    poison = str(table["id"].iloc[3])
-    error: BaseException = RuntimeError("no kernel for this") if how == "raises" else DiedError()
-    fake(engine=Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), poison, error))
-    summary = in_actors(many, tmp_path / "cache", skip_failed=True)
-    reason = "RuntimeError: no kernel for this" if how == "raises" else "each worker that read it has ended"
-    assert summary.left_out == {poison: reason}
-    cache = open_cache(tmp_path / "cache")
-    assert poison not in cache.sequences["id"].to_pylist()
-    assert len(cache) == len(many) - 1 == cache.manifest.parts[0].num_sequences
-    broken = Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), poison, RuntimeError("no kernel for this"))
-    fake(engine=broken)
-    if how == "raises":  # as one worker leaves it out
-        in_actors(many, tmp_path / "alone", 1, skip_failed=True)
-        assert sums_of(tmp_path / "alone") == sums_of(tmp_path / "cache")
+    """What the process has noted of a shard tells the actors which one to read example by example."""
+    example = str(open_cache(whole_root).sequences.to_pandas().query("shard == 1")["id"].iloc[2])
+    broken = Poisoned(TransformersEngine(small_teacher, BATCH_TOKENS), example, DiedError())
+    with monkeypatch.context() as patch, pytest.raises(DiedError):
+        patch.setattr(todi_offline.capturing.in_process, "load_engine", lambda *_: broken)
+        patch.setattr(Notes, "stop", lambda _: None)  # nothing is taken back after a death
+        capture(small_teacher, many, tmp_path / "cache", **SMALL)
+    assert noted_shards(LocalStore(tmp_path / "cache")) == [1]
+    ray = fake()
+    calls = []
+    real = ray._step
+    ray._step = lambda actor: (calls.append(actor.waiting[0].call[0]), real(actor))  # type: ignore[method-assign]
+    in_actors(many, tmp_path / "cache")
+    num_examples = int((open_cache(whole_root).columns["shard"] == 1).sum())
+    assert calls.count("read") == num_examples
+    assert sums_of(tmp_path / "cache") == sums_of(whole_root)
+
+
+def test_actors_write_straight_to_an_object_store(fake: Callable[..., FakeRay], many: Examples, whole: Sums) -> None:
+    fake()
+    with s3_bucket():
+        in_actors(many, "s3://bucket/cache")
+        assert sums_in_bucket("s3://bucket/cache") == whole
 
 
 def test_a_teacher_that_fails_at_everything_ends_the_capture(
@@ -255,7 +296,7 @@ class Setting:
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.teacher = save_llama(folder / "teacher", num_hidden_layers=1)
 
-    def words(self, out: Path, *more: str, **changes: Any) -> list[str]:
+    def words(self, out: Path | str, *more: str, **changes: Any) -> list[str]:
         named = {"teacher": self.teacher, "data": self.data, "out": out, "device": "cpu", **SMALL, **LENGTHS, **changes}
         options = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         return [sys.executable, "-m", "todi_offline", "capture", "--json", *options, *more]
@@ -366,3 +407,12 @@ def test_ray_names_an_example_that_its_teacher_does_not_survive(
     assert "example 'chats.jsonl:70' of shard " in line
     assert records_of(tmp_path / "cache")
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["pending"]
+
+
+@pytest.mark.slow
+def test_actors_of_ray_write_straight_to_an_object_store(setting: Setting) -> None:
+    with s3_bucket() as proxy:
+        done = run(setting.words("s3://bucket/cache", ray_actors=2), **endpoint_of(proxy))
+        assert done.code == 0, done.errors
+        assert len(json.loads(done.output)["workers"]) >= 1
+        assert sums_in_bucket("s3://bucket/cache") == setting.whole

@@ -1,4 +1,4 @@
-"""A saved teacher that fails at one example of a data set, in whichever process loads it."""
+"""Teachers that fail at one example of a data set: a saved one, in whichever process loads it, and one in memory."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from support.tiny import tiny_tokenizer
 from support.tiny_models import save_llama
+from todi_offline.capturing.engines import Engine
 
 SIGN = "☠☠"
 """A text that only this example contains."""
@@ -41,3 +42,18 @@ def save_poisonous(
     data = folder / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in poisoned))
     return teacher, data
+
+
+class Poisoned:
+    """An engine that fails at an example, or ends its worker."""
+
+    def __init__(self, engine: Engine, example_id: str, error: BaseException) -> None:
+        self._engine, self._id, self._error = engine, example_id, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def targets(self, examples: Any, settings: Any, report: Any) -> Any:
+        if any(example.id == self._id for example in examples):
+            raise self._error
+        return self._engine.targets(examples, settings, report)

@@ -47,19 +47,10 @@ class Attempt:
 
     @classmethod
     def of(cls, task: ShardTask, note: Note | None = None) -> "Attempt":
-        """Begin a shard, or go on where a process has died; `note` is what that process has left.
-
-        Raises:
-            TodiError: the note does not belong to the shard.
-        """
+        """Begin a shard, or go on where a process has died; `note` is what that process has left."""
         attempt = cls(task.shard, task.num_examples, task)
-        if note is None:
+        if note is None or note.num_examples != task.num_examples:  # a note on other data
             return attempt
-        if note.num_examples != task.num_examples:
-            raise TodiError(
-                f"the note on shard {task.shard} speaks of {note.num_examples} examples, and the shard has "
-                f"{task.num_examples}; `todi-cache repair` deletes the note"
-            )
         attempt.is_alone, attempt.num_read = True, note.num_read
         attempt.ended, attempt.was_named = list(note.ended), note.was_named
         attempt.left_out = dict.fromkeys(note.left_out, _ALL_DIED)
@@ -74,6 +65,8 @@ class Attempt:
     def begin_next(self) -> int | None:
         """Return the example that is to be read by itself now; None when all of the shard is to be captured."""
         self.num_read += self.reading is not None
+        while self.num_read in self.left_out:
+            self.num_read += 1
         self.reading = self.num_read if self.is_alone and self.num_read < self.num_examples else None
         return self.reading
 
@@ -178,6 +171,8 @@ class Attempts:
         if attempt.left_out and not self._skip_failed:  # they are wanted again
             attempt.num_read = min(attempt.left_out)
             attempt.left_out.clear()
+        if attempt.ended[-1:] == [None]:  # not all that were survived may be innocent
+            attempt.num_read = 0
         if self._notes is None:  # workers that can be replaced may try again
             attempt.ended.clear()
         elif attempt.culprit is not None and self._skip_failed:

@@ -53,11 +53,7 @@ class Job:
         return plan_capture(open_store(config.out), self.manifest, self.keys, self.examples.num_tokens)
 
     def attempts(self, plan: CapturePlan, shards: Iterable[ShardPlan], notes: Mapping[int, Note]) -> Iterator[Attempt]:
-        """Yield these shards, each when it is asked for; `notes` has those at which an earlier run died.
-
-        Raises:
-            TodiError: a note does not belong to its shard.
-        """
+        """Yield these shards, each when it is asked for; `notes` has those at which an earlier run died."""
         for shard in shards:
             indices = plan.sequences[shard.start : shard.stop].tolist()
             yield Attempt.of(ShardTask.of(shard.index, self.examples, indices), notes.get(shard.index))

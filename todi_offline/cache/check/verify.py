@@ -198,7 +198,7 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
         shard = shard_of(key)
         is_named = shard is None or (shard < num_shards and key in {record_key(shard), *object_keys(root, shard)})
         if shard is not None and is_attempt(key):
-            yield _note_problem(store, key, shard)
+            yield _note_problem(store, key, shard, is_begun=shard < num_shards)
         elif is_temporary(key):
             yield Problem(key, "a stopped writer has left it behind", drop(key), is_note=True)
         elif is_own(key) and (not is_named or key in old):
@@ -210,14 +210,15 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
         yield Problem(name, "it is not part of the cache and stays as it is", NOTHING, is_note=True)
 
 
-def _note_problem(store: Store, key: str, shard: int) -> Problem:
+def _note_problem(store: Store, key: str, shard: int, *, is_begun: bool) -> Problem:
     """Describe the note on an attempt at a shard; a capture goes on with a sound one and refuses any other."""
+    if not is_begun or store.size(record_key(shard)) is not None:
+        return Problem(key, "the attempt at the shard is over", drop(key), is_note=True)
     try:
         read_note(store, shard)
     except CacheError as error:
         return Problem(key, str(error), remedy_of(error, drop(key)))
-    text = "run the same capture again: it deletes the note; so does `todi-cache repair`"
-    return Problem(key, "a capture has begun this shard and left a note", Remedy(text, drop=(key,)), is_note=True)
+    return Problem(key, "a capture has begun the shard and not committed it", GO_ON, is_note=True)
 
 
 def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:
