@@ -3,7 +3,7 @@
 Rooms, and in each the order in which to read:
 
     format/     the bytes of a cache, without input or output: names, keys, layout, rows, encoding, sequences,
-                codecs, shard, records, manifest, root, version_1; fingerprint and narrow
+                codecs, shard, records, notes, manifest, root, version_1; fingerprint and narrow
     store/      the place of a cache, a folder or a URL: base, local, locks, remote, staging
 
     objects         a store -> its objects, parsed and compared with their sums

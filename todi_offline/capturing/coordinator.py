@@ -82,7 +82,7 @@ def _capture(
         writer = CacheWriter(config.out, plan.manifest, described.tokenizer_json)
         begun = ranks.first(lambda: _begin(plan, stack.enter_context(writer)))
         with ranks.metered(Meter(_progress(job, plan, begun.missing), progress)) as report:
-            work = _work(config, job, begun, ranks, workers, report)
+            work = _work(config, job, plan, begun, ranks, workers, report)
         work = {name: part for works in ranks.gather(work) for name, part in works.items()}
         return ranks.first(lambda: _finish(config, job, plan, writer, work))
 
@@ -95,9 +95,8 @@ def _tokenizer(config: CaptureConfig, teacher: Teacher | None) -> Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A capture that holds the lock of its cache."""
+    """What is left to do of a plan."""
 
-    plan: CapturePlan
     missing: list[ShardPlan]
     """The shards of the plan that the cache lacks."""
     notes: Mapping[int, Note]
@@ -119,11 +118,17 @@ class _Begun:
 def _begin(plan: CapturePlan, writer: CacheWriter) -> _Begun:
     """Return what is left to do of a plan."""
     missing = set(writer.missing_shards())
-    return _Begun(plan, [shard for shard in plan.shards if shard.index in missing], writer.notes(), writer.shards)
+    return _Begun([shard for shard in plan.shards if shard.index in missing], writer.notes(), writer.shards)
 
 
 def _work(
-    config: CaptureConfig, job: Job, begun: _Begun, ranks: Ranks, workers: Workers, report: Report
+    config: CaptureConfig,
+    job: Job,
+    plan: CapturePlan,
+    begun: _Begun,
+    ranks: Ranks,
+    workers: Workers,
+    report: Report,
 ) -> dict[str, Work]:
     """Have all missing shards captured; return what each worker of this rank did.
 
@@ -137,9 +142,9 @@ def _work(
     for shards in filter(None, begun.rounds(splits_teacher=splits_teacher)):
         notes = None if uses_actors or splits_teacher else Notes(begun.shards)
         attempts = Attempts(
-            job.attempts(begun.plan, ranks.share(shards), {} if splits_teacher else begun.notes),
+            job.attempts(plan, ranks.share(shards), {} if splits_teacher else begun.notes),
             config.ray.ray_attempts,
-            lambda shard, number: job.name_in(begun.plan, shard, number),
+            lambda shard, number: job.name_in(plan, shard, number),
             skip_failed=config.skip_failed,
             notes=notes,
         )
