@@ -95,10 +95,6 @@ class ShardWriter:
             return None
         return read_record(self.store, self.manifest, shard, None)
 
-    def _for_each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
-        """Call a function for each object: at once in an object store, which answers slowly; in order in a folder."""
-        return list(map(function, *arguments)) if isinstance(self.store, LocalStore) else at_once(function, *arguments)
-
     def write_note(self, note: Note) -> None:
         """Leave a note on the attempt at a shard that begins now, in place of an earlier note.
 
@@ -114,6 +110,10 @@ class ShardWriter:
         """Delete the note on an attempt at a shard, if there is one; raises as `write_note`."""
         with naming_successor(self.store, self.token):
             self.store.delete(attempt_key(shard))
+
+    def _for_each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
+        """Call a function for each object: at once in an object store, which answers slowly; in order in a folder."""
+        return list(map(function, *arguments)) if isinstance(self.store, LocalStore) else at_once(function, *arguments)
 
     def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))
