@@ -111,10 +111,8 @@ class CacheWriter:
             if shard not in missing:
                 self.shards.delete_note(shard)
         self._noted = [shard for shard in found if shard in missing]
-        with ThreadPoolExecutor(_READERS) as pool:
-            return dict(
-                zip(self._noted, pool.map(lambda shard: read_note(self.store, shard), self._noted), strict=True)
-            )
+        notes = at_once(lambda shard: read_note(self.store, shard), self._noted)
+        return {note.shard: note for note in notes}
 
     def write_shard(
         self, shard: int, sequences: Sequence[SequenceRows], left_out: Mapping[str, str] = MappingProxyType({})
