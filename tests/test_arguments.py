@@ -50,14 +50,22 @@ def test_a_callable_that_would_be_ignored_is_refused(name: str, cache: Cache, tm
         ("deepspeed", "ds.json", "deepspeed is 'ds.json', which ToDiTrainer does not support; .*use DDP, or FSDP"),
         ("resume_from_checkpoint", "x", "resume_from_checkpoint is 'x', .*use --resume"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1"),
+        ("group_by_length", True, "group_by_length is True, which ToDiTrainer does not support; .*packed"),
+        ("learning_rate", float("nan"), "learning_rate is nan; expected 0 or more"),
+        ("learning_rate", -1, "learning_rate is -1; expected 0 or more"),
+        ("adam_beta1", 1.0, "adam_beta1 is 1.0; expected 0 or more, and less than 1"),
+        ("eval_strategy", "steps", r"eval_strategy is 'steps', and there is no data to evaluate on; .*--eval-cache"),
+        ("save_strategy", "best", "save_strategy is 'best'; name the metric"),
+        ("load_best_model_at_end", True, "transformers refuses these training arguments: .*Save strategy: .*STEPS"),
     ],
 )
 def test_a_setting_is_refused_before_the_student_is_loaded(
     name: str, value: Any, message: str, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tiny_tokenizer().save_pretrained(tokens := str(tmp_path / "student"))
     monkeypatch.setattr(todi_offline.training.run, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=message):
-        train("student", cache, tmp_path / "run", use_cpu=True, **{name: value})
+        train(tokens, cache, tmp_path / "run", use_cpu=True, **{name: value})
     assert not (tmp_path / "run").exists()
 
 

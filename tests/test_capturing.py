@@ -26,7 +26,14 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import CaptureConfig, CaptureProgress, capture
 from todi_offline.data import DataConfig, Example, Examples
-from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TeacherOutputError
+from todi_offline.errors import (
+    CacheIncompleteError,
+    CacheMismatchError,
+    ConfigError,
+    DataError,
+    TargetsError,
+    TeacherOutputError,
+)
 from todi_offline.targets.sparse import SparseTargets
 from todi_offline.teacher.in_transformers import Teacher, TeacherConfig, as_teacher, targets_of
 from todi_offline.training.stream import Collator
@@ -347,6 +354,16 @@ def test_wrong_columns_are_refused_before_the_teacher_is_loaded(
     (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "Because."}')
     with pytest.raises(DataError, match="has the columns question, answer; expected messages"):
         capture(str(folder), str(tmp_path / "rows.jsonl"), tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("k", [VOCAB, VOCAB + 1])
+def test_more_ids_than_the_tokenizer_has_are_refused_before_the_teacher_is_loaded(
+    k: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(todi_offline.capturing.loading, "load_teacher", None)
+    with pytest.raises(TargetsError, match=f"k (is|=) {k}"):
+        capture(str(folder), "stdlib", tmp_path / "out", **(SMALL | {"k": k, "tail_samples": 4}))
     assert not (tmp_path / "out").exists()
 
 

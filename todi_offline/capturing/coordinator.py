@@ -17,7 +17,7 @@ from todi_offline.cache.shard_writer import ShardWriter
 from todi_offline.cache.writer import CacheWriter
 from todi_offline.capturing.attempts import Attempts
 from todi_offline.capturing.config import CaptureConfig, CaptureSummary
-from todi_offline.capturing.jobs import Job
+from todi_offline.capturing.jobs import Job, require_targets
 from todi_offline.capturing.meter import CaptureProgress, Meter, Progress, Report
 from todi_offline.capturing.notes import Notes
 from todi_offline.capturing.ranks import Ranks, join_ranks
@@ -26,7 +26,7 @@ from todi_offline.capturing.workers import Workers, start_workers
 from todi_offline.config import Setting, load_config
 from todi_offline.data import Examples, load_examples
 from todi_offline.errors import memory_errors
-from todi_offline.models.loading import Tokenizer, load_tokenizer
+from todi_offline.models.loading import Tokenizer, load_tokenizer, num_known_ids
 from todi_offline.teacher.in_transformers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _capture(
     """
     with join_ranks(config.teacher.device, config.teacher.tp) as ranks, contextlib.ExitStack() as stack:
         if examples is None:  # before the teacher: wrong data are refused at once
-            examples = ranks.node_by_node(lambda: load_examples(config.data, _tokenizer(config, teacher)))
+            examples = ranks.node_by_node(lambda: _load_examples(config, teacher))
         workers = stack.enter_context(
             ranks.together(lambda: start_workers(config, ranks.name, teacher, commits=ranks.commits))
         )
@@ -85,6 +85,13 @@ def _capture(
             work = _work(config, job, plan, begun, ranks, workers, report)
         work = {name: part for works in ranks.gather(work) for name, part in works.items()}
         return ranks.first(lambda: _finish(config, job, plan, writer, work))
+
+
+def _load_examples(config: CaptureConfig, teacher: Teacher | None) -> Examples:
+    """Tokenise the data; targets that no vocabulary of the tokenizer's size has are refused first."""
+    tokenizer = _tokenizer(config, teacher)
+    require_targets(num_known_ids(tokenizer), config.cache)
+    return load_examples(config.data, tokenizer)
 
 
 def _tokenizer(config: CaptureConfig, teacher: Teacher | None) -> Tokenizer:

@@ -37,8 +37,7 @@ class Job:
             DataError: an example holds an id that the teacher does not know.
         """
         examples.require_ids(described.vocab_size)
-        at = settings.tail_temperature if settings.tail_samples else None
-        check_capture(described.vocab_size, settings.k, settings.temperatures, at)
+        require_targets(described.vocab_size, settings)
         keys = examples.content_keys()
         return cls(examples, keys, describe_cache(described, settings, (_part(examples, keys, described),)))
 
@@ -62,6 +61,16 @@ class Job:
         """Return the id of an example of a shard."""
         start = plan.shards[shard - plan.shards[0].index].start
         return self.examples[int(plan.sequences[start + number])].id
+
+
+def require_targets(vocab_size: int, settings: CacheSettings) -> None:
+    """Refuse settings whose targets a vocabulary of this size does not have.
+
+    Raises:
+        TargetsError: with what can be chosen.
+    """
+    at = settings.tail_temperature if settings.tail_samples else None
+    check_capture(vocab_size, settings.k, settings.temperatures, at)
 
 
 def describe_cache(described: TeacherDescription, settings: CacheSettings, parts: tuple[Part, ...] = ()) -> Manifest:

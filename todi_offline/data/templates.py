@@ -122,7 +122,8 @@ def read_template(given: str) -> str:
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the chat template {given} cannot be read: {first_line(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise DataError(f"the chat template {given} cannot be read: {reason}; name a file that holds one") from error
 
 
 def _published_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:

@@ -1,5 +1,6 @@
 """The arguments of a Trainer come in; an error goes out if `ToDiTrainer` would ignore or misread one."""
 
+import math
 import os
 import types
 import typing
@@ -43,6 +44,20 @@ def refuse_ignored(values: Mapping[str, Any]) -> None:
             "accelerate is configured for DeepSpeed, which ToDiTrainer does not support; "
             f"{_HONOURED['deepspeed'][1]}; `accelerate config` changes the choice"
         )
+
+
+def require_ranges(values: Mapping[str, Any]) -> None:
+    """Refuse numbers that torch's optimizers refuse once the student is loaded, and NaN, which they take.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the first one.
+    """
+    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
+        if name in values and not 0 <= values[name] < math.inf:
+            raise ConfigError(f"{name} is {values[name]}; expected 0 or more")
+    for name in ("adam_beta1", "adam_beta2"):
+        if name in values and not 0 <= values[name] < 1:
+            raise ConfigError(f"{name} is {values[name]}; expected 0 or more, and less than 1")
 
 
 def require_kinds(values: Mapping[str, Any], cls: type) -> None:

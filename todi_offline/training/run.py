@@ -23,7 +23,7 @@ from todi_offline.errors import ConfigError, memory_errors
 from todi_offline.losses import DistillationConfig
 from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student import LoraSettings, add_lora
-from todi_offline.training.arguments import refuse_ignored, require_kinds
+from todi_offline.training.arguments import refuse_ignored, require_kinds, require_ranges
 from todi_offline.training.first_rank import of_first_rank
 from todi_offline.training.folder import (
     Start,
@@ -199,6 +199,7 @@ def training_arguments(config: TrainConfig) -> Any:
     from transformers import TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
 
+    refuse_ignored(config.trainer)
     known = {item.name for item in dataclasses.fields(TrainingArguments)}
     unknown = sorted(config.trainer.keys() - known)
     if unknown:
@@ -206,7 +207,7 @@ def training_arguments(config: TrainConfig) -> Any:
         other = "expected an option of `todi train --help`, or an argument of transformers' TrainingArguments"
         raise ConfigError(unknown_setting(unknown[0], names, otherwise=other))
     require_kinds(config.trainer, TrainingArguments)
-    refuse_ignored(config.trainer)
+    require_ranges(config.trainer)
     values = {
         "logging_steps": 10,
         "report_to": "none",
@@ -220,9 +221,11 @@ def training_arguments(config: TrainConfig) -> Any:
     try:
         arguments = TrainingArguments(**values)
         get_reporting_integration_callbacks(arguments.report_to)  # raises where a name is unknown
-        return arguments
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"transformers refuses these training arguments: {error}") from error
+        raise ConfigError(f"transformers refuses these training arguments: {' '.join(str(error).split())}") from error
+    if arguments.save_strategy == "best" and not arguments.metric_for_best_model:
+        raise ConfigError("save_strategy is 'best'; name the metric: --set metric_for_best_model=forward_kl")
+    return arguments
 
 
 @memory_errors(
@@ -242,6 +245,11 @@ def _run(
     cache, eval_cache = _open_caches(config, cache, eval_cache, tokenizer)
     if tokenizer is not None:
         tokenizer = with_recorded_template(tokenizer, [part.recipe for part in cache.manifest.parts])
+    if eval_cache is None and arguments.eval_strategy != "no":
+        raise ConfigError(
+            f"eval_strategy is {arguments.eval_strategy.value!r}, and there is no data to evaluate on; name a cache of "
+            "held-out data (--eval-cache), or leave eval_strategy out"
+        )
     parts = _parts(config, arguments, cache, eval_cache)
     find_start(config.out, parts, config.resume)
     with held(config.out):
