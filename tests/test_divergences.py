@@ -501,6 +501,12 @@ def test_a_function_that_gives_no_value_a_position_is_refused(tail):
         dense_divergence(student, teacher, lambda teacher, student: 0.0)
 
 
+@pytest.mark.parametrize("function", [lambda logprobs: logprobs, "os:getcwd"])
+def test_a_function_that_does_not_take_both_models_is_refused_before_a_run(function):
+    with pytest.raises(ConfigError, match="cannot be called with two tensors, the log-probs of teacher and student"):
+        DistillationConfig(divergence=function)
+
+
 def test_a_divergence_carries_its_own_curvature():
     """Its value near q = p over forward KL's, which weights the sampled tail."""
     student, teacher = random_logits(4, 12, 1), random_logits(4, 12, 2)

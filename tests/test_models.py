@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, llama, save, save_llama
 from torch import Tensor
@@ -81,3 +82,9 @@ def test_evaluation_mode_is_left_as_it_was_found() -> None:
         assert not model.training
         assert not full_logits(model).requires_grad
     assert model.training
+
+
+def test_a_device_is_refused_before_the_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ModelError, match="device 'tpu' is unknown"):
+        load_model(str(tmp_path), device="tpu")

@@ -4,7 +4,7 @@ import pytest
 from peft import PeftModel
 from support.tiny_models import llama
 
-from todi_offline.errors import ModelError
+from todi_offline.errors import ConfigError, ModelError
 from todi_offline.student import LoraSettings, add_lora
 
 
@@ -26,3 +26,9 @@ def test_without_a_rank_there_is_no_lora() -> None:
 def test_lora_on_modules_that_do_not_exist_is_refused() -> None:
     with pytest.raises(ModelError, match=r"LoRA finds no module to adapt.*--lora-target-modules"):
         add_lora(llama(), LoraSettings(lora_r=4, lora_target_modules=("no_such",)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_r", -1), ("lora_dropout", 1.0), ("lora_dropout", float("nan"))])
+def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}; expected"):
+        LoraSettings(**{name: value})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from todi_offline.errors import ConfigError
-from todi_offline.losses.divergences import Divergence, choices, resolve
+from todi_offline.losses.divergences import Divergence, choices, require_two_arguments, resolve
 from todi_offline.losses.positions import parse_selection
 
 Schedule = Literal["constant", "linear-up", "linear-down", "wsd"]
@@ -47,7 +47,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         """Refuse unknown names, and numbers out of range."""
-        resolve(self.divergence, self.beta)
+        require_two_arguments(resolve(self.divergence, self.beta).function)
         for name, value, known in (("tail", self.tail, Tail), ("kd_schedule", self.kd_schedule, Schedule)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}; expected {choices(value, get_args(known))}")

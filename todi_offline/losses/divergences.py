@@ -16,6 +16,7 @@ Parameters other than ToDi's beta are bound with functools.partial; `near_teache
 
 import difflib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -220,6 +221,23 @@ def resolve(divergence: str | Divergence, beta: float) -> Resolved:
         return Resolved(functools.partial(todi, beta=beta), 1 + beta, 1 + beta / 2)
     curvature = getattr(function, "curvature", 1.0)
     return Resolved(function, curvature, curvature)
+
+
+def require_two_arguments(function: Divergence) -> None:
+    """Refuse a function that cannot be called with the log-probs of teacher and student.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        name = getattr(function, "__name__", repr(function))
+        raise ConfigError(
+            f"the divergence {name} cannot be called with two tensors, the log-probs of teacher and student ({error})"
+        ) from error
+    except ValueError:  # a function of C that tells no signature
+        return
 
 
 def values_of(function: Divergence, teacher: Logprobs, student: Logprobs) -> PerPosition:

@@ -79,6 +79,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    is_spread = device_map is not None or tp > 1
+    place = None if is_spread else resolve_device(device)  # refused before the weights are read
     location, options = _location(path)
     options |= {"attn_implementation": attention} if attention else {}
     options |= {"device_map": device_map} if device_map else {}
@@ -95,7 +97,7 @@ def load_model(
         raise ModelError(
             f"transformers has no plan to split {type(model).__name__} over ranks; leave out tp, and use device_map"
         )
-    return model if device_map or tp > 1 else model.to(resolve_device(device))
+    return model if place is None else model.to(place)
 
 
 def _split_over(num_ranks: int) -> Any:

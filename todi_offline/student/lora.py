@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from todi_offline.errors import ModelError
+from todi_offline.errors import ConfigError, ModelError
 from todi_offline.models.loading import Model
 
 
@@ -18,6 +18,17 @@ class LoraSettings:
     """Dropout on the input of the adapters."""
     lora_target_modules: tuple[str, ...] = ()
     """Name of a module to adapt, or `all-linear` for all linear layers. May be repeated; by default peft chooses."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if self.lora_r < 0:
+            raise ConfigError(f"lora_r is {self.lora_r}; expected 1 or more, or 0 to train the whole student")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 or more, and less than 1")
 
 
 def add_lora(model: Model, settings: LoraSettings) -> Model:

@@ -4,7 +4,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from todi_offline.errors import ConfigError
@@ -46,18 +46,33 @@ def refuse_ignored(values: Mapping[str, Any]) -> None:
         )
 
 
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers"),
+        (lambda value: 0 <= value < math.inf, "0 or more"),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "0 or more, and less than 1")),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (lambda value: value >= 1, "1 or more"),
+    ),
+    **dict.fromkeys(
+        ("num_train_epochs", "save_steps", "logging_steps"), (lambda value: 0 < value < math.inf, "more than 0")
+    ),
+    "max_steps": (lambda value: value >= 1 or value == -1, "1 or more, or -1, with which num_train_epochs decides"),
+}
+"""Numbers that transformers or torch misread, or refuse once the student is loaded: their range, and it in words."""
+
+
 def require_ranges(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that torch's optimizers refuse once the student is loaded, and NaN, which they take.
+    """Refuse numbers out of range.
 
     Raises:
-        ConfigError: a value is out of range; the message names the first one.
+        ConfigError: there is one; the message names the first.
     """
-    for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
-        if name in values and not 0 <= values[name] < math.inf:
-            raise ConfigError(f"{name} is {values[name]}; expected 0 or more")
-    for name in ("adam_beta1", "adam_beta2"):
-        if name in values and not 0 <= values[name] < 1:
-            raise ConfigError(f"{name} is {values[name]}; expected 0 or more, and less than 1")
+    for name, (is_possible, expected) in _RANGES.items():
+        if name in values and not is_possible(values[name]):
+            raise ConfigError(f"{name} is {values[name]}; expected {expected}")
 
 
 def require_kinds(values: Mapping[str, Any], cls: type) -> None:
