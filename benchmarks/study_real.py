@@ -17,7 +17,7 @@ standard error is a bootstrap's over sequences). Bytes a target are those of the
     --set arms=main,cold  of the groups main, cold and others, by default all
     --set teacher=PATH    another teacher: a folder, hub id or GGUF file; its results are named after it
     --set work=FOLDER     where the teacher's words, students and rows are kept
-    --set write=yes       the students of the first seed, already trained, answer the held-out prompts of FILE: ROUGE-L
+    --set write=yes       the students of the first seed answer the held-out prompts of FILE: ROUGE-L
     --set report=only     make CSV, table and picture of the rows that there are
 
 The same command goes on where it was stopped, and may run several times at once: each takes the next arm that no other
@@ -151,16 +151,21 @@ def measure_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
 
 
 def measure(arm: Arm, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Train a student as the arm says, keep it, and measure it."""
+    """Train a student as the arm says, keep it if it is of the first seed, and measure it."""
+    student, num_targets, num_bytes = trained(arm, settings, folder)
+    found = distance(student, open_cache(folder / "heldout"), open_kept(folder / "heldout"))
+    return {"num_targets": num_targets, "bytes_per_target": round(num_bytes, 2), **found}
+
+
+def trained(arm: Arm, settings: Settings, folder: Path) -> tuple[Any, int, float]:
+    """Return a student trained as the arm says, the number of its targets and their bytes a target."""
     vocab_size = open_cache(folder / "train").manifest.vocab_size
     sequences, num_bytes, loss = prepared(arm, folder)
     student = load_model(str(folder / arm.start), dtype="float32")
     train(student, sequences, loss, vocab_size, settings, arm.seed)
     if arm.seed == 0:
         student.save_pretrained(folder / "students" / name_of(arm))
-    found = distance(student, open_cache(folder / "heldout"), open_kept(folder / "heldout"))
-    num_targets = sum(len(sequence.targets) for sequence in sequences)
-    return {"num_targets": num_targets, "bytes_per_target": round(num_bytes, 2), **found}
+    return student, sum(len(sequence.targets) for sequence in sequences), num_bytes
 
 
 def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
@@ -176,7 +181,10 @@ def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, 
 
 
 def write_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
-    """Let the kept students answer the held-out prompts, greedily and sampled, if they have not yet."""
+    """Let students answer the held-out prompts, greedily and sampled, if they have not yet.
+
+    A student that was not kept is trained again.
+    """
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     config = DataConfig(data=settings.data, max_length=settings.max_length, max_prompt_length=settings.max_length // 2)
     questions = load_prompts(config, tokenizer)
@@ -184,8 +192,10 @@ def write_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:
     for arm in arms:
         student = folder / "students" / name_of(arm)
         with claimed(folder / f"{name_of(arm)}.lock") as free:
-            if free and student.exists() and not _done(arm, folder / "written.csv"):
+            if free and not _done(arm, folder / "written.csv"):
                 print(f"{arm.start} {arm.label} writes", flush=True)
+                if not (student / "config.json").exists():
+                    trained(arm, settings, folder)
                 model = load_model(str(student), dtype="float32")
                 _append(folder / "written.csv", arm, written(model, tokenizer, prompts, student))
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -134,6 +135,16 @@ def test_the_report_has_the_finished_arms_and_names_the_others(rows, settings, f
     assert [row["forward_kl"] for row in found] == [row["forward_kl"] for row in rows]
     assert [bool(row["rouge_l_greedy"]) for row in found] == [True] + [False] * (len(ARMS) - 1)
     assert "ToDi, 8 samples, root8" in (tmp_path / "real.svg").read_text()
+
+
+def test_a_student_that_was_not_kept_is_trained_again_to_write(settings, folder, tmp_path, rows, monkeypatch):
+    own = shutil.copytree(folder, tmp_path / "own")
+    student = own / "students" / study_real.name_of(DENSE)
+    weights = (student / "model.safetensors").read_bytes()
+    shutil.rmtree(student)
+    monkeypatch.setattr(study_real, "written", lambda *_: {"rouge_l_greedy": 1.0})
+    study_real.write_arms([DENSE], settings, own)
+    assert (student / "model.safetensors").read_bytes() == weights
 
 
 def test_shares_are_of_forward_and_of_reverse_kl(tmp_path):
