@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.student import LoraSettings, add_lora
+from todi_offline.training.first_rank import mean_over_ranks
 from todi_offline.training.stream import EMPTY, CacheDataset, FilledOrder, ShuffledOrder
 
 NUM_PROCESSES = 2
@@ -148,6 +149,7 @@ def work(rank: int, port: int, out: Path, cache_path: str, heldout_path: str) ->
     found |= {name: sharded(name, out / name, cache) for name in SHARDED}
     settings = COMMON | TWO | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer_of(out / "resumed", cache, **settings).train()
+    found["mean"] = mean_over_ranks(float(rank))
     found["elastic"] = elastic(out / "elastic", cache, 1, stop=4, goes_on=True).batches
     torch.save(found, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -226,29 +228,51 @@ def test_a_run_resumes_in_two_processes_and_then_in_one_with_the_same_bits(
     assert losses == pytest.approx(expected_losses, rel=1e-6)
 
 
+def test_a_mean_is_that_of_all_ranks(two: Any) -> None:
+    assert [found["mean"] for found in two[0]] == [0.5, 0.5]
+
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_processes: 2
+main_process_port: {port}
+"""
+
+
 @pytest.mark.slow
-def test_the_command_runs_under_torchrun_and_is_the_same_run_in_one_process(cache: Cache, tmp_path: Path) -> None:
-    """`accelerate launch` starts processes as torchrun does, but on CPUs only with MPI."""
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_command_runs_under_a_launcher_and_is_the_same_run_in_one_process(
+    launcher: str, cache: Cache, tmp_path: Path
+) -> None:
+    """For MULTI_GPU read several processes; `use_cpu` keeps them on the CPU."""
     student = save_llama(tmp_path / "student", seed=1)
     script = tmp_path / "todi.py"
     script.write_text("from todi_offline.commands.cli import main\nmain()\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(ACCELERATE.format(port=port))
+    launchers = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
+        "accelerate": ["-m", "accelerate.commands.launch", "--config_file", str(config)],
+    }
 
-    def train(out: str, launcher: list[str], accumulation: int) -> str:
+    def train(out: str, launcher: list[str], accumulation: int) -> tuple[str, str]:
         places = ["--student", str(student), "--cache", str(cache.root), "--out", str(tmp_path / out)]
         settings = [f"gradient_accumulation_steps={accumulation}", "use_cpu=true", "save_steps=4"]
-        options = ["--batch-size", "4", "--max-steps", "4", *(f"--set={setting}" for setting in settings)]
+        options = ["--batch-size", "4", "--max-steps", "4", "--json", *(f"--set={setting}" for setting in settings)]
         words = [sys.executable, *launcher, str(script), "train", *places, *options]
-        return subprocess.run(words, check=True, capture_output=True, text=True).stderr
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        return done.stdout, done.stderr
 
-    train("two", torchrun, 1)
-    train("one", [], 2)
+    of_two, of_one = (json.loads(train(*run)[0]) for run in (("two", launchers[launcher], 1), ("one", [], 2)))
+    for name in ("num_steps", "num_tokens", "train_loss"):
+        assert of_two[name] == pytest.approx(of_one[name], rel=1e-4)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(two, one)
-    assert "two is finished, after 4 steps" in train("two", [], 2)
+    assert "two is finished, after 4 steps" in train("two", [], 2)[1]
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))

@@ -198,11 +198,14 @@ def train(config: Path | None, arguments: tuple[str, ...], as_json: bool, **sett
     \b
     Example: todi train --student student/ --cache cache/ --out run/ --epochs 3 --learning-rate 1e-4
     """
+    from todi_offline.training.first_rank import is_first_rank
     from todi_offline.training.run import train
 
     overrides = {**dict(map(argument, arguments)), **given(settings)}
     with contextlib.redirect_stdout(sys.stderr):  # where transformers' log belongs
         summary = train(config=config, **overrides)
+    if not is_first_rank():
+        return
     if as_json:
         print_json(summary)
         return

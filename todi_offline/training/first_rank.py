@@ -1,10 +1,11 @@
-"""A question in, the answer of the first of a run's processes out, on all of them: for no two may decide otherwise."""
+"""A question in, one answer for all processes of a run out: that of the first, or the mean of theirs."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from todi_offline.errors import ModelError, first_line
 
@@ -35,3 +36,13 @@ def of_first_rank(make: Callable[[], T], *, together: bool = False) -> T:
     if made[1] is not None:
         raise ModelError(f"the first process of this run failed: {made[1]}")
     return made[0]  # type: ignore[no-any-return]
+
+
+def is_first_rank() -> bool:
+    """Return whether this is the first process of a run, which speaks for all."""
+    return bool(PartialState().is_main_process)
+
+
+def mean_over_ranks(value: float) -> float:
+    """Return the mean of the values of all processes of a run."""
+    return statistics.fmean(gather_object([value]))

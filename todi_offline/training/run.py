@@ -24,7 +24,7 @@ from todi_offline.losses import DistillationConfig
 from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student import LoraSettings, add_lora
 from todi_offline.training.arguments import refuse_ignored, require_kinds, require_ranges
-from todi_offline.training.first_rank import of_first_rank
+from todi_offline.training.first_rank import mean_over_ranks, of_first_rank
 from todi_offline.training.folder import (
     Start,
     begin,
@@ -318,7 +318,7 @@ def _train(trainer: ToDiTrainer, out: Path, start: Start) -> TrainSummary:
         num_steps=output.global_step,
         num_tokens=trainer.num_tokens_trained,
         seconds=seconds,
-        train_loss=output.training_loss,
+        train_loss=mean_over_ranks(output.training_loss),  # each has the loss of its own targets, times all ranks
         before=before,
         after=after,
     )
