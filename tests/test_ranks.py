@@ -250,8 +250,9 @@ def test_an_example_that_kills_its_process_is_found_by_the_runs_that_follow(
 def test_a_process_that_is_told_to_end_leaves_no_note(jobs: Jobs, tmp_path: Path, size: int) -> None:
     found = jobs.run(tmp_path / "cache", size, poison={"id": example_of(jobs, 2), "how": "preempt"})
     assert all(found["codes"]), found
-    assert records_of(tmp_path / "cache")
     assert not notes_of(tmp_path / "cache")
+    assert jobs.run(tmp_path / "cache", size)["codes"] == [0] * size
+    assert sums_of(tmp_path / "cache") == jobs.whole
 
 
 @pytest.fixture(scope="module")
