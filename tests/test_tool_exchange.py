@@ -22,7 +22,7 @@ from todi_offline.cache.convert.tokenizer_files import read_tokenizer_files
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.layout import ENCODINGS, FORMAT_VERSION
 from todi_offline.cache.reader import open_cache
-from todi_offline.errors import CacheIncompleteError, CacheMismatchError, DataError, TargetsError
+from todi_offline.errors import CacheIncompleteError, CacheMismatchError, ConfigError, DataError, TargetsError
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -39,6 +39,14 @@ def test_exported_rows_can_be_imported(tmp_path: Path, encoding: str, tail_sampl
             np.testing.assert_array_equal(other.targets.arrays()[name], values)
     assert again.sequences["id"].equals(first.sequences["id"])
     assert list(tmp_path.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize("name", ["f.csv", "f.jsonl", "f", "f.parquet.gz", "s3://bucket/f.parquet"])
+def test_an_export_is_a_local_parquet_file_and_nothing_else(tmp_path: Path, name: str) -> None:
+    root, out = write_cache(tmp_path / "cache"), name if "://" in name else str(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"is a URL" if "://" in name else r"does not end in \.parquet"):
+        run("export", root, "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_the_axolotl_layout_has_each_prediction_in_the_row_of_its_token(tmp_path: Path) -> None:

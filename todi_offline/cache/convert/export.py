@@ -1,6 +1,7 @@
 """A cache in, a Parquet table for other programs out."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.objects import read_root, read_tokenizer
 from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.reader import Cache
-from todi_offline.errors import DataError, TargetsError, first_line
+from todi_offline.errors import ConfigError, DataError, TargetsError, first_line
 
 MANIFEST_KEY = "todi_offline"  # of the table's metadata
 _GROUP_TARGETS = 8_192  # in a row group, so that memory does not grow with the cache
@@ -73,11 +74,13 @@ def export_cache(
     to false.
 
     Raises:
+        ConfigError: the name of the file does not end in .parquet, or is a URL.
         TargetsError: the temperature was not captured, or is not 1 for the layout `plain`; or the layout is `axolotl`
             and the cache keeps samples alone.
         CacheError: a part of the cache is damaged.
         DataError: the table cannot be written; no part of it is left.
     """
+    _require_parquet(out)
     if temperature != 1 and (layout == "plain" or temperature not in cache.manifest.settings.temperatures):
         captured = ", ".join(f"{t:g}" for t in cache.manifest.settings.temperatures)
         raise TargetsError(
@@ -115,6 +118,15 @@ def export_cache(
     finally:
         temporary.unlink(missing_ok=True)
     return len(cache)
+
+
+def _require_parquet(out: Path) -> None:
+    if re.match(r"[a-z][a-z0-9]+:/", str(out)):
+        raise ConfigError(f"{out} is a URL, and an export is a local file; name a local file, and upload it")
+    if out.suffix.lower() != ".parquet":
+        raise ConfigError(
+            f"{out} does not end in .parquet, the only format of an export; name it {out.stem or 'targets'}.parquet"
+        )
 
 
 def _groups(num_targets: npt.NDArray[np.int32]) -> Iterator[range]:
