@@ -189,7 +189,7 @@ def stopping_at(number: int) -> Callable[[Operation], None]:
     return before
 
 
-@pytest.mark.parametrize("step", [151, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [151, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_an_append_stopped_at_any_operation_resumes_to_the_same_bytes(
     teacher: Teacher, begun: Files, appended: tuple[Files, CaptureSummary], more: Examples, tmp_path: Path, step: int
 ) -> None:
