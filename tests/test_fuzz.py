@@ -1,197 +1,41 @@
 """Malformed caches: only errors of this library, bounded memory, and no file outside the cache's folder."""
 
-import contextlib
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.fake_cache import write_cache
+from support.fuzzing import (
+    ARRAYS,
+    EDITS,
+    NUM_SHARDS,
+    PER_SHARD,
+    Fuzzed,
+    as_root,
+    bounded_memory,
+    edited,
+    few_or_many,
+    fuzz,
+    fuzzed,
+    with_crc,
+)
 
-from todi_offline.cache import shard_file as shard_file_module
 from todi_offline.cache.check.verify import verify_cache
-from todi_offline.cache.format import root as root_module
-from todi_offline.cache.format.codecs import chunk_codec
-from todi_offline.cache.format.layout import ArraySpec
 from todi_offline.cache.format.names import ROOT_KEY, record_key, sequences_key
 from todi_offline.cache.format.records import ObjectSum
 from todi_offline.cache.format.sequences import SEQUENCE_SCHEMA
-from todi_offline.cache.format.shard import encode_shard
-from todi_offline.cache.objects import read_root
-from todi_offline.cache.reader import open_cache
-from todi_offline.cache.shard_file import ShardFile
-from todi_offline.cache.store import LocalStore
-from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError, TodiError
-from todi_offline.training.stream import CacheDataset, Collator
-
-Files = dict[str, bytes]
-
-NUM_SHARDS, PER_SHARD = 2, 3
-ABSENT = 2**64 - 1
-"""What the index of a shard has for a chunk that is not stored."""
-MOST_BYTES = 100 * 2**20
-"""What reading a cache of some 20 kB may take."""
+from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> "Fuzzed":
     return fuzzed(tmp_path_factory)
-
-
-@pytest.fixture(scope="module", params=["f16 compact", "q8 fast", "bf16_logit balanced", "root8 compact"])
-def any_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> "Fuzzed":
-    """One of every encoding, with pcodec, blosc-lz4 and blosc-zstd."""
-    encoding, codec = request.param.split()
-    return fuzzed(tmp_path_factory, encoding=encoding, codec=codec)
-
-
-def fuzzed(tmp_path_factory: pytest.TempPathFactory, **kept: str) -> "Fuzzed":
-    root = tmp_path_factory.mktemp("fuzzed") / "cache"
-    return Fuzzed(write_cache(root, num_shards=NUM_SHARDS, per_shard=PER_SHARD, **kept))
-
-
-class Fuzzed:
-    """A cache whose files are changed and put back."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.files = {
-            path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
-        }
-        self.manifest = read_root(LocalStore(root)).manifest
-
-    def survives(self, changed: Files) -> None:
-        """Whatever reads the cache with these files raises nothing but errors of ours, and takes little memory."""
-        for read in (self.verify, self.train, self.open_unsealed):
-            with bounded_memory(), contextlib.suppress(TodiError):
-                self.with_files(changed, read)
-
-    def with_files(self, changed: Files, read: Callable[[], None]) -> None:
-        """Read with other files, then put them back."""
-        for key, data in changed.items():
-            (self.root / key).write_bytes(data)
-        shard_file_module._read_index.cache_clear()  # files of one name, size and instant
-        try:
-            read()
-        finally:
-            for key in changed:
-                (self.root / key).write_bytes(self.files[key])
-
-    def verify(self) -> None:
-        verify_cache(self.root)
-
-    def train(self) -> None:
-        dataset = CacheDataset(open_cache(self.root))
-        for index in range(len(dataset)):
-            Collator()([dataset[index]])
-
-    def open_unsealed(self) -> None:
-        open_cache(self.root, allow_unsealed=True)
-
-    def with_right_sums(self, changed: Files) -> Files:
-        """Add the commit records and the root that name these files as they are."""
-        changed = dict(changed)
-        for shard in range(NUM_SHARDS):
-            key = record_key(shard)
-            values = json.loads(self.files[key])
-            if key not in changed and changed.keys() & values["objects"].keys():
-                values["objects"] = {name: self._sum(name, changed) for name in values["objects"]}
-                changed[key] = json.dumps(values).encode()
-        if ROOT_KEY not in changed:
-            records = [changed.get(record_key(shard), self.files[record_key(shard)]) for shard in range(NUM_SHARDS)]
-            values = json.loads(self.files[ROOT_KEY])
-            values["commits"] = [ObjectSum.of(record).to_json() for record in records]
-            changed[ROOT_KEY] = as_root(values)
-        return changed
-
-    def _sum(self, key: str, changed: Files) -> Any:
-        data, spec = changed.get(key, self.files[key]), self.manifest.arrays.get(key.partition("/")[0])
-        return ObjectSum.of(data, sums_at_any_place(spec, data) if spec and "/c/" in key else b"").to_json()
-
-
-def as_root(values: Any) -> bytes:
-    """Return the values of a root as its object, with the checksum that they have."""
-    if isinstance(values, dict) and "crc32c" in values:
-        body = {name: value for name, value in values.items() if name != "crc32c"}
-        values = body | {"crc32c": root_module._checksum(body)}
-    return root_module._to_bytes(values)
-
-
-def sums_at_any_place(spec: ArraySpec, data: bytes) -> bytes:
-    """Return the last four bytes of each stored chunk, or zeros where its index leads out of the object."""
-    size = spec.chunks_per_shard * 16
-    index = np.frombuffer(data[-size - 4 : -4].rjust(size, b"\0"), "<u8").reshape(-1, 2)
-    stops = [start + length for start, length in index[(index != ABSENT).any(1)].tolist()]
-    return b"".join(data[stop - 4 : stop] if 4 <= stop <= len(data) else bytes(4) for stop in stops)
-
-
-@contextlib.contextmanager
-def bounded_memory() -> Iterator[None]:
-    """Within, MOST_BYTES may be touched, and 4 GiB be asked for: whoever asks for more meets a MemoryError."""
-    begun = _status("VmRSS")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 2**32, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    taken = _status("VmHWM") - begun
-    assert taken < MOST_BYTES, f"{taken:,} bytes"
-
-
-def _status(name: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
-    return 1024 * int(line.split()[1])
-
-
-def fuzz(check: Callable[..., None], count: int, *strategies: Any) -> None:
-    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    is_few = count < FROM_A_NEW_SEED
-    settings(max_examples=count, derandomize=is_few, database=None, deadline=None, suppress_health_check=checks)(
-        given(*strategies)(check)
-    )()
-
-
-FROM_A_NEW_SEED = 100
-"""From so many examples on every run draws others, and a failure names its seed; fewer are the same each time."""
-
-
-few_or_many = pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.slow)])
-
-EDITS = st.lists(
-    st.tuples(st.sampled_from(["flip", "write", "insert", "cut", "end"]), st.floats(0, 1), st.binary(max_size=12)),
-    min_size=1,
-    max_size=4,
-)
-"""Changes of bytes: what, how far into the file, and what is written there."""
-
-
-def edited(data: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
-    for kind, where, piece in edits:
-        at = int(where * len(data))
-        rest = data[at:]
-        if kind == "flip" and rest:
-            rest = bytes([rest[0] ^ ((piece or b"\1")[0] or 1)]) + rest[1:]
-        elif kind == "write":
-            rest = piece + rest[len(piece) :]
-        elif kind == "insert":
-            rest = piece + rest
-        elif kind == "cut":
-            rest = rest[len(piece) :]
-        else:
-            rest = b""
-        data = data[:at] + rest
-    return data
 
 
 @few_or_many
@@ -206,10 +50,20 @@ def test_bytes_that_change_anywhere(cache: Fuzzed, count: int) -> None:
 
 
 NUMBERS = (0, -1, 1, 2, 3, 4096, 2**16, 2**31, 2**32, 2**62, 2**63, 10**30, 10**400, 0.5, 1e308)
+
+
 SPECIAL = (float("nan"), float("inf"), True, None, [], {}, [[]], [{}], {"": 0}, [1.0], [1.0, 1.0], [0], [-1], [None])
+
+
 TEXTS = ("", "a", "x" * 5000, "../x", "/etc/passwd", "c/../..", "\ud800", "\0", "a\nb", "f16", "q8", "compact")
+
+
 SUMS = ([10**400], ["AAAA"], [1, 2, "AAAA"], [1, 2, "?"])
+
+
 HOSTILE = st.sampled_from([*NUMBERS, *SPECIAL, *TEXTS, *SUMS])
+
+
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["value", "delete", "name", "nest"]), st.integers(0, 10**6), HOSTILE),
     min_size=1,
@@ -280,6 +134,8 @@ COLUMNS = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
 LAYOUTS = st.sampled_from(
     [
         {},
@@ -364,7 +220,6 @@ def test_a_table_of_another_shard_is_refused(cache: Fuzzed) -> None:
         cache.with_files(cache.with_right_sums({sequences_key(0): parquet(other)}), cache.train)
 
 
-ARRAYS = ("token_ids", "target_mask", "topk_ids", "topk_logprobs", "label_logprob", "tail_logprobs")
 PAIRS = st.lists(
     st.tuples(
         st.integers(0, 7),
@@ -388,86 +243,6 @@ def test_a_chunk_index_that_says_anything(cache: Fuzzed, count: int) -> None:
         cache.survives(cache.with_right_sums({spec.object_key(0): data[: -size - 4] + with_crc(index.tobytes())}))
 
     fuzz(check, count, st.sampled_from(ARRAYS), PAIRS)
-
-
-@few_or_many
-def test_a_chunk_that_decodes_to_anything_or_not_at_all(any_cache: Fuzzed, count: int) -> None:
-    """Mutations of compressed bytes, with all checksums right again."""
-
-    def check(name: str, edits: list[tuple[str, float, bytes]]) -> None:
-        any_cache.survives(with_first_chunk(any_cache, name, lambda body: edited(body, edits)))
-
-    fuzz(check, 2 * count, st.sampled_from(ARRAYS), EDITS)
-
-
-def test_rows_of_any_numbers(any_cache: Fuzzed) -> None:
-    """NaN, infinities, ids beyond any vocabulary, in each array by itself and in all at once."""
-    rng, codec = np.random.default_rng(0), any_cache.manifest.settings.codec
-    changed = {}
-    for spec in any_cache.manifest.arrays.values():
-        numbers = rng.bytes(spec.dtype.itemsize * int(np.prod(spec.shape(512))))
-        values = np.frombuffer(numbers, spec.dtype).reshape(spec.shape(512))
-        changed[spec.object_key(0)] = encode_shard(spec, values, codec)
-        any_cache.survives(any_cache.with_right_sums({spec.object_key(0): changed[spec.object_key(0)]}))
-    any_cache.survives(any_cache.with_right_sums(changed))
-
-
-def test_a_mask_that_supervises_the_last_position_is_refused(any_cache: Fuzzed) -> None:
-    spec = any_cache.manifest.arrays["target_mask"]
-    mask = (
-        ShardFile(any_cache.root / spec.object_key(0), spec, any_cache.manifest.settings.codec)
-        .read_rows(0, 4096)
-        .copy()
-    )
-    first = pq.read_table(pa.BufferReader(any_cache.files[sequences_key(0)]))["num_tokens"][0].as_py()
-    mask[0], mask[first - 1] = 0, 1
-    data = encode_shard(spec, mask, any_cache.manifest.settings.codec)
-    with pytest.raises(CacheCorruptError, match=r"number 0\): its mask supervises the last position"):
-        any_cache.with_files(any_cache.with_right_sums({spec.object_key(0): data}), any_cache.train)
-
-
-@few_or_many
-def test_a_chunk_whose_header_says_anything(any_cache: Fuzzed, count: int) -> None:
-    """The first 16 bytes are where blosc says how much it holds, and pcodec what and how much."""
-
-    def check(name: str, at: int, value: int) -> None:
-        def changed(body: bytes) -> bytes:
-            return body[:at] + value.to_bytes(4, "little") + body[at + 4 :]
-
-        any_cache.survives(with_first_chunk(any_cache, name, changed))
-
-    numbers = st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 10**9]) | st.integers(0, 2**32 - 1)
-    fuzz(check, count, st.sampled_from(ARRAYS), st.integers(0, 12), numbers)
-
-
-def with_first_chunk(cache: Fuzzed, name: str, change: Callable[[bytes], bytes]) -> Files:
-    """Return the files of a cache whose first chunk of an array is changed, with all checksums right."""
-    spec = cache.manifest.arrays[name]
-    data = cache.files[spec.object_key(0)]
-    index = np.frombuffer(data[-spec.chunks_per_shard * 16 - 4 : -4], "<i8").reshape(-1, 2).copy()
-    old = int(index[0, 1])
-    chunk = with_crc(change(data[: old - 4]))
-    index[0, 1] = len(chunk)
-    index[1:, 0] += np.where(index[1:, 0] >= 0, len(chunk) - old, 0)
-    rest = data[old : -spec.chunks_per_shard * 16 - 4]
-    return cache.with_right_sums({spec.object_key(0): chunk + rest + with_crc(index.tobytes())})
-
-
-def with_crc(data: bytes) -> bytes:
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
-
-
-@pytest.mark.parametrize("num_rows", [1, 2**25])
-def test_a_chunk_that_holds_more_or_less_than_its_place_is_refused(any_cache: Fuzzed, num_rows: int) -> None:
-    """A hundred bytes can stand for hundreds of megabytes."""
-    spec = any_cache.manifest.arrays["tail_logsumexp"]
-    values = np.zeros(num_rows, spec.dtype)
-    body = bytes(chunk_codec(any_cache.manifest.settings.codec, spec.dtype).encode(values))
-    changed = with_first_chunk(any_cache, spec.name, lambda _: body)
-    del values
-    any_cache.survives(changed)
-    with pytest.raises(CacheCorruptError, match=r"chunk 0 .*tail_logsumexp/c/0/0 is damaged: "):
-        any_cache.with_files(changed, any_cache.train)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SETTINGS = settings(k=2, tail_samples=0, codec="fast")
 SHARDS = 2
 FOREVER = 10_000.0
 FEW = {"folder": 13, "memory": 11, "s3": 61}
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MANY = {"folder": 1, "memory": 1, "s3": 13}  # a program on S3 is some hundreds of requests
 
 
@@ -61,11 +63,12 @@ class Place:
 
 
 class Steps:
-    """A store, with something before each of its methods."""
+    """A store, with something before each of its methods; one method runs at a time."""
 
     def __init__(self, store: RemoteStore) -> None:
         self.before: Callable[[], None] = lambda: None
         self._store = store
+        self._one_at_a_time = threading.RLock()
 
     def __str__(self) -> str:
         return str(self._store)
@@ -76,8 +79,9 @@ class Steps:
             return found
 
         def call(*args: Any, **options: Any) -> Any:
-            self.before()
-            return found(*args, **options)
+            with self._one_at_a_time:
+                self.before()
+                return found(*args, **options)
 
         return call
 
@@ -173,19 +177,19 @@ class Stall:
         self.is_late = False
         """Whether the first writer had committed all its shards by then."""
         self._place, self._at, self._is_counting = place, at, False
+        self._one_at_a_time = threading.RLock()  # the objects of a shard are sent by several threads
 
     def begin(self) -> None:
         self._is_counting = True
 
     def __call__(self) -> None:
-        if not self._is_counting:
-            return
-        self.count += 1
-        if self.count == self._at:
-            self._is_counting = False
-            self.is_late = all(self._place.second.size(record_key(shard)) is not None for shard in range(SHARDS))
-            self.sealed = take_over(self._place)
-            self._is_counting = True
+        with self._one_at_a_time:
+            self.count += self._is_counting
+            if self._is_counting and self.count == self._at:
+                self._is_counting = False
+                self.is_late = all(self._place.second.size(record_key(shard)) is not None for shard in range(SHARDS))
+                self.sealed = take_over(self._place)
+                self._is_counting = True
 
 
 def stalled(place: Place, at: int) -> tuple[Stall, CacheLockedError | None]:
@@ -211,7 +215,7 @@ def assert_unharmed(place: Place, stall: Stall, caught: CacheLockedError | None,
     assert caught is None, str(caught)
 
 
-@pytest.mark.parametrize("steps", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("steps", [FEW, pytest.param(MANY, marks=SLOW)], ids=["few", "many"])
 def test_a_writer_that_wakes_after_another_has_sealed_harms_nothing(
     make_place: MakePlace, kind: str, steps: dict[str, int]
 ) -> None:
@@ -223,7 +227,7 @@ def test_a_writer_that_wakes_after_another_has_sealed_harms_nothing(
         assert_unharmed(place, *stalled(place, at), at)
 
 
-@pytest.mark.parametrize("steps", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("steps", [FEW, pytest.param(MANY, marks=SLOW)], ids=["few", "many"])
 def test_a_stalled_writer_does_not_replace_objects_of_an_earlier_attempt(
     make_place: MakePlace, kind: str, steps: dict[str, int]
 ) -> None:

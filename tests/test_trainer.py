@@ -1,10 +1,9 @@
-"""Training: its loss, the order of its data, and its logs."""
+"""Training: its loss, its models, and its batches."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,8 @@ import pytest
 import torch
 from support.tiny import tiny_tokenizer
 from support.tiny_models import DECODER, VOCAB, build, gpt2, llama, mamba
-from support.tiny_runs import QUIET, Noting, assert_same_weights, trainer_of
+from support.tiny_runs import QUIET, assert_same_weights, seen_by, trainer_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
@@ -24,47 +22,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks._zoo import tiny_model
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Example, Examples
-from todi_offline.errors import CacheMismatchError, ConfigError, DataError, DivergedError, ModelError, TargetsError
-from todi_offline.losses import DistillationConfig, distillation_loss, sparse_divergence
+from todi_offline.errors import DivergedError
+from todi_offline.losses import DistillationConfig, sparse_divergence
 from todi_offline.losses.schedule import scheduled
 from todi_offline.targets.sparse import SparseTargets
 from todi_offline.teacher.in_transformers import Teacher, as_teacher
 from todi_offline.training.stream import CacheDataset, Collator, ShuffledOrder, batch_targets
-from todi_offline.training.trainer import ToDiTrainer
-
-MEANS = (
-    "cross_entropy",
-    "kd",
-    "forward_kl",
-    "reverse_kl",
-    "teacher_kept_mass",
-    "student_kept_mass",
-    "share_a_above_half",
-    "tail_share",
-)
-
-
-def seen_by(trainer: Noting, cache: Cache) -> list[set[int]]:
-    """The sequences of each micro-batch, told by their tokens."""
-    numbers = {sequence.token_ids.tobytes(): number for number, sequence in enumerate(cache)}
-    assert len(numbers) == len(cache)
-    found = []
-    for batch in trainer.batches:
-        members = set()
-        for tokens, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
-            starts = (positions == 0).nonzero().flatten().tolist()
-            for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
-                piece = tokens[start:stop].numpy().astype(np.uint32)
-                lengths = {len(key) // 4 for key in numbers}
-                members |= {numbers[piece[:n].tobytes()] for n in lengths if piece[:n].tobytes() in numbers}
-        found.append(members)
-    return found
-
 
 # What is trained on
 
@@ -229,257 +196,6 @@ def test_teacher_and_student_may_pad_their_embeddings_unlike(examples: Examples,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-# Order
-
-
-def test_every_epoch_holds_every_sequence_once_in_an_order_of_its_own(cache: Cache, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, cache, num_train_epochs=3)
-    trainer.train()
-    seen = seen_by(trainer, cache)
-    assert len(seen) == 3 * 6
-    epochs = [seen[:6], seen[6:12], seen[12:]]
-    for number, epoch in enumerate(epochs):
-        order = ShuffledOrder(len(cache), 42)
-        order.set_epoch(number)
-        expected = list(order)
-        assert epoch == [set(expected[start : start + 4]) for start in range(0, 21, 4)]
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_an_incomplete_batch_is_dropped_on_request(cache: Cache, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, cache, num_train_epochs=1, dataloader_drop_last=True)
-    trainer.train()
-    assert [len(members) for members in seen_by(trainer, cache)] == [4] * 5
-
-
-def test_the_epoch_reaches_the_order_although_a_wrapper_may_not_pass_it_on(cache: Cache, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, cache)
-    sampler = trainer._get_train_sampler()
-    batches = iter(DataLoader(CacheDataset(cache), 4, sampler=sampler, collate_fn=trainer.data_collator))
-    trainer.state.epoch = 2.0
-    trainer.batches, _ = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
-    order = ShuffledOrder(len(cache), 42)
-    order.set_epoch(2)
-    assert seen_by(trainer, cache) == [set(list(order)[:4])]
-
-
-def test_the_order_follows_the_data_seed_where_there_is_one(cache: Cache, tmp_path: Path) -> None:
-    orders = []
-    for seeds in ({"seed": 3}, {"seed": 5, "data_seed": 3}, {"seed": 5}):
-        trainer = trainer_of(tmp_path, cache, max_steps=2, **seeds)
-        trainer.train()
-        orders.append(seen_by(trainer, cache))
-    assert orders[0] == orders[1] != orders[2]
-
-
-@pytest.mark.parametrize(("batch_size", "accumulated"), [(4, 2), (2, 4), (1, 8)])
-def test_accumulated_micro_batches_are_one_large_batch(
-    batch_size: int, accumulated: int, cache: Cache, tmp_path: Path
-) -> None:
-    whole = trainer_of(tmp_path / "a", cache, per_device_train_batch_size=8, num_train_epochs=2, optim="sgd")
-    whole.train()
-    parts = trainer_of(
-        tmp_path / "b",
-        cache,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulated,
-        num_train_epochs=2,
-        optim="sgd",
-    )
-    parts.train()
-    assert len({len(batch["labels"]) for batch in parts.batches[:accumulated]}) > 1  # else a mean of means would do
-    for mine, theirs in zip(parts.state.log_history[:6], whole.state.log_history[:6], strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert_same_weights(parts.model, whole.model, 1e-5)
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run as a kill would, but for the checkpoint."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-        control.should_training_stop = state.global_step >= self.steps
-
-
-def dropping_out(seed: int = 1) -> Any:
-    return gpt2(seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
-
-
-@pytest.mark.parametrize("build", [pytest.param(llama, marks=pytest.mark.slow), dropping_out])
-@pytest.mark.parametrize("stop", [2, 6, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(
-    build: Callable[..., Any], stop: int, cache: Cache, tmp_path: Path
-) -> None:
-    """To the last digit, in the middle of an epoch (of six steps) and between two."""
-    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer_of(tmp_path / "whole", cache, build(seed=1), **(settings | {"save_strategy": "no"}))
-    whole.train()
-    first = trainer_of(tmp_path / "parts", cache, build(seed=1), callbacks=[StopAfter(stop)], **settings)
-    first.train()
-    assert first.state.global_step == stop
-    second = trainer_of(tmp_path / "parts", cache, build(seed=9), **settings)
-    second.train(resume_from_checkpoint=True)
-    assert second.state.global_step == 12
-    assert seen_by(first, cache) + seen_by(second, cache) == seen_by(whole, cache)
-    assert first.losses + second.losses == whole.losses
-    assert_same_weights(second.model, whole.model)
-
-
-def test_a_run_resumed_with_smaller_micro_batches_keeps_its_order(cache: Cache, tmp_path: Path) -> None:
-    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
-    whole = trainer_of(tmp_path / "whole", cache, per_device_train_batch_size=8, num_train_epochs=2)
-    whole.train()
-    first = trainer_of(tmp_path / "parts", cache, per_device_train_batch_size=8, callbacks=[StopAfter(1)], **settings)
-    first.train()
-    second = trainer_of(
-        tmp_path / "parts", cache, per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings
-    )
-    second.train(resume_from_checkpoint=True)
-    steps = seen_by(first, cache) + joined(seen_by(second, cache), [2, 2, 2, 2, 2])
-    assert steps == seen_by(whole, cache)
-    assert_same_weights(second.model, whole.model, 1e-4)
-
-
-def joined(members: list[set[int]], counts: list[int]) -> list[set[int]]:
-    assert sum(counts) == len(members)
-    iterator = iter(members)
-    return [set().union(*(next(iterator) for _ in range(count))) for count in counts]
-
-
-# What is logged
-
-
-def test_logged_means_are_over_targets(cache: Cache, tmp_path: Path) -> None:
-    """Over all that were seen since the last log, at the weights that each step had; so the rate is zero here."""
-    trainer = trainer_of(
-        tmp_path, cache, max_steps=4, logging_steps=2, gradient_accumulation_steps=2, learning_rate=0.0
-    )
-    trainer.train()
-    for logged, batches in zip(trainer.state.log_history[:2], (trainer.batches[:4], trainer.batches[4:]), strict=True):
-        expected = means_of(llama(seed=1), batches, cache)
-        for name in MEANS:
-            assert logged[name] == pytest.approx(expected[name], rel=1e-4), name
-        assert logged["tokens_per_second"] > 0
-        assert 0 <= logged["data_wait_share"] < 1
-    assert trainer.num_tokens_trained == sum(int(batch["num_tokens"]) for batch in trainer.batches)
-
-
-def test_a_loss_logged_by_other_code_is_logged_unchanged(cache: Cache, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, cache)
-    trainer.log({"loss": 1.0})
-    assert trainer.state.log_history[0] == {"loss": 1.0, "epoch": 0, "step": 0}
-
-
-def means_of(model: Any, batches: list[dict[str, Tensor]], cache: Cache) -> dict[str, float]:
-    """Return the means, recomputed from all logits of each batch."""
-    sums: dict[str, float] = dict.fromkeys([*MEANS, "num_targets"], 0.0)
-    for batch in batches:
-        with torch.no_grad():
-            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-            logits = model(**inputs).logits.flatten(0, 1)[batch["target_positions"]]
-        _, found = distillation_loss(logits, batch["labels"], batch_targets(batch, cache))
-        sums = {name: sums[name] + float(found[name]) for name in sums}
-    return {name: value / sums["num_targets"] for name, value in sums.items()}
-
-
-def test_evaluation_reports_means_over_the_held_out_cache(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
-    config = DistillationConfig(kd_weight=0.25)
-    trainer = trainer_of(tmp_path, cache, eval_dataset=heldout, distillation=config, per_device_eval_batch_size=3)
-    metrics = trainer.evaluate()
-    batches = [Collator(pack=False)([sequence]) for sequence in heldout]
-    expected = means_of(llama(seed=1), batches, heldout)
-    for name in MEANS:
-        assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-4), name
-    loss = 0.75 * expected["cross_entropy"] + 0.25 * expected["kd"]
-    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-4)
-    trainer.evaluate(CacheDataset(cache))
-    assert trainer.evaluate()["eval_kd"] == metrics["eval_kd"]  # nothing is carried over from the one before
-
-
-def test_a_cache_that_is_evaluated_later_counts_each_sequence_once(
-    cache: Cache, heldout: Cache, tmp_path: Path
-) -> None:
-    """Seven sequences in batches of four: the last batch has an empty place."""
-    given = trainer_of(tmp_path, cache, eval_dataset=heldout, per_device_eval_batch_size=4)
-    expected = {name: value for name, value in given.evaluate().items() if "second" not in name and "time" not in name}
-    trainer = trainer_of(tmp_path, cache, per_device_eval_batch_size=4)
-    found = trainer.evaluate(heldout)
-    assert {name: found[name] for name in expected} == expected
-    named = trainer.evaluate(MappingProxyType({"one": heldout, "two": cache}))
-    assert named["eval_one_kd"] == expected["eval_kd"] != named["eval_two_kd"]
-    assert trainer.predict(heldout).metrics["test_kd"] == expected["eval_kd"]
-    alone = trainer_of(tmp_path, None, per_device_eval_batch_size=4)
-    assert alone.evaluate(heldout)["eval_kd"] == expected["eval_kd"]
-
-
-def test_a_cache_that_is_evaluated_later_is_checked_too(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
-    capture(teacher, examples, tmp_path / "small", k=8, temperatures=[1.0], tail_samples=0)
-    small = open_cache(tmp_path / "small")
-    trainer = trainer_of(tmp_path, None, distillation=DistillationConfig(temperature=2.0))
-    for evaluate in (trainer.evaluate, trainer.predict, lambda cache: trainer.evaluate({"named": cache})):
-        with pytest.raises(TargetsError, match="temperature 2; these targets have 1"):
-            evaluate(small)
-    with pytest.raises(ConfigError, match="list is no cache; ToDiTrainer reads what `open_cache` returns"):
-        trainer.evaluate([1, 2])
-
-
-def test_evaluation_in_the_middle_of_training_disturbs_nothing(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
-    plain = trainer_of(tmp_path / "a", cache, max_steps=4)
-    plain.train()
-    evaluated = trainer_of(
-        tmp_path / "b",
-        cache,
-        eval_dataset={"one": heldout, "two": cache},
-        max_steps=4,
-        eval_strategy="steps",
-        eval_steps=1,
-    )
-    evaluated.train()
-    assert evaluated.losses == plain.losses
-    history = [entry for entry in evaluated.state.log_history if "loss" in entry]
-    for mine, theirs in zip(history, plain.state.log_history, strict=False):
-        assert mine["cross_entropy"] == theirs["cross_entropy"]
-    names = {name for entry in evaluated.state.log_history for name in entry}
-    assert {"eval_one_forward_kl", "eval_two_forward_kl"} <= names
-
-
-def test_callbacks_and_tensorboard_get_the_logs(cache: Cache, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logged: list[dict[str, float]] = []
-
-    class Noticing(TrainerCallback):
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            logged.append(logs)
-
-    trainer = trainer_of(tmp_path, cache, callbacks=[Noticing()], max_steps=2, report_to="tensorboard")
-    trainer.train()
-    assert [entry["kd"] for entry in logged[:2]] == [entry["kd"] for entry in trainer.state.log_history[:2]]
-    events = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
-    found = [event.value for event in events.Scalars("train/forward_kl")]
-    assert found == pytest.approx([entry["forward_kl"] for entry in logged[:2]])
-
-
-def test_tensorboard_has_all_curves_in_one_folder_of_the_run_though_an_evaluation_comes_first(
-    cache: Cache, heldout: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    trainer = trainer_of(tmp_path / "run", cache, eval_dataset=heldout, max_steps=2, report_to="tensorboard")
-    trainer.evaluate()
-    trainer.train()
-    trainer.evaluate()
-    assert {path.parent for path in tmp_path.rglob("events.out*")} == {tmp_path / "run" / "runs"}
-    events = EventAccumulator(str(tmp_path / "run" / "runs")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
-    assert [event.step for event in events.Scalars("eval/loss")] == [0, 2]
-
-
 # Ways to train
 
 
@@ -577,80 +293,6 @@ def test_workers_give_the_batches_of_the_main_process(
     assert seen_by(worked, cache) == seen_by(plain, cache)
     assert worked.losses == plain.losses
     assert worked.evaluate()["eval_kd"] == pytest.approx(plain.evaluate(heldout)["eval_kd"], rel=1e-6)
-
-
-# What is refused, before the first step
-
-
-def test_another_tokenizer_is_refused_with_each_part_that_differs(cache: Cache, tmp_path: Path) -> None:
-    other = tiny_tokenizer(chat=False)
-    with pytest.raises(CacheMismatchError, match=r"special_ids: not the same") as error:
-        trainer_of(tmp_path, cache, tokenizer=other)
-    assert "vocabulary" not in str(error.value)
-    with pytest.raises(CacheMismatchError, match="the tokenizer of the student is not the one"):
-        trainer_of(tmp_path, None, eval_dataset={"held out": cache}, tokenizer=tiny_tokenizer(vocab_size=480))
-
-
-def test_a_trainer_without_a_tokenizer_is_refused(cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="needs processing_class"):
-        ToDiTrainer(llama(), TrainingArguments(output_dir=str(tmp_path), **QUIET), cache)
-
-
-def test_a_tokenizer_with_an_id_beyond_the_heads_rows_is_refused_where_a_row_uses_it(
-    examples: Examples, tmp_path: Path
-) -> None:
-    """As Gemma 3's of 1B and 270M: 262,145 ids, and 262,144 rows."""
-    known = [example for example in examples if example.token_ids.max() < VOCAB - 1]
-    teacher = as_teacher(tiny_model("gemma3_text", vocab_size=VOCAB - 1), tiny_tokenizer())
-    capture(teacher, Examples.from_list(known), tmp_path / "cache", k=8)
-    cache = open_cache(tmp_path / "cache")
-    assert (len(cache), cache.manifest.vocab_size) == (len(known), VOCAB - 1)
-    trainer = trainer_of(tmp_path / "run", cache, tiny_model("gemma3_text", vocab_size=VOCAB - 1), max_steps=1)
-    assert trainer.train().global_step == 1
-    ids = known[1].token_ids.copy()
-    ids[3] = VOCAB - 1
-    using = Examples.from_list([known[0], dataclasses.replace(known[1], token_ids=ids)])
-    with pytest.raises(DataError, match=rf"example {known[1].id!r} holds the id 511, and the teacher knows 511 ids"):
-        capture(teacher, using, tmp_path / "other", k=8)
-
-
-def test_a_student_of_a_smaller_vocabulary_is_refused(cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="head has 500 ids"):
-        trainer_of(tmp_path, cache, llama(vocab_size=500))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": 3.0}, r"temperature 3; these targets have 1, 2"),
-        ({"k": 17}, r"k is 17, but these targets hold the top 16"),
-    ],
-)
-def test_an_objective_that_the_cache_cannot_serve_is_refused(
-    changes: dict[str, Any], message: str, cache: Cache, tmp_path: Path
-) -> None:
-    with pytest.raises(TargetsError, match=message):
-        trainer_of(tmp_path, cache, distillation=DistillationConfig(**changes))
-
-
-def test_samples_that_were_not_captured_are_refused(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:
-    capture(teacher, examples, tmp_path / "cache", k=8, tail_samples=0)
-    with pytest.raises(TargetsError, match="hold no samples of the tail"):
-        trainer_of(tmp_path, open_cache(tmp_path / "cache"), distillation=DistillationConfig(tail="sampled"))
-
-
-def test_several_gpus_in_one_process_are_refused(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
-    with pytest.raises(ConfigError, match="4 GPUs are visible to one process; start one process a GPU"):
-        trainer_of(tmp_path, cache)
-
-
-def test_caches_with_different_settings_are_refused(
-    teacher: Teacher, heldout_examples: Examples, cache: Cache, tmp_path: Path
-) -> None:
-    capture(teacher, heldout_examples, tmp_path / "cache", k=8, temperatures=[2.0, 1.0], tail_samples=0)
-    with pytest.raises(CacheMismatchError, match=r"temperatures: \(2\.0, 1\.0\) here, \(1\.0, 2\.0\) there"):
-        trainer_of(tmp_path, cache, eval_dataset=open_cache(tmp_path / "cache"))
 
 
 def test_a_smaller_k_and_another_tail_are_trained_on_as_asked(cache: Cache, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -66,3 +67,20 @@ def assert_same_weights(found: Any, expected: Any, tolerance: float = 0.0) -> No
     mine = weights(found)
     for name, value in weights(expected).items():
         assert (mine[name] - value).abs().max() <= tolerance, name
+
+
+def seen_by(trainer: Noting, cache: Cache) -> list[set[int]]:
+    """The sequences of each micro-batch, told by their tokens."""
+    numbers = {sequence.token_ids.tobytes(): number for number, sequence in enumerate(cache)}
+    assert len(numbers) == len(cache)
+    found = []
+    for batch in trainer.batches:
+        members = set()
+        for tokens, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+            starts = (positions == 0).nonzero().flatten().tolist()
+            for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+                piece = tokens[start:stop].numpy().astype(np.uint32)
+                lengths = {len(key) // 4 for key in numbers}
+                members |= {numbers[piece[:n].tobytes()] for n in lengths if piece[:n].tobytes() in numbers}
+        found.append(members)
+    return found
