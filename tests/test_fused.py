@@ -1,70 +1,17 @@
 """The fused loss equals the readable objective, in value and gradient."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.fused import NUM_TARGETS, VOCAB, WIDTH, K, assert_equal, case, fused
 
 import todi_offline.losses.fused
+import todi_offline.losses.fused_rows
 import todi_offline.tuning
 from todi_offline.errors import TargetsError
-from todi_offline.losses import DIVERGENCES, DistillationConfig, distillation_loss, fused_linear_distill
+from todi_offline.losses import DIVERGENCES
 from todi_offline.targets.sparse import sparsify
-
-NUM_TARGETS, WIDTH, VOCAB, K = 7, 4, 19, 5
-PRECISION = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2}
-
-
-def case(num_targets=NUM_TARGETS, width=WIDTH, vocab=VOCAB, dtype=torch.float64, num_tail_samples=3, seed=0):
-    """Return hidden states, a head's weight and bias, all of which require gradients, labels and targets."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    hidden, weight, bias = (
-        x.to(dtype).requires_grad_() for x in (normal(num_targets, width), normal(vocab, width), normal(vocab))
-    )
-    labels = torch.randint(vocab, (num_targets,), generator=generator)
-    teacher = (2 * normal(num_targets, vocab)).to(torch.promote_types(dtype, torch.float32))
-    return hidden, weight, bias, labels, sparsify(teacher, K, num_tail_samples=num_tail_samples, generator=generator)
-
-
-def readable(
-    hidden, weight, bias, labels, targets, *, vocab_size=None, scale=1.0, softcap=None, num_targets=None, **settings
-):
-    logits = hidden @ weight[:vocab_size].T
-    if bias is not None:
-        logits = logits + bias[:vocab_size]
-    logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return distillation_loss(logits, labels, targets, DistillationConfig(**settings), num_targets=num_targets)
-
-
-def fused(hidden, weight, bias, labels, targets, **options):
-    names = [field.name for field in dataclasses.fields(DistillationConfig)]
-    config = DistillationConfig(**{name: options.pop(name) for name in names if name in options})
-    return fused_linear_distill(hidden, weight, labels, targets, config, bias=bias, **options)
-
-
-def assert_equal(inputs, chunk_targets=3, **options):
-    """Compare loss, sums and gradients of the fused and the readable form."""
-    given = [x for x in inputs[:3] if x is not None and x.requires_grad]
-    loss, sums = fused(*inputs, chunk_targets=chunk_targets, **options)
-    expected, expected_sums = readable(*inputs, **options)
-    precision = PRECISION[inputs[0].dtype]
-    torch.testing.assert_close(loss, expected, rtol=precision, atol=0)
-    assert sums.keys() == expected_sums.keys()
-    for name, value in expected_sums.items():
-        torch.testing.assert_close(sums[name], value, rtol=precision, atol=precision)
-        assert not sums[name].requires_grad
-    # By something else than one, so that backward has to multiply.
-    gradients = torch.autograd.grad(3 * loss, given)
-    for found, wanted in zip(gradients, torch.autograd.grad(3 * expected, given), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=precision, atol=precision * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("k", [None, 3])
@@ -338,65 +285,3 @@ def test_the_gradient_of_the_head_is_handed_over_and_not_copied(monkeypatch):
 def test_settings_that_the_targets_lack_are_refused_even_without_rows(num_targets, settings):
     with pytest.raises(TargetsError):
         fused(*case(num_targets=num_targets), **settings)
-
-
-class Largest(TorchDispatchMode):
-    """Record the largest tensor that any operation returns."""
-
-    num_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.num_elements = max(self.num_elements, tensor.numel())
-        return result
-
-
-@pytest.fixture
-def chunks(monkeypatch):
-    """Return a list to which the number of rows of every chunk is added."""
-    num_rows, split = [], todi_offline.losses.fused._split
-
-    def watched(logits, *others):
-        num_rows.append(len(logits))
-        return split(logits, *others)
-
-    monkeypatch.setattr(todi_offline.losses.fused, "_split", watched)
-    return num_rows
-
-
-@pytest.mark.parametrize(("options", "num_copies"), [({}, 1), ({"temperature": 2.0}, 1), ({"softcap": 3.0}, 2)])
-def test_buffers_as_large_as_a_chunk_count_towards_its_bytes(options, num_copies, chunks, monkeypatch):
-    monkeypatch.setattr(todi_offline.tuning, "CPU_LOSS_BYTES", 8 * VOCAB * 4)
-    fused(*case(num_targets=8, dtype=torch.float32), **options)
-    assert chunks == [8 // num_copies] * num_copies
-
-
-def test_no_chunk_is_much_smaller_than_the_others(chunks, monkeypatch):
-    monkeypatch.setattr(todi_offline.tuning, "CPU_LOSS_BYTES", 4 * VOCAB * 8)
-    assert_equal(case(num_targets=9), chunk_targets=None)
-    assert chunks == [3, 3, 3]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_size_of_pieces_and_blocks_does_not_matter(temperature, monkeypatch):
-    monkeypatch.setattr(todi_offline.tuning, "CPU_PASS_BYTES", 2 * VOCAB * 8)
-    monkeypatch.setattr(todi_offline.tuning, "CPU_BLOCK_IDS", 4)
-    hidden, weight, bias, labels, targets = case()
-    for either in (bias, None):
-        assert_equal((hidden, weight, either, labels, targets), temperature=temperature, chunk_targets=5)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_logits_of_all_targets_never_exist(temperature):
-    num_targets, vocab, chunk_targets = 64, 200, 4
-    inputs = case(num_targets, vocab=vocab)
-
-    def largest(function, **options):
-        with Largest() as mode:
-            function(*inputs, temperature=temperature, **options)[0].backward()
-        return mode.num_elements
-
-    assert largest(fused, chunk_targets=chunk_targets) == max(chunk_targets, WIDTH) * vocab
-    assert largest(readable) == num_targets * vocab
