@@ -186,6 +186,15 @@ def test_diff_reports_the_manifests_and_contents_of_two_caches(tmp_path: Path) -
     assert "only in the first: 4 sequences: fake:0, fake:1, fake:2, fake:3" in text
 
 
+def test_diff_names_the_captures_that_only_one_cache_has_in_words(tmp_path: Path) -> None:
+    first = write_shards(tmp_path / "a", [range(10)])
+    merged = tmp_path / "merged"
+    run("merge", first, write_shards(tmp_path / "b", [range(10, 14)]), "--out", merged)
+    text = run("diff", first, merged, code=1).output
+    assert "manifest  parts.1: only second: 4 sequences, source fake\n" in text
+    assert "versions" not in text
+
+
 def test_the_mean_kl_of_two_caches_is_that_of_their_distributions(tmp_path: Path) -> None:
     """Over the ids that both keep and one entry for the rest; here they keep others, in another order."""
     first, second = sequence(3, settings(k=40)).targets, sequence(3, settings(k=44), scale=2).targets

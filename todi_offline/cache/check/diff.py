@@ -1,11 +1,13 @@
 """Two caches in, their differences out: of the manifests, the sequences and the targets."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from todi_offline.cache.format.fingerprint import differences
+from todi_offline.cache.format.manifest import Manifest, describe_recipe
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.reader import Cache, read_all
@@ -20,7 +22,7 @@ def compare_caches(first: Cache, second: Cache, progress: Progress = no_progress
     only_second = np.flatnonzero(first.content_keys.find(second.content_keys) < 0)
     shared = np.flatnonzero(places >= 0)
     return {
-        "manifest": differences(first.manifest.to_json(), second.manifest.to_json(), ("first", "second")),
+        "manifest": _manifest_differences(first.manifest, second.manifest),
         "only_first": int((places < 0).sum()),
         "only_first_ids": _ids(first, np.flatnonzero(places < 0)),
         "only_second": len(only_second),
@@ -28,6 +30,20 @@ def compare_caches(first: Cache, second: Cache, progress: Progress = no_progress
         "shared": len(shared),
         "targets": _targets(first, second, [(int(index), int(places[index])) for index in shared], progress),
     }
+
+
+def _manifest_differences(first: Manifest, second: Manifest) -> list[str]:
+    """Return a line for each difference; a part that only one cache has is described in words."""
+    num_shared = min(len(first.parts), len(second.parts))
+    mine, other = (
+        dataclasses.replace(manifest, parts=manifest.parts[:num_shared]).to_json() for manifest in (first, second)
+    )
+    only = [
+        f"parts.{number}: only {where}: {part.num_sequences:,} sequences, {describe_recipe(part.recipe)}"
+        for where, manifest in (("first", first), ("second", second))
+        for number, part in enumerate(manifest.parts[num_shared:], num_shared)
+    ]
+    return [*differences(mine, other, ("first", "second")), *only]
 
 
 def _ids(cache: Cache, indices: Any) -> list[str]:
