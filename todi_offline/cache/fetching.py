@@ -23,6 +23,11 @@ def at_once(function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
         return list(pool.map(function, *arguments))
 
 
+def for_each(store: Store, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
+    """Return the results of a function, as `map` does: at once in an object store, one after the other in a folder."""
+    return list(map(function, *arguments)) if isinstance(store, LocalStore) else at_once(function, *arguments)
+
+
 def ahead(stores: Sequence[Store], function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield the results of a function, as `map` does; while the caller uses one, threads work on the next two.
 
@@ -47,8 +52,7 @@ def ahead(stores: Sequence[Store], function: Callable[[T], R], items: Iterable[T
 
 def fetch(store: Store, keys: Iterable[str]) -> None:
     """Make local copies of objects, many at once. An error is dropped: reading the object raises it again."""
-    if not isinstance(store, LocalStore):
-        at_once(partial(_prepare, store), keys)
+    for_each(store, partial(_prepare, store), keys)
 
 
 def _prepare(store: Store, key: str) -> None:

@@ -5,16 +5,17 @@ object with other bytes and no commit record. Such an object makes way while the
 Therefore a stalled process cannot touch the objects that its successor has committed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.fetching import at_once
+from todi_offline.cache.fetching import for_each
 from todi_offline.cache.format.encoding import encode_rows
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Manifest
@@ -25,11 +26,9 @@ from todi_offline.cache.format.rows import Array
 from todi_offline.cache.format.sequences import SequenceRows, renumbered_table, sequence_table, table_bytes
 from todi_offline.cache.format.shard import chunk_sums, encode_shard
 from todi_offline.cache.objects import read_record
-from todi_offline.cache.store import LocalStore, Store
+from todi_offline.cache.store import Store
 from todi_offline.cache.store.locks import naming_successor, read_holder, require_held
 from todi_offline.errors import CacheLockedError, DataError
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class ShardWriter:
             return self._create(shard, key, data, chunk_sums(spec, data))
 
         with naming_successor(self.store, self.token):
-            objects = dict(zip(keys, self._for_each(create, arrays, keys), strict=True))
+            objects = dict(zip(keys, for_each(self.store, create, arrays, keys), strict=True))
             return self._commit(shard, sequence_table(shard, sequences, encoded, settings, left_out), objects)
 
     def link(self, shard: int, source: Store, record: CommitRecord, table: pa.Table) -> CommitRecord:
@@ -80,7 +79,7 @@ class ShardWriter:
         require_held(self.store, self.token)
         keys = {spec.object_key(record.shard): spec.object_key(shard) for spec in self.manifest.arrays.values()}
         with naming_successor(self.store, self.token):
-            self._for_each(lambda there, here: self._copy(shard, here, source, there), keys.keys(), keys.values())
+            for_each(self.store, partial(self._copy, shard, source), keys.keys(), keys.values())
             objects = {here: record.objects[there] for there, here in keys.items()}
             return self._commit(shard, renumbered_table(table, shard, self.manifest.settings.shard_tokens), objects)
 
@@ -111,10 +110,6 @@ class ShardWriter:
         with naming_successor(self.store, self.token):
             self.store.delete(attempt_key(shard))
 
-    def _for_each(self, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
-        """Call a function for each object: at once in an object store, which answers slowly; in order in a folder."""
-        return list(map(function, *arguments)) if isinstance(self.store, LocalStore) else at_once(function, *arguments)
-
     def _commit(self, shard: int, table: pa.Table, objects: dict[str, ObjectSum]) -> CommitRecord:
         objects[sequences_key(shard)] = self._create(shard, sequences_key(shard), table_bytes(table))
         record = CommitRecord(
@@ -138,7 +133,7 @@ class ShardWriter:
                 raise self._taken(shard)
         return ObjectSum.of(data, chunks)
 
-    def _copy(self, shard: int, key: str, source: Store, source_key: str) -> None:
+    def _copy(self, shard: int, source: Store, source_key: str, key: str) -> None:
         if not self.store.copy_from(source, source_key, key):
             self._require_uncommitted(shard)
             self.store.delete(key)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from todi_offline.cache.check.problems import Problem
 from todi_offline.cache.check.verify import examine, expected_metadata, is_version_1, object_keys, require_cache
+from todi_offline.cache.fetching import for_each
 from todi_offline.cache.format.manifest import Part
 from todi_offline.cache.format.names import (
     APPEND_KEY,
@@ -175,18 +176,16 @@ def _carry_out(store: Store, plan: _Plan) -> None:
     Abandoned shards go before the root forgets them, so that a second run still knows them.
     """
     num_shards = len(plan.root.commits) if plan.root is not None else 0
-    is_early = {
-        key: key == TOKENIZER_KEY or key.startswith(RECORDS_PREFIX) or (shard_of(key) or 0) >= num_shards
-        for key in plan.repair.deleted
-    }
-    for key in filter(is_early.__getitem__, is_early):
-        store.delete(key)
+    records, begun, others = list[str](), list[str](), list[str]()
+    for key in plan.repair.deleted:
+        is_early = key == TOKENIZER_KEY or (shard_of(key) or 0) >= num_shards
+        (records if key.startswith(RECORDS_PREFIX) else begun if is_early else others).append(key)
+    for keys in (records, begun):
+        for_each(store, store.delete, keys)
     if plan.root is not None and plan.is_restored:
         store.write(ROOT_KEY, plan.root.to_bytes())
     elif plan.root is not None:
         replace_root(store, plan.root)
-    for key, early in is_early.items():
-        if not early:
-            store.delete(key)
+    for_each(store, store.delete, others)
     for key, data in plan.metadata.items():
         store.write(key, data)
