@@ -1,7 +1,8 @@
 """Caches of a fake teacher, each with a plain list of the rows that it must hold.
 
-An `Entry` says where a row of a cache comes from and through which encodings it went; `assert_holds` compares a cache
-with entries: exactly where the encoding stayed, within the bounds of all encodings else.
+An `Entry` names the fake sequence of a row and the encodings that the row went through. `assert_holds` compares a cache
+with entries. Where the encoding never changed, numbers must be equal; else they must lie within the bounds of all
+encodings.
 """
 
 import dataclasses
@@ -55,17 +56,17 @@ ONE_ZERO = (
 TWO_ZEROS = (152891, 178181, 181206, 212849, 220018, 268996, 501264, 573894)
 THREE_ZEROS = (11,)
 _CHOSEN_TOKENS = {11: {9: 290, 16: 237, 17: 235}}
-"""Tokens, by place, that no target depends on, put in so that the key ends in three zero bytes."""
+"""Tokens to put in, by place, so that the key ends in three zero bytes; no target depends on these tokens."""
 
 TINY = 10**6
-"""From this number on sequences have eight tokens, and are quickly made."""
+"""Sequences from this number on have eight tokens and are made quickly."""
 
 Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A sequence of a cache: the number of a fake one, how it was captured, and all encodings that it went through."""
+    """A sequence of a cache: the number of the fake sequence, the settings of its capture, and all its encodings."""
 
     number: int
     origin: CacheSettings
@@ -98,7 +99,7 @@ def made(number: int, chosen: CacheSettings) -> SequenceRows:
 
 
 def _tiny(number: int, chosen: CacheSettings) -> SequenceRows:
-    """Return the first tokens of one of 64 sequences; the very first one, which no target depends on, is its own."""
+    """Return the first tokens of one of 64 sequences, with a first token of its own, on which no target depends."""
     row = made((number - TINY) % 64, chosen)
     token_ids, mask = row.token_ids[:8].copy(), row.target_mask[:8].copy()
     token_ids[0], mask[-1] = (number - TINY) // 64 % VOCAB, False
@@ -116,7 +117,7 @@ def length_of(number: int) -> int:
 
 
 def digest_of(numbers: Sequence[int]) -> str:
-    """Return the hash of the content keys of a data set, made of their bytes alone."""
+    """Return the hash of a data set, computed from the bytes of its content keys alone."""
     return blake2b(b"".join(map(key_of, numbers)), digest_size=16).hexdigest()
 
 
@@ -128,9 +129,9 @@ def capture_into(
     stop_after: int | None = None,
     stretch: int = 1,
 ) -> None:
-    """Capture fake sequences as `capturing.run` does; `stop_after` so many shards the work ends without a seal.
+    """Capture fake sequences as `capture` does; after `stop_after` shards the work stops without a seal.
 
-    The plan takes every sequence for `stretch` times as long as it is, so that small shards need few sequences.
+    The plan counts every sequence `stretch` times as long as it is, so that few sequences fill a shard.
     """
     bare = dataclasses.replace(manifest(chosen), parts=())
     reused = open_reusable([str(place) for place in reuse], bare)
@@ -205,7 +206,7 @@ def _assert_tail(
 def _assert_samples(
     rows: TargetRows, base: TargetRows, lower: Numbers, upper: Numbers, entry: Entry, chosen: CacheSettings
 ) -> None:
-    """A sample is the captured one in its place, or an id that was captured and is kept no more; with its log-prob."""
+    """Each sample is the captured sample, or a captured id that the cache no longer keeps; its log-prob is the id's."""
     if not chosen.tail_samples:
         assert rows.tail_ids is None
         return
@@ -233,7 +234,7 @@ def _assert_between(values: npt.NDArray[Any], lower: Numbers, upper: Numbers) ->
 
 @cache
 def stored(number: int, origin: CacheSettings) -> TargetRows:
-    """Return the rows of a fake sequence as a cache that captured them returns them."""
+    """Return the rows of a fake sequence as they come back from the cache that captured them."""
     arrays = encode_rows(made(number, origin).targets, origin.encoding)
     specs = manifest(origin).arrays
     kept = {name: values.astype(specs[name].dtype) for name, values in arrays.items()}
@@ -251,7 +252,7 @@ def _truth(number: int, is_bf16: bool) -> Numbers:
 
 @cache
 def _bounds(entry: Entry) -> tuple[Numbers, Numbers]:
-    """Return the least and the greatest log-prob, [target, vocab], that its encodings can have made of the truth."""
+    """Return the least and the greatest log-prob, [target, vocab], that the entry's encodings can yield."""
     lower = upper = _truth(entry.number, entry.origin.encoding == "bf16_logit")
     for encoding in entry.encodings:
         least, most = _rounded(lower, upper, encoding)
@@ -260,7 +261,7 @@ def _bounds(entry: Entry) -> tuple[Numbers, Numbers]:
 
 
 def _rounded(lower: Numbers, upper: Numbers, encoding: str) -> tuple[Numbers, Numbers]:
-    if encoding == "root8":  # the fourth root to 1/256; 0 is read as a quarter of a step
+    if encoding == "root8":  # the fourth root is rounded by up to 1/256; 0 is read as a quarter of a step
         return tuple(  # type: ignore[return-value]
             4 * np.log(np.maximum(np.exp(bound / 4) + half / 256, 0.25 / 128))
             for bound, half in ((lower, -1), (upper, 1))

@@ -1,10 +1,11 @@
-"""The disk operations of a process, intercepted: to count them, to fail them, to die in them, to lose power.
+"""The disk operations of a process, intercepted: tests count them, fail them, die in them, or lose power.
 
-    with Watch(folder, before) as watch: ...    # `before` sees every operation below the folder, and may raise or kill
-    after_power_loss(watch.log, model, rng)     # what could be on the disk, had the power failed then
+    with Watch(folder, before) as watch: ...    # `before` is called before every operation below the folder
+    after_power_loss(watch.log, model, rng)     # files that a disk may hold after a power loss at this point
 
-The disk that is modelled promises what POSIX does and no more: a file's bytes are safe once it was synced, the names in
-a folder once the folder was; a rename is all or nothing; what is not synced may be there or not, in any combination.
+The modelled disk promises no more than POSIX does. The bytes of a file are safe once the file is synced, and the names
+in a folder once the folder is synced. A rename happens as a whole or not at all. Any combination of changes that were
+not synced may survive.
 """
 
 import builtins
@@ -28,18 +29,18 @@ ROOT = "."
 
 @dataclass(frozen=True)
 class Operation:
-    """Something asked of the disk; paths are relative to the folder that is watched."""
+    """One operation; paths are relative to the watched folder."""
 
     kind: Kind
     path: str
     source: str = ""
-    """What is renamed or linked to `path`; empty where it lies elsewhere."""
+    """The file that is renamed or linked to `path`; empty if the file lies outside of the folder."""
     data: bytes = b""
-    """The bytes that are written, or those of the file that is synced, renamed or linked."""
+    """The written bytes, or the bytes of the file that is synced, renamed or linked."""
 
 
 class Watch(contextlib.AbstractContextManager["Watch"]):
-    """Sees every operation below a folder before it happens, and keeps those that did."""
+    """Calls `before` with every operation below a folder, then performs it and adds it to `log`."""
 
     def __init__(self, root: Path, before: Callable[[Operation], None] = lambda _: None) -> None:
         self.log: list[Operation] = []
@@ -76,7 +77,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._patches.enter_context(mock.patch.object(module, name, value))
 
     def _opening(self, real: Any) -> Any:
-        """Return `os.open` or `open`, watched: a file that is made is an operation, and so is all that it writes."""
+        """Return `os.open` or `open`, watched: making a file is an operation, and so is each write to the file."""
 
         def patched(path: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
             writes = bool(mode & (os.O_CREAT | os.O_TRUNC)) if isinstance(mode, int) else set(mode) & set("wxa+")
@@ -128,12 +129,12 @@ class _File(contextlib.AbstractContextManager["_File"]):
 
 
 class FailingReads(contextlib.AbstractContextManager["FailingReads"]):
-    """Counts what is asked of the files below a folder to read, look for or list them; the n-th of it fails."""
+    """Counts the operations that read, look for or list files below a folder; the n-th operation fails."""
 
     def __init__(self, root: Path, at: int = 0, cause: int = errno.EIO) -> None:
         self.count = 0
         self.asked = ""
-        """What failed."""
+        """The operation that failed."""
         self._root, self._at, self._cause = str(root), at, cause
         self._patches = contextlib.ExitStack()
 
@@ -171,7 +172,7 @@ class FailingReads(contextlib.AbstractContextManager["FailingReads"]):
 
 
 class _FailingFile(contextlib.AbstractContextManager["_FailingFile"]):
-    """A file that asks before it reads."""
+    """A file that calls `before` ahead of each read."""
 
     def __init__(self, file: Any, before: Callable[[], None]) -> None:
         self._file, self._before = file, before
@@ -208,11 +209,11 @@ def put_files(root: Path, files: dict[str, bytes]) -> None:
 
 _FOLDER = -1
 _Entries = dict[str, int | None]
-"""What a path names: the number of a file, a folder, or nothing."""
+"""The number of the file at a path, _FOLDER for a folder, or None for a path that was deleted."""
 
 
 class _Disk:
-    """What is safe, and what was asked for since and may or may not come to be."""
+    """The safe entries, and the later changes, which may be lost."""
 
     def __init__(self) -> None:
         self._safe: _Entries = {}

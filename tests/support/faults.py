@@ -40,7 +40,7 @@ Run = dict[str, Any]
 
 
 def outcome(run: Run, config: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Fork, let the run happen, and return what came of it."""
+    """Fork, carry out the run in the child, and return its outcome."""
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as measured:
         child = os.fork()
         if not child:
@@ -71,7 +71,7 @@ def capture(run: Run, config: dict[str, Any], seconds: float, measured: Any) -> 
         if fault not in (None, "teacher") and count == at:
             happen(fault, asked, Path(run["out"]))
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever nohup or a shell's & made of them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup, or & in a shell, may have changed the handlers
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if fault == "kill" and at < 1:
         threading.Timer(at * seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -102,9 +102,9 @@ def todi(words: list[str]) -> int:
 
 
 def load_once(config: dict[str, Any]) -> None:
-    """Load teacher and data set here, for all the runs to come, and capture once: the first is slow."""
+    """Load teacher and data set for all later runs, and capture once, because a first capture is slow."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    os.fsync = lambda _: None  # a process that dies takes nothing unsynced with it
+    os.fsync = lambda _: None  # unsynced data survive the death of a process
     teacher = todi_offline.capturing.loading.load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
     lengths = {name: value for name, value in config["settings"].items() if name.startswith("max_")}
     examples = load_examples(DataConfig(data=config["data"], **lengths), teacher.tokenizer)
@@ -115,7 +115,7 @@ def load_once(config: dict[str, Any]) -> None:
 
 
 def happen(fault: str, asked: Operation, root: Path) -> None:
-    """Let a fault befall a process as it is about to do something to the disk."""
+    """Make a fault happen just before an operation of the disk."""
     if fault == "kill":
         if asked.kind == "write":  # half of it is written
             (root / asked.path).write_bytes(asked.data[: len(asked.data) // 2])
@@ -129,7 +129,7 @@ def happen(fault: str, asked: Operation, root: Path) -> None:
 
 
 def failing_teacher(at: int) -> Any:
-    """Let the teacher run out of memory at its n-th batch."""
+    """Return a patch with which the teacher runs out of memory at its n-th batch."""
     real: Callable[..., Any] = todi_offline.capturing.engines.queue_targets
     count = 0
 

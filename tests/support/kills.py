@@ -6,7 +6,7 @@ This is a program that imports everything once, and forks for each run:
 
 A run is a line of JSON, {"name": operation, "folder": inputs, "out": place, "at": instant}; an outcome is {"code": ...,
 "operations": ...}. An instant is the number of an operation of the disk at `out`, before which the process dies; 0 for
-never. Half of what it was about to write is written then.
+never. If the operation is a write, half of its data are written.
 """
 
 import json
@@ -60,7 +60,7 @@ OPERATIONS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def outcome(run: dict[str, Any]) -> dict[str, Any]:
-    """Fork, let the run happen, and return what came of it."""
+    """Fork, carry out the run in the child, and return its outcome."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -79,7 +79,7 @@ def outcome(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(run: dict[str, Any]) -> dict[str, int]:
-    """Run an operation in this process, unless it dies before it is done; return how much it asked of the disk."""
+    """Run an operation in this process, which may be killed midway; return the number of its disk operations."""
     count, at = 0, run["at"]
 
     def before(asked: Operation) -> None:
@@ -96,6 +96,6 @@ def work(run: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    os.fsync = lambda _: None  # a process that dies takes nothing unsynced with it
+    os.fsync = lambda _: None  # unsynced data survive the death of a process
     for line in sys.stdin:
         print(json.dumps(outcome(json.loads(line))), flush=True)

@@ -37,7 +37,7 @@ def s3_server() -> Iterator[str]:
 
 
 def _forget_buckets(host: str, port: int) -> None:
-    """Empty what moto remembers: the servers of one process share their buckets."""
+    """Delete all buckets of moto: the servers of one process share them."""
     connection = http.client.HTTPConnection(host, port)
     with contextlib.closing(connection):
         connection.request("POST", "/moto-api/reset")
@@ -46,7 +46,7 @@ def _forget_buckets(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def s3_bucket() -> Iterator["Proxy"]:
-    """Yield a proxy before an S3 server with one bucket, which is where `s3://bucket` leads meanwhile."""
+    """Yield a proxy in front of an S3 server with one bucket. Within this context `s3://bucket` is that bucket."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "AWS_ACCESS_KEY_ID": "key",
@@ -72,7 +72,7 @@ class _Rule:
 
 
 class Proxy:
-    """Forwards to a server; `requests` holds the (method, path) of all that came."""
+    """Forwards to a server; `requests` holds the method and path of every request."""
 
     def __init__(self, endpoint: str) -> None:
         self.target = endpoint.removeprefix("http://")
@@ -94,11 +94,11 @@ class Proxy:
         self._server.server_close()
 
     def break_next(self, fault: Fault, method: str, path: str, times: int = 1) -> None:
-        """Have the next requests of a method whose path ends so
+        """Make the next requests of a method fail if their paths end in `path`.
 
-        refuse: answered with 403, fail: with 500; lose: carried out, then answered with 500; cut: their connection
-        closed in the middle of the body; shorten: answered with half of the body, as if that were all; stall: never
-        answered.
+        refuse: answer with 403. fail: answer with 500. lose: carry the request out, then answer with 500. cut: close
+        the connection in the middle of the body. shorten: answer with half of the body as if it were the whole.
+        stall: never answer.
         """
         self._rules.append(_Rule(fault, method, path, times))
 
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Write no log."""
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -8,20 +8,20 @@ each run as torchrun starts them:
 A run is a line of JSON:
 
     out       where the cache is written
-    size      how many ranks
-    words     more words of the command line
-    signals   [[rank, seconds, name], ...]: sent to a rank so many seconds after the start
-    poison    {"id": example, "how": "raise", "kill", "preempt" or "stall"}: what its teacher does at an example;
+    size      the number of ranks
+    words     additional words of the command line
+    signals   [[rank, seconds, name], ...]: each is sent to the rank this many seconds after the start
+    poison    {"id": example, "how": "raise", "kill", "preempt" or "stall"}: the fault of the teacher at an example;
               preempt: its process gets SIGTERM there
     odd       {"rank": number, "what": "data", "teacher", "versions" or "broken"}: how one rank differs from the others
-    lease     seconds: ranks cannot tell whether the holder of a lock is dead, and wait for so long a lease
-    environ   more variables of the environment
+    lease     seconds: ranks cannot tell whether the holder of a lock is dead, and wait for a lease of this length
+    environ   additional environment variables
     loads     whether each rank loads the teacher itself
-    restarts  for each attempt but the last, its `signals`; the attempts share a store, as those of torchrun do
+    restarts  the `signals` of each attempt but the last; the attempts share a store, as under torchrun
 
 An outcome, of the last attempt, is {"codes": [...], "errors": [...], "output": ..., "seconds": ..., "were_ended": ...,
-"are_stuck": ...}. As torchrun does, the program ends the ranks that are left when one has failed, but after some
-seconds, in which they should have ended by themselves: `were_ended` says that they had not.
+"are_stuck": ...}. When a rank fails, torchrun ends the remaining ranks. This program waits some seconds first, in which
+they should end by themselves; `were_ended` is true if they did not.
 """
 
 import contextlib
@@ -58,15 +58,15 @@ from todi_offline.errors import ModelError
 from todi_offline.teacher.in_transformers import TeacherConfig, as_teacher, load_teacher
 
 GRACE_SECONDS = 5.0
-"""After the end of the first rank that fails, for the others to end by themselves."""
+"""The time that the other ranks get to end by themselves after the first failure."""
 LIMIT_SECONDS = 90.0
-"""After which ranks are stuck, and are killed."""
+"""Ranks that take longer count as stuck and are killed."""
 
 Run = dict[str, Any]
 
 
 def outcome(run: Run, config: dict[str, Any]) -> dict[str, Any]:
-    """Let a job run, and those that torchrun would start again before it; return what came of the last one."""
+    """Run all attempts of a job, as torchrun restarts it; return the outcome of the last attempt."""
     restarts = run.get("restarts", [])
     shared: Any = None
     if restarts:
@@ -81,7 +81,7 @@ def outcome(run: Run, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def job(run: Run, config: dict[str, Any], environ: dict[str, str], signals: list[Any]) -> dict[str, Any]:
-    """Fork the ranks of one attempt, send them their signals, and wait for all of them, but not for ever."""
+    """Fork the ranks of one attempt, send them their signals, and wait for all of them up to a limit."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * run["size"])]
         outputs, errors = files[::2], files[1::2]
@@ -121,7 +121,7 @@ def job(run: Run, config: dict[str, Any], environ: dict[str, str], signals: list
 
 
 def reap(ranks: dict[int, int], codes: dict[int, int], options: int) -> None:
-    """Take out the ranks that have ended, and note their exit codes."""
+    """Remove the ranks that have ended from `ranks`, and record their exit codes."""
     for rank, process in list(ranks.items()):
         ended, status = os.waitpid(process, options)
         if ended:
@@ -130,7 +130,7 @@ def reap(ranks: dict[int, int], codes: dict[int, int], options: int) -> None:
 
 
 def fork(run: Run, config: dict[str, Any], environ: dict[str, str], rank: int, output: int, errors: int) -> int:
-    """Return the process of a rank, which ends with this one."""
+    """Start a rank and return its process, which ends when this process ends."""
     child = os.fork()
     if child:
         return child
@@ -159,7 +159,7 @@ def fork(run: Run, config: dict[str, Any], environ: dict[str, str], rank: int, o
 
 @contextlib.contextmanager
 def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
-    """Within, the teacher fails at an example, or ends its process."""
+    """Within this context, the teacher fails at an example, or ends its process."""
     if poison is None:
         yield
         return
@@ -182,7 +182,7 @@ def poisoned(poison: dict[str, str] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leased(seconds: float | None) -> Iterator[None]:
-    """Within, this process knows of no other one of the machine, as if each ran on a machine of its own."""
+    """Within this context, no process can tell whether another one lives, as if each had a machine of its own."""
     if seconds is None:
         yield
         return
@@ -197,7 +197,7 @@ def leased(seconds: float | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def odd(oddity: dict[str, Any], rank: int) -> Iterator[None]:
-    """Within, a rank differs from the others."""
+    """Within this context, a rank differs from the others."""
     what = oddity.get("what") if oddity.get("rank") == rank else None
     with contextlib.ExitStack() as stack:
         if what == "data":
@@ -226,9 +226,9 @@ def free_port() -> int:
 
 
 def load_once(config: dict[str, Any]) -> None:
-    """Load teacher and data set here, for all the runs to come, and capture once: the first is slow."""
+    """Load teacher and data set for all later runs, and capture once, because a first capture is slow."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    os.fsync = lambda _: None  # a process that dies takes nothing unsynced with it
+    os.fsync = lambda _: None  # unsynced data survive the death of a process
     teacher = load_teacher(TeacherConfig(teacher=config["teacher"], device="cpu"))
     lengths = {name: value for name, value in config["settings"].items() if name.startswith("max_")}
     examples = load_examples(DataConfig(data=config["data"], **lengths), teacher.tokenizer)

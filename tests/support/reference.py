@@ -29,7 +29,7 @@ def tail_logsumexp(logprobs: Vector, kept: Sequence[int], temperature: float) ->
 
 
 def conditional_tail(logprobs: Vector, kept: Sequence[int], temperature: float) -> dict[int, float]:
-    """The probability of each id of the tail, given that it is one of the tail."""
+    """Return the probability of each tail id, given that the tail was hit."""
     tail = off(kept, len(logprobs))
     weights = [math.exp(logprobs[j] / temperature) for j in tail]
     return {j: weight / math.fsum(weights) for j, weight in zip(tail, weights, strict=True)}
@@ -56,8 +56,8 @@ def tail_forward_kl(p: Vector, q: Vector, kept: Sequence[int]) -> float:
     return math.fsum(p[j] * math.log(p[j] / p_tail * q_tail / q[j]) for j in tail)
 
 
-# The divergences, of positive p and q that need not sum to one. Where a gradient is stopped, the q used there
-# is an argument of its own, so that finite differences can hold it fixed.
+# The divergences of positive p and q, which need not sum to one. Where the library stops a gradient, `gate_q` is the q
+# there, so that finite differences can hold it fixed.
 
 
 def todi(p: Vector, q: Vector, beta: float = 1.0, gate_q: Vector | None = None) -> float:
@@ -128,7 +128,7 @@ def alpha_mixture(p: Vector, q: Vector, alpha: float = 0.0, lam: float = 0.1) ->
 
 
 def concrete_score(p: Vector, q: Vector, gate_q: Vector | None = None) -> float:
-    """All pairs: half of sum q_i q_j (r_i - r_j)^2 / 2 over the sum of q."""
+    """Return half of the sum over all pairs of q_i q_j (r_i - r_j)^2 / 2, over the sum of q."""
     gate_q = q if gate_q is None else gate_q
     r = np.log(p / q)
     pairs = math.fsum(
@@ -143,7 +143,7 @@ def entropy_gate(p: Vector, q: Vector, threshold: float = 1.0) -> float:
 
 
 def decoupled_kl(p: Vector, q: Vector, kept: Sequence[int], masses: float, head: float, tail: float) -> float:
-    """The three terms of forward KL, each with a weight."""
+    """Return the sum of the three terms of forward KL, each with its weight."""
 
     def inside(ids: Sequence[int]) -> float:
         p_mass, q_mass = math.fsum(p[ids]), math.fsum(q[ids])
@@ -186,7 +186,7 @@ def finite_difference(function: Callable[[Vector], float], point: Vector, step: 
 
 
 def todi_entry_gradients(p: Vector, q: Vector, beta: float, detached: bool = True) -> Vector:
-    """u_i, the derivative of ToDi by log q_i; without the detach the gate's own derivative comes on top."""
+    """Return u_i, the derivative of ToDi by log q_i; without `detached`, the derivative of the gate is added."""
     r = np.log(p / q)
     a = 1 / (1 + np.exp(-beta * r))
     u = -a * p + (1 - a) * q * (1 - r)
@@ -194,13 +194,13 @@ def todi_entry_gradients(p: Vector, q: Vector, beta: float, detached: bool = Tru
 
 
 def todi_gradient(p: Vector, q: Vector, beta: float, temperature: float, detached: bool = True) -> Vector:
-    """The gradient by the student's logits, dense: (u_j - q_j G) / T."""
+    """Return the dense gradient by the student's logits: (u_j - q_j G) / T."""
     u = todi_entry_gradients(p, q, beta, detached)
     return (u - q * u.sum()) / temperature
 
 
 def todi_bucket_gradient(p: Vector, q: Vector, kept: Sequence[int], beta: float, temperature: float) -> Vector:
-    """The same with a bucket: a kept j has u_j - q_j G, any other q_j (u_tail / q_tail - G), over T."""
+    """Return the gradient with a bucket: u_j - q_j G at a kept j, q_j (u_tail / q_tail - G) elsewhere, over T."""
     p_entries, q_entries = with_bucket(p, kept), with_bucket(q, kept)
     u = todi_entry_gradients(p_entries, q_entries, beta)
     gradient = q * (u[-1] / q_entries[-1] - u.sum())
@@ -210,7 +210,7 @@ def todi_bucket_gradient(p: Vector, q: Vector, kept: Sequence[int], beta: float,
 
 
 def renormalised_forward_kl(p: Vector, q: Vector, kept: Sequence[int]) -> float:
-    """What the library does not offer: the teacher's top k made to sum to one, against the student's own."""
+    """Return the KL from the renormalised top k of the teacher to the student, which the library does not offer."""
     return math.fsum(p[i] / p[kept].sum() * math.log(p[i] / p[kept].sum() / q[i]) for i in kept)
 
 
