@@ -7,9 +7,10 @@ Rooms, and in each the order in which to read:
     store/      the place of a cache, a folder or a URL: base, local, locks, remote, staging
 
     objects         a store -> its objects, parsed and compared with their sums
+    fetching        tasks on the objects of a store -> their results; many at once in an object store
     shard_file      one Zarr shard file -> decoded rows
     stored          one cache -> its sequences
-    reader          caches, or a part of one -> sequences in any order: `open_cache`, `union`, `select`
+    reader          caches, or a part of one -> sequences in any order: `open_cache`, `union`, `select`, `read_all`
 
     planning        a data set and the sequences of its cache -> the shards to capture
     shard_writer    rows -> one committed shard, in any process
