@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,31 @@ def test_a_lock_is_taken_once_and_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(CacheLockedError, match=f"is being written by process {os.getpid()} on "):
             FolderLock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+ORPHAN = """
+import os, signal, sys
+from pathlib import Path
+from todi_offline.cache.store.locks import FolderLock
+
+ready, say = os.pipe()
+with FolderLock(Path(sys.argv[1])):
+    if os.fork() == 0:
+        os.write(say, b"x")
+        sys.stdin.read()  # until the test ends
+        os._exit(0)
+    os.read(ready, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_child_that_outlives_the_killed_holder_of_a_lock_does_not_hold_it(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", ORPHAN, str(tmp_path)], stdin=subprocess.PIPE)
+    assert holder.wait() == -signal.SIGKILL
+    with FolderLock(tmp_path):
+        pass
+    assert holder.stdin is not None
+    holder.stdin.close()
 
 
 def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,14 +96,16 @@ def read_holder(store: Store) -> Holder | None:
         return None
 
 
-def require_held(store: Store, token: str) -> None:
+def require_held(store: Store, token: str, *, or_released: bool = False) -> None:
     """Refuse to continue after another process has taken over the lock with this token.
+
+    With `or_released`, a process may also continue that holds no lock any more, as long as no other one does.
 
     Raises:
         CacheLockedError: another process holds the lock, or has held it since; names that process if it can.
     """
     holder = read_holder(store)
-    if holder is not None and holder.token == token:
+    if or_released if holder is None else holder.token == token:
         return
     who = "another process" if holder is None else str(holder)
     raise CacheLockedError(
@@ -152,6 +155,7 @@ class FolderLock:
         except BaseException:
             os.close(self._descriptor)
             raise
+        _taken.add(self)
         return self
 
     def _lock(self) -> None:
@@ -179,12 +183,25 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the file of the lock, unless its name belongs to another file by now, and release the lock."""
+        if self not in _taken:  # in a child
+            return
+        _taken.remove(self)
         try:
             if self._is_current():
                 with contextlib.suppress(OSError):  # a file that cannot be removed locks nothing
                     self._path.unlink()
         finally:
             os.close(self._descriptor)
+
+
+def _after_fork() -> None:
+    """Let a child hold no lock: it may outlive its parent, such as a worker that loads data, and would block others."""
+    while _taken:
+        os.close(_taken.pop()._descriptor)
+
+
+_taken: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class LeaseLock:
