@@ -1,6 +1,7 @@
 """A note on an attempt at a shard is small, checked like any object, and never taken for a part of the cache."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from todi_offline.cache.check.repair import repair_cache
 from todi_offline.cache.check.verify import verify_cache
 from todi_offline.cache.format.names import attempt_key, record_key
 from todi_offline.cache.format.notes import MAX_NOTE_BYTES, Note
-from todi_offline.cache.objects import noted_shards
+from todi_offline.cache.objects import noted_shards, read_note
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.writer import CacheWriter
@@ -22,6 +23,12 @@ from todi_offline.errors import CacheCorruptError, CacheError, CacheFormatError,
 
 NUMBERS = st.integers(0, 9)
 NOTE = Note(shard=2, num_examples=12, ended=(None, 5), num_read=5)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sync nothing for real."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @given(
@@ -122,6 +129,23 @@ def test_a_note_is_replaced_and_deleted_by_the_holder_of_the_lock_alone(place: s
         assert writer.notes() == {}
     with pytest.raises(CacheLockedError):
         shards.write_note(NOTE)
+    shards.restore_note(NOTE)  # an attempt that is given up when the lock is released
+    shards.delete_note(2)
+    assert noted_shards(shards.store) == []
+
+
+def test_a_stalled_process_leaves_the_notes_of_its_successor_alone(place: str) -> None:
+    stalled = begun(place)
+    with stalled:
+        shards = stalled.shards
+    successor = begun(place)
+    with successor:
+        successor.shards.write_note(NOTE)
+        with pytest.raises(CacheLockedError, match="was taken over by process"):
+            shards.delete_note(2)
+        with pytest.raises(CacheLockedError, match="was taken over by process"):
+            shards.restore_note(Note(shard=2, num_examples=12, ended=()))
+        assert read_note(successor.store, 2) == NOTE
 
 
 def test_of_an_unfinished_cache_a_note_is_no_damage_and_a_repair_leaves_it(tmp_path: Path) -> None:

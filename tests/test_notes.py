@@ -1,5 +1,6 @@
 """The notes of a process: they are gone after a commit, an error or a signal, and stay after a death."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ class Recorded:
         self._fail()
         self.notes[note.shard] = note
 
+    def restore_note(self, note: Note) -> None:
+        self.write_note(note)
+
     def delete_note(self, shard: int) -> None:
         self._fail()
         self.notes.pop(shard, None)
@@ -45,6 +49,12 @@ class Recorded:
     def _fail(self) -> None:
         if self.is_broken:
             raise CacheError("no disk")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sync nothing for real."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def note(shard: int, *ended: int | None) -> Note:

@@ -105,8 +105,17 @@ class ShardWriter:
         with naming_successor(self.store, self.token):
             self.store.write(attempt_key(note.shard), note.to_bytes())
 
+    def restore_note(self, note: Note) -> None:
+        """Put back what was known before an attempt that is given up; raises as `write_note`.
+
+        The coordinator may have released the lock by then. The note of another process stays as it is.
+        """
+        require_held(self.store, self.token, or_released=True)
+        self.store.write(attempt_key(note.shard), note.to_bytes())
+
     def delete_note(self, shard: int) -> None:
-        """Delete the note on an attempt at a shard, if there is one; raises as `write_note`."""
+        """Delete the note on an attempt at a shard, if there is one; else as `restore_note`."""
+        require_held(self.store, self.token, or_released=True)
         with naming_successor(self.store, self.token):
             self.store.delete(attempt_key(shard))
 

@@ -17,7 +17,7 @@ from types import MappingProxyType, TracebackType
 
 import pyarrow as pa
 
-from todi_offline.cache.fetching import at_once
+from todi_offline.cache.fetching import at_once, for_each
 from todi_offline.cache.format.manifest import Manifest, Part
 from todi_offline.cache.format.names import (
     APPEND_KEY,
@@ -107,9 +107,7 @@ class CacheWriter:
             CacheFormatError, CacheCorruptError: an object is no note.
         """
         missing, found = set(self.missing_shards()), noted_shards(self.store)
-        for shard in found:
-            if shard not in missing:
-                self.shards.delete_note(shard)
+        for_each(self.store, self.shards.delete_note, [shard for shard in found if shard not in missing])
         self._noted = [shard for shard in found if shard in missing]
         notes = at_once(lambda shard: read_note(self.store, shard), self._noted)
         return {note.shard: note for note in notes}
@@ -142,8 +140,7 @@ class CacheWriter:
             raise CacheIncompleteError(
                 f"{self.store} cannot be sealed: shards {missing} are not committed; run again the capture of {whose}"
             )
-        for shard in self._noted:
-            self.shards.delete_note(shard)
+        for_each(self.store, self.shards.delete_note, self._noted)
         if not self.is_sealed:
             commits = dict(enumerate(self._root.commits))
             written = [shard for shard in range(self.manifest.num_shards) if commits.get(shard) is None]

@@ -65,7 +65,7 @@ class Notes:
                     if note is None:
                         self._writer.delete_note(shard)
                     else:
-                        self._writer.write_note(note)
+                        self._writer.restore_note(note)
 
     def __enter__(self) -> "Notes":
         """Do nothing yet."""
