@@ -245,13 +245,14 @@ def _farewell(farewell: Callable[[], None]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, name="todi_offline SIGTERM", daemon=True)
     thread.start()
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Python then writes the signal to the socket
+    # Set first and reset last: while the handler stands, Python writes the signal to the socket, and none is lost.
     descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(descriptor)
         sender.close()
         thread.join()
         receiver.close()
