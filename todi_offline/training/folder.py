@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,14 +105,17 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
     return Start(checkpoint, before, is_changed=bool(lines))
 
 
-def require_steps_left(start: Start, planned_steps: int) -> None:
+def require_steps_left(start: Start, num_planned_steps: Callable[[], int]) -> None:
     """Refuse to resume a checkpoint with other settings that plan no step after it.
+
+    Counting the planned steps lays out an epoch, so it is done where it matters.
 
     Raises:
         ConfigError: with the ways to train on.
     """
     if start.checkpoint is None or not start.is_changed:
         return
+    planned_steps = num_planned_steps()
     if (step := _step(Path(start.checkpoint))) >= planned_steps:
         raise ConfigError(
             f"{start.checkpoint} is already at step {step:,} and the new settings end at step {planned_steps:,}, so no "

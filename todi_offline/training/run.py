@@ -283,7 +283,7 @@ def _run_here(
         callbacks=callbacks,
     )
     print_rows(trainer)
-    require_steps_left(start, trainer.num_planned_steps())
+    require_steps_left(start, trainer.num_planned_steps)
     trainer.accelerator.wait_for_everyone()  # every rank has read the folder before the first rank changes it
     if trainer.is_world_process_zero():
         begin(config.out, parts, start)
