@@ -158,6 +158,23 @@ def test_of_an_unfinished_cache_a_note_is_no_damage_and_a_repair_leaves_it(tmp_p
     assert len(open_cache(tmp_path / "cache", allow_unsealed=True)) == 1
 
 
+def test_a_note_that_a_running_capture_deletes_meanwhile_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begun(tmp_path / "cache") as writer:
+        writer.shards.write_note(NOTE)
+        real = LocalStore.read
+
+        def late(store: LocalStore, key: str, limit: int | None = None) -> bytes:
+            if key == attempt_key(2):
+                writer.shards.delete_note(2)
+            return real(store, key, limit)
+
+        monkeypatch.setattr(LocalStore, "read", late)
+        assert [problem for problem in verify_cache(tmp_path / "cache") if not problem.is_note] == []
+        assert noted_shards(writer.store) == []
+
+
 @pytest.mark.parametrize("data", [b"{}", b"x" * (MAX_NOTE_BYTES + 1)])
 def test_a_damaged_note_is_refused_and_a_repair_deletes_it(tmp_path: Path, data: bytes) -> None:
     root = tmp_path / "cache"

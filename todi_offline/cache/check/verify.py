@@ -58,7 +58,7 @@ from todi_offline.cache.objects import (
 )
 from todi_offline.cache.progress import Progress, no_progress
 from todi_offline.cache.store import Store, open_store
-from todi_offline.errors import CacheError, CacheFormatError
+from todi_offline.errors import CacheError, CacheFormatError, CacheIncompleteError
 
 _STABLE_METADATA = ("shape", "data_type", "chunk_grid", "codecs", "fill_value")  # every release of zarr writes these
 
@@ -198,7 +198,7 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
         shard = shard_of(key)
         is_named = shard is None or (shard < num_shards and key in {record_key(shard), *object_keys(root, shard)})
         if shard is not None and is_attempt(key):
-            yield _note_problem(store, key, shard, is_begun=shard < num_shards)
+            yield from _note_problems(store, key, shard, is_planned=shard < num_shards)
         elif is_temporary(key):
             yield Problem(key, "a stopped writer has left it behind", drop(key), is_note=True)
         elif is_own(key) and (not is_named or key in old):
@@ -210,15 +210,19 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
         yield Problem(name, "it is not part of the cache and stays as it is", NOTHING, is_note=True)
 
 
-def _note_problem(store: Store, key: str, shard: int, *, is_begun: bool) -> Problem:
+def _note_problems(store: Store, key: str, shard: int, *, is_planned: bool) -> Iterator[Problem]:
     """Describe the note on an attempt at a shard; a capture goes on with a sound one and refuses any other."""
-    if not is_begun or store.size(record_key(shard)) is not None:
-        return Problem(key, "the attempt at the shard is over", drop(key), is_note=True)
+    if not is_planned or store.size(record_key(shard)) is not None:
+        yield Problem(key, "the attempt at the shard is over", drop(key), is_note=True)
+        return
     try:
         read_note(store, shard)
+    except CacheIncompleteError:  # a capture that runs has just committed the shard
+        return
     except CacheError as error:
-        return Problem(key, str(error), remedy_of(error, drop(key)))
-    return Problem(key, "a capture has begun the shard and not committed it", GO_ON, is_note=True)
+        yield Problem(key, str(error), remedy_of(error, drop(key)))
+    else:
+        yield Problem(key, "a capture has begun the shard and not committed it", GO_ON, is_note=True)
 
 
 def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:
