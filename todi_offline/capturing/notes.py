@@ -20,21 +20,21 @@ class Notes:
         """Take what writes to the cache."""
         self._writer = writer
         self._lock = threading.Lock()
-        self._innocent: dict[int, Note | None] = {}
+        self._before: dict[int, Note | None] = {}
         self._has_stopped = False
 
-    def begin(self, dead: Note, innocent: Note | None) -> None:
-        """Leave the note `dead`, for the case that this process dies at the shard.
+    def begin(self, note: Note, before: Note | None) -> None:
+        """Leave a note for the case that this process dies at the shard.
 
-        `innocent` takes its place when the attempt is given up without a death; None for no note.
+        `before` takes its place when the attempt is given up without a death; None for no note.
 
         Raises:
             CacheError: the note cannot be written.
         """
         with self._lock:
             if not self._has_stopped:
-                self._innocent[dead.shard] = innocent
-                self._writer.write_note(dead)
+                self._before[note.shard] = before
+                self._writer.write_note(note)
 
     def keep(self, note: Note) -> None:
         """Write a note that stays when this process ends.
@@ -52,15 +52,15 @@ class Notes:
             CacheError: the note cannot be deleted.
         """
         with self._lock:
-            if self._innocent.pop(shard, self) is not self:
+            if self._before.pop(shard, self) is not self:
                 self._writer.delete_note(shard)
 
     def stop(self) -> None:
         """Take back what is said of the shards that are under way, as far as the store lets this process do so."""
         with self._lock:
             self._has_stopped = True
-            while self._innocent:
-                shard, note = self._innocent.popitem()
+            while self._before:
+                shard, note = self._before.popitem()
                 with contextlib.suppress(CacheError):
                     if note is None:
                         self._writer.delete_note(shard)
