@@ -171,7 +171,7 @@ def test_a_note_that_a_running_capture_deletes_meanwhile_is_no_damage(
             return real(store, key, limit)
 
         monkeypatch.setattr(LocalStore, "read", late)
-        assert [problem for problem in verify_cache(tmp_path / "cache") if not problem.is_note] == []
+        assert attempt_key(2) not in {problem.where for problem in verify_cache(tmp_path / "cache")}
         assert noted_shards(writer.store) == []
 
 
