@@ -1,5 +1,6 @@
 """Malformed caches: only errors of this library, bounded memory, and no file outside the cache's folder."""
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def changed_json(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
         nodes = list(_nodes(document))
         holder, key = nodes[number % len(nodes)]
         if kind == "value":
-            holder[key] = value
+            holder[key] = copy.deepcopy(value)  # a later change must not put a list into itself
         elif kind == "nest":
             holder[key] = [holder[key]]
         elif isinstance(holder, dict) and kind == "delete":
