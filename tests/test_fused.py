@@ -43,14 +43,6 @@ def test_kd_can_be_limited_to_selected_positions(kd_weight, temperature, positio
     assert (loss.item(), sums["kd"].item()) == (0, 0)
 
 
-def test_with_kd_alone_the_gradient_is_computed_from_the_selected_rows(chunks):
-    fused(*case(num_targets=10), kd_weight=1.0, positions="student-entropy:0.2", chunk_targets=4)
-    assert chunks == [4, 4, 2, 2]
-    chunks.clear()
-    fused(*case(num_targets=10), kd_weight=0.9, positions="student-entropy:0.2", chunk_targets=4)
-    assert chunks == [4, 4, 2, 4, 4, 2]
-
-
 @pytest.mark.parametrize("k", [0, 1])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_samples_alone_may_be_the_targets(temperature, k):
