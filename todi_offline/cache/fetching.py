@@ -17,10 +17,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def at_once(function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
-    """Return the results of a function, as `map` does; the calls run in threads."""
+def streamed(function: Callable[..., R], *arguments: Iterable[Any]) -> Iterator[R]:
+    """Yield the results of a function, as `map` does; the calls run in threads, and all begin with the first result."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        return list(pool.map(function, *arguments))
+        yield from pool.map(function, *arguments)
+
+
+def at_once(function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:
+    """Return the results of a function: those of `streamed`, as a list."""
+    return list(streamed(function, *arguments))
 
 
 def for_each(store: Store, function: Callable[..., R], *arguments: Iterable[Any]) -> list[R]:

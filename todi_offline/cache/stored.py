@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from todi_offline.cache.fetching import at_once, fetch
+from todi_offline.cache.fetching import at_once, fetch, streamed
 from todi_offline.cache.format.encoding import decode_rows
 from todi_offline.cache.format.keys import ContentKeys
 from todi_offline.cache.format.manifest import Manifest
@@ -21,7 +20,6 @@ from todi_offline.cache.objects import committed_shards, open_shard, read_record
 from todi_offline.cache.store import Store
 from todi_offline.errors import CacheCorruptError, CacheError, CacheIncompleteError
 
-_READERS = 16  # threads; each waits for a store
 _PLACE = ("shard", "token_start", "num_tokens", "target_start", "num_targets")
 _NUMBERS = (*_PLACE, "teacher_nll", "topk_mass")
 
@@ -61,8 +59,7 @@ class StoredCache:
             raise CacheIncompleteError(f"{store} holds no committed shard yet; run its capture again")
         self.store = store
         self.manifest = manifest
-        with ThreadPoolExecutor(_READERS) as pool:
-            self.content_keys, self.columns = _joined(pool.map(partial(_read_columns, store, self.manifest), records))
+        self.content_keys, self.columns = _joined(streamed(partial(_read_columns, store, self.manifest), records))
         pa.default_memory_pool().release_unused()  # the threads leave as much again behind
         self._records = records
         self._objects = {key: found for record in records for key, found in record.objects.items()}
