@@ -1,12 +1,8 @@
 """Ranks of torchrun and accelerate share a capture, end together, and write the bytes of one process."""
 
-import hashlib
 import json
-import os
 import shutil
 import signal
-import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import Row
-from support.object_store import Proxy, s3_bucket
-from support.programs import Answering, run, started
-from support.tiny_models import save_llama
+from support.captures import LENGTHS, SMALL, Setting, example_of, records_of, sums_in_bucket, sums_of
+from support.object_store import endpoint_of, s3_bucket
+from support.programs import Answering
 
 import cache_tools.__main__ as tools
 from todi_offline.cache.check.diff import compare_caches
@@ -26,25 +22,9 @@ from todi_offline.cache.objects import noted_shards, read_note, read_record
 from todi_offline.cache.reader import open_cache
 from todi_offline.cache.store import LocalStore
 from todi_offline.cache.store.locks import FolderLock
-from todi_offline.cache.store.remote import RemoteStore
 from todi_offline.capturing import CaptureConfig
 from todi_offline.config import load_config
 from todi_offline.errors import ConfigError
-
-SMALL = {"k": 4, "tail_samples": 1, "shard_tokens": 4096, "codec": "fast", "batch_tokens": 1024}
-LENGTHS = {"max_length": 128, "max_prompt_length": 64}
-
-Sums = dict[str, str]
-
-
-def sums_of(root: Path) -> Sums:
-    """The SHA-256 of every file of a cache."""
-    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def records_of(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "commits").glob("*.json"))
 
 
 def notes_of(root: Path) -> dict[int, tuple[int | None, ...]]:
@@ -57,10 +37,8 @@ class Jobs:
     """The program of `rank_runs.py`, and the cache that a single process makes of its data."""
 
     def __init__(self, folder: Path, rows: list[Row]) -> None:
-        self.data = folder / "chats.jsonl"
-        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.teacher = save_llama(folder / "teacher", num_hidden_layers=1)
-        config = {"teacher": str(self.teacher), "data": str(self.data), "settings": SMALL | LENGTHS}
+        setting = Setting(folder, rows)
+        config = {"teacher": str(setting.teacher), "data": str(setting.data), "settings": SMALL | LENGTHS}
         self._program = Answering("rank_runs", config, folder / "log")
         self.whole_root = folder / "whole"
         assert self.run(self.whole_root, 1)["codes"] == [0]
@@ -78,11 +56,6 @@ class Jobs:
 
     def close(self) -> None:
         self._program.close()
-
-
-def example_of(jobs: Jobs, shard: int, number: int = 2) -> str:
-    """An example of a shard, by default the third one."""
-    return str(open_cache(jobs.whole_root).sequences.to_pandas().query(f"shard == {shard}")["id"].iloc[number])
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +106,7 @@ def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
     jobs: Jobs, tmp_path: Path, victim: int
 ) -> None:
     """Rank r has the shards r, r + 2, ...; its teacher ends it at an example of the second of them."""
-    found = jobs.run(tmp_path / "cache", poison={"id": example_of(jobs, 2 + victim), "how": "kill"})
+    found = jobs.run(tmp_path / "cache", poison={"id": example_of(jobs.whole_root, 2 + victim), "how": "kill"})
     assert found["codes"][victim] == -signal.SIGKILL
     assert found["codes"][1 - victim] == 1
     assert not found["were_ended"], found
@@ -148,7 +121,7 @@ def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
 def test_a_job_that_gets_sigterm_ends_and_can_be_resumed(jobs: Jobs, tmp_path: Path) -> None:
     """SIGTERM reaches a rank that waits for the other one, where a handler of Python's would not run."""
     root = tmp_path / "cache"
-    poison = {"id": example_of(jobs, 3), "how": "stall"}
+    poison = {"id": example_of(jobs.whole_root, 3), "how": "stall"}
     found = jobs.run(root, poison=poison, signals=[[rank, 2 * jobs.seconds, "SIGTERM"] for rank in (0, 1)])
     assert set(found["codes"]) <= {-signal.SIGTERM, 128 + signal.SIGTERM}, found
     assert not notes_of(root)
@@ -191,7 +164,7 @@ def test_an_example_at_which_the_teacher_fails_is_named_and_committed_shards_sta
     jobs: Jobs, tmp_path: Path, size: int
 ) -> None:
     root = tmp_path / "cache"
-    poison = {"id": example_of(jobs, 3), "how": "raise"}
+    poison = {"id": example_of(jobs.whole_root, 3), "how": "raise"}
     found = jobs.run(root, size, poison=poison)
     assert found["codes"] == [1] * size
     (line,) = errors_of(found)
@@ -213,8 +186,8 @@ def test_an_example_that_kills_its_process_is_found_by_the_runs_that_follow(
 ) -> None:
     """The first run dies at it, two more find it, the fourth names it; a preemption in between accuses nobody."""
     root, shard = tmp_path / "cache", 1
-    poison = {"id": example_of(jobs, shard), "how": "kill"}
-    preempted = {"id": example_of(jobs, shard, 1), "how": "preempt"}
+    poison = {"id": example_of(jobs.whole_root, shard), "how": "kill"}
+    preempted = {"id": example_of(jobs.whole_root, shard, 1), "how": "preempt"}
     whole_shard, itself = (None,), (None, 2)
     others = [name for name in records_of(jobs.whole_root) if name != f"{shard:06d}.json"]
 
@@ -248,7 +221,7 @@ def test_an_example_that_kills_its_process_is_found_by_the_runs_that_follow(
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_process_that_is_told_to_end_leaves_no_note(jobs: Jobs, tmp_path: Path, size: int) -> None:
-    found = jobs.run(tmp_path / "cache", size, poison={"id": example_of(jobs, 2), "how": "preempt"})
+    found = jobs.run(tmp_path / "cache", size, poison={"id": example_of(jobs.whole_root, 2), "how": "preempt"})
     assert all(found["codes"]), found
     assert not notes_of(tmp_path / "cache")
     assert jobs.run(tmp_path / "cache", size)["codes"] == [0] * size
@@ -258,7 +231,7 @@ def test_a_process_that_is_told_to_end_leaves_no_note(jobs: Jobs, tmp_path: Path
 @pytest.fixture(scope="module")
 def skipped(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
     """An example at which the teacher fails, and what one process makes of the data without it."""
-    root, poison = tmp_path_factory.mktemp("skipped") / "cache", {"id": example_of(jobs, 3), "how": "raise"}
+    root, poison = tmp_path_factory.mktemp("skipped") / "cache", {"id": example_of(jobs.whole_root, 3), "how": "raise"}
     found = jobs.run(root, 1, poison=poison, words=["--skip-failed"])
     assert found["codes"] == [0]
     assert json.loads(found["output"])["left_out"] == {poison["id"]: "RuntimeError: no kernel for this"}
@@ -319,7 +292,7 @@ def test_a_teacher_split_over_ranks_equals_the_whole_one(jobs: Jobs, tmp_path: P
     compared = compare_caches(split, whole)
     assert (compared["shared"], compared["only_first"], compared["only_second"]) == (len(whole), 0, 0)
     assert compared["targets"]["mean_kl"] < 1e-5, compared
-    poison = {"id": example_of(jobs, 2), "how": "kill"}
+    poison = {"id": example_of(jobs.whole_root, 2), "how": "kill"}
     killed = jobs.run(tmp_path / "again", words=words, loads=True, poison=poison)
     assert all(killed["codes"]), killed
     assert jobs.run(tmp_path / "again", words=words, loads=True)["codes"] == [0, 0]
@@ -357,25 +330,13 @@ def bucket() -> Iterator[dict[str, str]]:
         yield endpoint_of(proxy)
 
 
-def endpoint_of(proxy: Proxy) -> dict[str, str]:
-    """The variables by which another process finds the same bucket."""
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE")
-    return {name: os.environ[name] for name in names} | {"FSSPEC_S3_ENDPOINT_URL": f"http://{proxy.target}"}
-
-
-def sums_in_bucket(place: str) -> Sums:
-    """The SHA-256 of every object of a cache, the lock apart."""
-    store = RemoteStore(place)
-    return {key: hashlib.sha256(store.read(key, 2**26)).hexdigest() for key in store.find() if key != ".lock"}
-
-
 @pytest.mark.parametrize("lease", [None, 1.0])
 def test_ranks_write_to_an_object_store_and_the_next_job_takes_over_from_a_killed_one(
     jobs: Jobs, bucket: dict[str, str], lease: float | None
 ) -> None:
     """The next job sees that the holder of the lock is dead or, on another machine, that the lock stands still."""
     place = f"s3://bucket/{lease}"
-    poison = {"id": example_of(jobs, 3), "how": "kill"}
+    poison = {"id": example_of(jobs.whole_root, 3), "how": "kill"}
     found = jobs.run(place, environ=bucket, poison=poison, lease=lease)
     assert -signal.SIGKILL in found["codes"], found
     committed = sum(key.endswith(".json") for key in sums_in_bucket(place) if key.startswith("commits/"))
@@ -384,89 +345,3 @@ def test_ranks_write_to_an_object_store_and_the_next_job_takes_over_from_a_kille
     found = jobs.run(place, environ=bucket, lease=lease)
     assert found["codes"] == [0, 0], found
     assert sums_in_bucket(place) == jobs.whole
-
-
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
-}
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
-def test_the_command_runs_under_a_launcher(jobs: Jobs, tmp_path: Path, launcher: str) -> None:
-    root = tmp_path / "cache"
-    done = run([*launched(launcher), "-m", "todi_offline", *words_of(jobs, root)])
-    assert done.code == 0, done.errors
-    assert len(json.loads(done.output)["workers"]) == 2
-    assert sums_of(root) == jobs.whole
-
-
-@pytest.mark.slow
-def test_nodes_of_torchrun_share_a_capture(jobs: Jobs, tmp_path: Path) -> None:
-    """As `srun torchrun` starts them: one on each of two nodes, which are both this machine."""
-    root, endpoint = tmp_path / "cache", f"127.0.0.1:{free_port()}"
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
-    words = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv-id", "job", "-m", "todi_offline"]
-    with started([*words, *words_of(jobs, root)]) as first, started([*words, *words_of(jobs, root)]) as second:
-        outputs = [node.communicate(timeout=240)[0] for node in (first, second)]
-        assert (first.returncode, second.returncode) == (0, 0)
-    (summary,) = filter(None, outputs)  # of the node that has rank 0
-    assert len(json.loads(summary)["workers"]) == 2
-    assert sums_of(root) == jobs.whole
-
-
-DIES = """\
-import os, signal
-import todi_offline.capturing.engines as engines
-from todi_offline.commands.cli import main
-real = engines.queue_targets
-def queue_targets(teacher, examples, settings):
-    if {when}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(teacher, examples, settings)
-engines.queue_targets = queue_targets
-main()
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks_of_a_killed_one_again(jobs: Jobs, tmp_path: Path) -> None:
-    root, script = tmp_path / "cache", tmp_path / "dies_once.py"
-    script.write_text(DIES.format(when="(os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0')"))
-    done = run([*launched("torchrun"), str(script), *words_of(jobs, root)])
-    assert done.code == 0, done.errors
-    assert sums_of(root) == jobs.whole
-
-
-@pytest.mark.slow
-def test_three_restarts_of_torchrun_name_an_example_that_kills_its_rank(jobs: Jobs, tmp_path: Path) -> None:
-    root, script, poison = tmp_path / "cache", tmp_path / "dies.py", example_of(jobs, 1)
-    script.write_text(DIES.format(when=f"{poison!r} in [example.id for example in examples]"))
-    words = [*launched("torchrun"), "--max-restarts", "3", str(script), *words_of(jobs, root)]
-    done = run(words)
-    assert done.code != 0
-    (line,) = done.error_lines
-    assert line.startswith(f"Error: example {poison!r} of shard 1 has ended each worker that read it"), done.errors
-    assert len(records_of(root)) == jobs.num_shards - 1
-    done = run([*words, "--skip-failed"])
-    assert done.code == 0, done.errors
-    assert json.loads(done.output)["left_out"] == {poison: "each worker that read it has ended"}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def launched(launcher: str) -> list[str]:
-    words = LAUNCHERS[launcher]
-    if launcher == "torchrun":
-        return [sys.executable, "-m", *words, "--standalone"]
-    return [sys.executable, "-m", *words, "--mixed_precision", "no", "--dynamo_backend", "no"]
-
-
-def words_of(jobs: Jobs, out: Path) -> list[str]:
-    named = {"teacher": jobs.teacher, "data": jobs.data, "out": out, "device": "cpu", **SMALL, **LENGTHS}
-    options = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return ["capture", "--json", *options]

@@ -161,3 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = fault == "cut"
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
+
+
+def endpoint_of(proxy: Proxy) -> dict[str, str]:
+    """The variables by which another process finds the same bucket."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE")
+    return {name: os.environ[name] for name in names} | {"FSSPEC_S3_ENDPOINT_URL": f"http://{proxy.target}"}
