@@ -88,7 +88,7 @@ def arms_of(grid: str, seeds: int) -> list[Arm]:
         "quick": [*_each(_quick(), "warm"), *_each([SFT, DENSE, cached(16, 8), cached(8)], "cold")],
         "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *DENSE_FORWARD_KL], "warm"),
         "choice": [*_each(_choice(), "warm"), *_each(_choice_when_cold(), "cold")],
-        "knobs": _each(_knobs(), "warm"),
+        "knobs": _each(knobs(), "warm"),
         "full": [*_each(_full(), "warm"), *_each(_full(), "cold")],
     }
     return [dataclasses.replace(arm, seed=seed) for seed in range(seeds) for arm in starts[grid]]
@@ -141,7 +141,7 @@ def _full() -> Iterator[Arm]:
     yield from REFERENCES
 
 
-def _knobs() -> Iterator[Arm]:
+def knobs() -> Iterator[Arm]:
     """Yield ToDi from a cache of K = 16 with 8 samples, and one changed setting of the objective at a time."""
     base = functools.partial(cached, 16, 8, encoding="root8")
     yield from (SFT, base(), DENSE, base(loss="forward_kl", kd_weight=matched(0.5)))

@@ -149,12 +149,17 @@ def _without_teacher(example: Example) -> CachedSequence:
 
 def train(student: Any, sequences: Any, loss: Loss, vocab_size: int, settings: Settings, seed: int) -> None:
     """Train a student for one pass over the sequences."""
+    steps = num_steps(sequences, settings)
     size = min(settings.batch_sequences, len(sequences))
-    steps = len(sequences) // size
     drawn = itertools.islice(batches(len(sequences), size, seed), steps)
     torch.manual_seed(seed)
     losses = losses_of(student.train(), sequences, drawn, loss, vocab_size, torch.bfloat16)
     optimise(student, _told(losses, steps), steps, settings.learning_rate)
+
+
+def num_steps(sequences: Any, settings: Settings) -> int:
+    """Return the number of whole batches in one pass over the sequences, at least one."""
+    return max(1, len(sequences) // settings.batch_sequences)
 
 
 def _told(losses: Iterator[Tensor], steps: int) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ standard error is a bootstrap's over sequences). Bytes a target are those of the
     --set data=FILE       instructions that are read beside Python's documentation; its last 100 rows are held out
     --set targets=N       supervised tokens that an arm reads, 50,000
     --set seeds=N         of the five main arms, 3; the others have one
-    --set arms=main,cold  of the groups main, cold and others, by default all
+    --set arms=main,cold  of the groups main, cold, others and knobs, by default all
     --set teacher=PATH    another teacher: a folder, hub id or GGUF file; its results are named after it
     --set work=FOLDER     where the teacher's words, students and rows are kept
     --set write=yes       the students of the first seed answer the held-out prompts of FILE: ROUGE-L
@@ -30,6 +30,7 @@ Not claimed: anything of a student that is trained for longer: an arm is one sho
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._study_arms import DENSE, DENSE_FORWARD_KL, SFT, Arm, cached, matched
+from benchmarks._study_arms import DENSE, DENSE_FORWARD_KL, SFT, Arm, cached, knobs, matched
 from benchmarks._study_distance import distance
 from benchmarks._study_kept import numbered, open_kept
 from benchmarks._study_losses import (
@@ -50,7 +51,7 @@ from benchmarks._study_losses import (
     random_draws_loss,
 )
 from benchmarks._study_real_report import write_report
-from benchmarks._study_real_world import Settings, claimed, narrowed, prepare, train
+from benchmarks._study_real_world import Settings, claimed, narrowed, num_steps, prepare, train
 from benchmarks._study_report import arm_of
 from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
@@ -82,7 +83,9 @@ OTHERS = [
     Arm(targets="random", samples=50, kd_weight=matched(0.5)),
 ]
 COLD = [dataclasses.replace(arm, start="cold") for arm in MAIN[:4]]
-GROUPS = {"main": MAIN, "cold": COLD, "others": OTHERS}
+KNOBS = [arm for arm in knobs() if arm.k or arm.targets != "cached"]
+"""Those of the study of 4,096 ids but samples without kept ids: a capture that keeps ids cannot be narrowed to them."""
+GROUPS = {"main": MAIN, "cold": COLD, "others": OTHERS, "knobs": KNOBS}
 
 
 def run(
@@ -115,7 +118,7 @@ def run(
 
 
 def arms_of(seeds: int, groups: Sequence[str] = tuple(GROUPS)) -> list[Arm]:
-    """Return the arms of some groups, the most informative first.
+    """Return the arms of some groups, each once, the most informative first.
 
     Raises:
         ConfigError: a group is unknown.
@@ -123,7 +126,8 @@ def arms_of(seeds: int, groups: Sequence[str] = tuple(GROUPS)) -> list[Arm]:
     if unknown := set(groups) - set(GROUPS):
         raise ConfigError(f"unknown group of arms {sorted(unknown)[0]!r}; expected some of {', '.join(GROUPS)}")
     more_seeds = [dataclasses.replace(arm, seed=seed) for seed in range(1, seeds) for arm in MAIN]
-    return [*(arm for group in groups for arm in GROUPS[group]), *(more_seeds if "main" in groups else [])]
+    chosen = (*(arm for group in groups for arm in GROUPS[group]), *(more_seeds if "main" in groups else []))
+    return list(dict.fromkeys(chosen))
 
 
 def _settings(quick: bool, options: dict[str, str]) -> Settings:
@@ -160,7 +164,7 @@ def measure(arm: Arm, settings: Settings, folder: Path) -> dict[str, Any]:
 def trained(arm: Arm, settings: Settings, folder: Path) -> tuple[Any, int, float]:
     """Return a student trained as the arm says, the number of its targets and their bytes a target."""
     vocab_size = open_cache(folder / "train").manifest.vocab_size
-    sequences, num_bytes, loss = prepared(arm, folder)
+    sequences, num_bytes, loss = prepared(arm, settings, folder)
     student = load_model(str(folder / arm.start), dtype="float32")
     train(student, sequences, loss, vocab_size, settings, arm.seed)
     if arm.seed == 0:
@@ -168,7 +172,7 @@ def trained(arm: Arm, settings: Settings, folder: Path) -> tuple[Any, int, float
     return student, sum(len(sequence.targets) for sequence in sequences), num_bytes
 
 
-def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
+def prepared(arm: Arm, settings: Settings, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, float, Loss]:
     """Return the sequences of an arm, their bytes a target, and the training loss."""
     teacher = open_kept(folder / "train").logits
     if arm.targets in ("none", "dense"):
@@ -177,7 +181,9 @@ def prepared(arm: Arm, folder: Path) -> tuple[Sequence[CachedSequence] | Cache, 
         drawn, num_bytes = random_draws(numbered(open_cache(folder / "train")), teacher, arm.samples, arm.seed)
         return drawn, num_bytes, functools.partial(random_draws_loss, arm)
     cache = narrowed(arm, folder)
-    return cache, bytes_per_target(arm, cache), functools.partial(cached_loss, arm, cache)
+    steps = num_steps(cache, settings)
+    progress = ((step + 0.5) / steps for step in itertools.count())
+    return cache, bytes_per_target(arm, cache), functools.partial(cached_loss, arm, cache, progress=progress)
 
 
 def write_arms(arms: Sequence[Arm], settings: Settings, folder: Path) -> None:

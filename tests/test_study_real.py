@@ -24,7 +24,7 @@ from todi_offline.data import Examples
 from todi_offline.errors import ConfigError
 from todi_offline.training.stream import Collator
 
-ARMS = [SFT, DENSE, cached(16, 8, encoding="root8"), *study_real.OTHERS, study_real.MAIN[-1]]
+ARMS = [*study_real.arms_of(1, ["knobs", "others"]), study_real.MAIN[-1]]
 
 
 @pytest.fixture(scope="module")
@@ -198,5 +198,8 @@ def test_groups_of_arms_are_chosen_by_name():
     assert {arm.seed for arm in everything} == {0, 1, 2}
     assert study_real.arms_of(1, ["cold"]) == study_real.COLD
     assert study_real.arms_of(3, ["cold"]) == study_real.COLD
-    with pytest.raises(ConfigError, match="'colt'; expected some of main, cold, others"):
+    both = study_real.arms_of(1, ["main", "knobs"])
+    assert set(both) == {*study_real.MAIN, *study_real.KNOBS}
+    assert len(both) == len(set(both)) < len(study_real.MAIN) + len(study_real.KNOBS)
+    with pytest.raises(ConfigError, match="'colt'; expected some of main, cold, others, knobs"):
         study_real.arms_of(1, ["colt"])
