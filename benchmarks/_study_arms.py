@@ -155,3 +155,6 @@ def knobs() -> Iterator[Arm]:
     yield from (base(tail_weight=weight) for weight in (1.0, 3.0))
     yield from (base(settings=f"{part}_weight={weight}") for part in ("head", "mass") for weight in (0.5, 2))
     yield from (base(kd_weight=1.0, settings=each) for each in ("", "positions=student-entropy:0.2"))
+    # beside no cross-entropy the parts of KL compete with each other alone: AdamW does not feel their common factor
+    yield from (base(kd_weight=1.0, tail_weight=weight) for weight in (1.0, 3.0, 4.0))
+    yield from (base(kd_weight=1.0, settings=f"{part}_weight=2") for part in ("head", "mass"))
