@@ -68,6 +68,7 @@ from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
+from todi_offline.commands.allocator import keep_freed_memory
 from todi_offline.commands.demo import fetch_teacher
 from todi_offline.models.loading import evaluation_mode
 from todi_offline.training.stream import Collator
@@ -79,6 +80,7 @@ MEASURES = ("bytes_per_target", "forward_kl", "reverse_kl", "cross_entropy", "ca
 
 
 def run(quick: bool, *, grid: str = "", seeds: str = "", work: str = "", **options: str) -> dict[str, object]:
+    keep_freed_memory()
     grid = "quick" if quick else grid or "full"
     settings = _settings(grid, options)
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline" / "study"

@@ -56,6 +56,7 @@ from benchmarks._study_report import arm_of
 from todi_offline.cache.format.fingerprint import hash_json
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache, open_cache
+from todi_offline.commands.allocator import keep_freed_memory
 from todi_offline.data import DataConfig
 from todi_offline.errors import ConfigError
 from todi_offline.evaluation import evaluate_generation, load_prompts
@@ -98,6 +99,7 @@ def run(
     report: str = "",
     **options: str,
 ) -> dict[str, object]:
+    keep_freed_memory()
     settings = _settings(quick, options)
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "todi_offline" / "study-real"
     folder = Path(work or home) / hash_json(dataclasses.asdict(settings))[:12]

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from todi_offline import __version__
+from todi_offline.commands.allocator import keep_freed_memory
 from todi_offline.commands.headings import HEADINGS
 from todi_offline.commands.options import ConfigCommand, argument, config_options, given, whole_numbers
 from todi_offline.commands.terminal import (
@@ -48,6 +49,7 @@ def cli() -> None:
     todi-cache inspect CACHE                            look into a cache; todi-cache view makes a page of it
     """
     no_bars_in_logs()
+    keep_freed_memory()
 
 
 @cli.command()
