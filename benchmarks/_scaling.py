@@ -1,4 +1,4 @@
-"""How many ranks or actors in, how much faster they capture than one worker out, each worker on one thread."""
+"""A number of ranks or actors in, their speed-up over one worker out; each worker has one thread."""
 
 import json
 import os

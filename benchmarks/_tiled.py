@@ -1,4 +1,4 @@
-"""A few sequences in, a cache as large as one likes out: real ones of a cache, or made-up ones."""
+"""A few sequences, real or made up, in; a cache of any size out."""
 
 import dataclasses
 from collections.abc import Iterator

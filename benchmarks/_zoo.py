@@ -1,7 +1,7 @@
 """The name of a family of models in, a tiny random model of it out, with what sets the family apart.
 
-Each has four layers, or as few as show all its kinds, windows and chunks shorter than the sequences that it is to
-read, and weights so large that distributions are far from flat.
+Each model has four layers, or as many as show all its kinds of layers. Its windows and chunks are shorter than the
+sequences that it reads. Its weights are so large that distributions are far from flat.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """How many bytes does a target take, by encoding, codec and K, and how much of the teacher do they lose?
 
-Real targets are stored in every encoding with every codec, and in the layouts of other systems, rebuilt from what they
-say of themselves, with the same targets to a block:
+Real targets are stored in every encoding with every codec, and in the layouts of other systems. These layouts are
+rebuilt from the documentation of each system, with the same number of targets in a block:
 
     npz, f16        numpy.savez_compressed (deflate) of u16 ids and f16 log-probs
     Megatron        u16 ids, a bool for the 17th bit of each, f16 log-probs, zstd at its default level: the layout of
@@ -10,18 +10,18 @@ say of themselves, with the same targets to a block:
     DistillKit      some log-probs in bfloat16, a polynomial for the others, ids in as many bits as they need, no codec:
                     the recommended and the budget settings of its README (`_distillkit.py`), at the k of this table
 
-These have neither sums of the tail nor the label's log-prob nor samples. Counted is all that belongs to a target; in
-ours with checksums and index, of shards that are full. Tokens, masks and sequence tables are counted apart.
+These layouts have no sums of the tail, no log-prob of the label and no samples. All bytes that belong to a target are
+counted; ours include checksums and index, in full shards. Tokens, masks and sequence tables are counted apart.
 
-Nats lost at T: the mean over targets of the KL of the targets that are read back from those that were stored, over the
-k kept entries and one for all others, each at T and divided by its own sum. A layout without a tail is given 1 - sum at
-T = 1, and no value at T = 2. The loss of the tail samples is not in it. `bf16_logit` is given the nearest logits that
-bfloat16 has.
+Nats lost at T: the mean over targets of the KL of the targets that are read back from those that were stored. It runs
+over the k kept entries and one entry for all others, each at T and divided by its own sum. A layout without a tail gets
+1 - sum at T = 1, and no value at T = 2. The loss of the tail samples is not counted. `bf16_logit` gets the nearest
+logits that bfloat16 has.
 
 The teacher is SmolLM2-135M-Instruct in float32 and reads Python's own documentation; `--set teacher=FOLDER` and
-`--set data=FILE` take others, `--set cache=FOLDER` the targets of a cache, whose own rounding then is no loss.
+`--set data=FILE` take others, `--set cache=FOLDER` the targets of a cache, whose own rounding is not counted.
 
-Not claimed: anything of another teacher, which may be surer or less sure; the targets a second are of one process.
+Not claimed: anything about another teacher, which may be surer or less sure. One process is timed.
 """
 
 import dataclasses

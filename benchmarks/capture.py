@@ -1,21 +1,21 @@
 """What does a capture cost beyond the teacher's own forward pass?
 
-Compared are, in one process and in turns, over the same examples in the same batches:
+Two ways to read the same examples in the same batches are compared, in one process and in turns:
 
     bare            the teacher with its head at the supervised positions, a chunk of logits at a time, all dropped
     capture         `capture()`: the same, the targets taken from the logits, encoded, written, committed and sealed
 
 The teacher has the shape of SmolLM2-135M and random weights, and reads Python's own documentation through a tokenizer
-made on the spot; `--set teacher=FOLDER` takes a real one. The fingerprint of the teacher is computed once a capture of
-any length, so its time is also shown alone.
+made on the spot; `--set teacher=FOLDER` takes a real one. The fingerprint of the teacher is computed once in a capture
+of any length, so its time is also shown alone.
 
-With `--set ranks=2`, `--set actors=2` or both, compared are captures in one process, in so many ranks of torchrun and
-in so many actors of Ray, each worker on one thread, in turns; the start is stated apart.
+With `--set ranks=2`, `--set actors=2` or both, captures in one process, in that many ranks of torchrun and in that
+many actors of Ray are compared, in turns. Each worker has one thread. The time to start is shown alone.
 
 `--set device=cuda` takes a GPU, where the teacher is faster and the same encoding must keep up with it; `--set
 limit=200` takes more examples.
 
-Not claimed: anything of other devices than it ran on.
+Not claimed: anything about other devices.
 """
 
 import statistics

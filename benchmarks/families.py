@@ -2,19 +2,19 @@
 
 Tiny random models of the families in `_zoo.py`, with 32 ids of padding in their vocabulary, each:
 
-    capture    targets are those of plain calls of the model, a sequence at a time; `in chunks`: without holding all
-               logits; `whole`: the family does something to its logits that is unknown here
-    training   loss and gradients of a trainer's batch are those of plain calls; `fused`: without holding the logits, or
-               `from logits`; `packed`: sequences share rows, or a row each, where they would see each other
+    capture    targets equal those of plain calls of the model, a sequence at a time; `in chunks`: without holding all
+               logits; `whole`: the family changes its logits in an unknown way
+    training   loss and gradients of a trainer's batch equal those of plain calls; `fused`: without holding the logits,
+               or `from logits`; `packed`: sequences share rows; if they would see each other, each has a row
     pruning    students of the layers 0, 2, 3 and of 0, 1, 3, saved and loaded, are these layers one after another
     width      a student of half the hidden channels, half the heads and five eighths of the MLP, saved and loaded, is
                the family's own modules with 0 for all other weights
     fresh      a new student of half the hidden size and two layers is saved and loaded, and has the teacher's
-               embeddings, projected, or as they are where their size is another one than the hidden states'
-    bfloat16   the mean target of a model in bfloat16 is that of plain calls to 0.05 nats; under autocast the trainer's
-               loss is that from logits to 0.02
+               embeddings, projected, or copied if their size is not that of the hidden states
+    bfloat16   the mean target of a model in bfloat16 equals that of plain calls to 0.05 nats; under autocast the
+               trainer's loss equals that from logits to 0.02
 
-A cell that begins with `wrong` is a defect. Not claimed: anything of trained weights, or of kernels for GPUs.
+A cell that begins with `wrong` is a defect. Not claimed: anything about trained weights, or about kernels for GPUs.
 """
 
 import logging

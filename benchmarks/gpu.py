@@ -5,15 +5,16 @@
     pip install trl liger-kernel                    # the peers, which are left out where they are missing
 
     loss       the steps of `python -m benchmarks loss`, peers included, at d = 2,048, 128,256 ids and 8,192 targets, in
-               float32 and in bfloat16: 24 repetitions in turns, after three that are not counted, in which kernels are
-               made; the clock waits for the device. `--set vocab=49152 --set targets=2048 --set width=576` takes others
+               float32 and in bfloat16: 24 repetitions in turns, after three uncounted ones that make the
+               kernels; the clock waits for the device. `--set vocab=49152 --set targets=2048 --set width=576` takes
+               others
     step       `python -m benchmarks step` under bfloat16's autocast, with models four times as wide
     capture    `python -m benchmarks capture` with 200 examples
 
 Memory is the most that torch's allocator handed out beyond what a step is given. `--set device=cpu` runs the same code
-on a CPU, which says nothing of a GPU. What a GPU has to pass first is `pytest -m cuda`.
+on a CPU, which says nothing about a GPU. Run `pytest -m cuda` on the GPU first.
 
-Not claimed: anything of other GPUs, of several, or of other sizes; targets and weights are random.
+Not claimed: anything about other GPUs, about several, or about other sizes; targets and weights are random.
 """
 
 import statistics

@@ -1,9 +1,9 @@
-"""How much longer than its three matrix products does a distillation step of the head take, and in how much memory?
+"""How much longer does a distillation step of the head take than its three matrix products, and how much memory?
 
 One step is the head's forward pass, the loss, and the gradients of the hidden states and of the head's weight, in
-float32. Compared are, in one process and in turns:
+float32. These steps are compared, in one process and in turns:
 
-    products        hidden @ W.T, its result @ W, and its result.T @ hidden: what no method can go without
+    products        hidden @ W.T, its result @ W, and its result.T @ hidden, which every method needs
     cross_entropy   plain fine-tuning: cross-entropy of all logits
     fused ...       fused_linear_distill: CE and ToDi from K ids, with tail samples or without, at T = 1 or 2
     readable        distillation_loss of all logits: the same numbers as fused
@@ -17,26 +17,26 @@ and, where they are installed, public libraries that run on a CPU:
     axolotl         its top-k loss: CE and forward KL among the K ids, renormalised, no tail; given K ids and log-probs
 
 Forward KL (beta = 0 in each) is less work than ToDi, which is forward and reverse KL with weights. `trl, tiled` and
-liger make the teacher's logits within the step, which stands for a teacher in memory, of the student's width here: one
-matrix product more, and for `trl, tiled` three, as it makes all logits again for the gradients. liger and axolotl go by
-chunks of 1,024 targets unless told otherwise, which here is all of them: `by 128` is a chunk of 128. `compiled` is
-torch.compile, compilation not counted; axolotl has it too, but its mask breaks the graph: memory came out the same and
-time no shorter, so it is not in the table.
+liger make the teacher's logits within the step, as with a teacher in memory, here of the student's width. This takes
+one more matrix product; `trl, tiled` takes three more, because it makes all logits again for the gradients. By default
+liger and axolotl work in chunks of 1,024 targets, which here is all of them; `by 128` means chunks of 128. `compiled`
+is torch.compile, compilation not counted; axolotl has it too, but its mask breaks the graph: memory came out the same
+and time no shorter, so it is not in the table.
 
     pip install --no-deps trl==1.16.0 liger-kernel==0.8.5 axolotl==0.19.0
     pip install addict pydantic peft    # what axolotl's loss imports; trl needs what this project needs
 
 Vocabularies are 32,000, 49,152 and 128,256 ids; `--set vocab=32000,49152` takes some, `--set repetitions=3` is less.
-Time is the median over repetitions of the ratio to another method's time in the same repetition, as the clock on the
-wall has it and as the processor does (all threads; less disturbed by other processes). Memory is the most that
-torch's allocator handed out at once during the step, gradients included: not what the step is given (the dense
-teacher's logits are given), nor what the matrix library works in.
+Time is a ratio to another method's time in the same repetition; the table has the median over repetitions, of wall time
+and of processor time (all threads; less disturbed by other processes). Memory is the most that torch's allocator handed
+out at once during the step, gradients included. The inputs of the step, such as the dense teacher's logits, and the
+work space of the matrix library are not counted.
 
 On a machine that does other work at the same time, run it on one thread (OMP_NUM_THREADS=1):
 with more, each of the fused step's many short operations waits for the thread that was interrupted.
 
-Not claimed: anything of a GPU, for which the peers are made, of more threads than the results name, of bfloat16, of
-other sizes, or of a whole training step; the targets are random.
+Not claimed: anything about a GPU, for which the peers are made, about more threads than the results name, bfloat16,
+other sizes or a whole training step; the targets are random.
 """
 
 import itertools

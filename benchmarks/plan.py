@@ -1,8 +1,8 @@
-"""How near does `todi plan` come to the capture that it plans, in bytes and in time?
+"""How close is `todi plan` to the capture that it plans, in bytes and in time?
 
 The plan is made first, from a probe of some sequences; then the same settings are captured, with k = 64 and 8 samples
-in f16. Time is that of the whole call, loading included. The capture's cache is then cut to every other row of the
-plan's table by `todi-cache subset`, and its bytes are compared with that row's.
+in f16. Time is that of the whole call, loading included. `todi-cache subset` then cuts the cache to each of the
+other rows of the plan's table, and the bytes are compared with those of the row.
 
 Both are printed in results/plan.md. The teacher is SmolLM2-135M-Instruct and reads Python's own documentation;
 `--set teacher=FOLDER` and `--set data=FILE` take others.

@@ -1,9 +1,9 @@
-"""How long does the fused loss take where KD is taken at selected positions alone?
+"""How long does the fused loss take if KD is computed only at selected positions?
 
-The loss and its gradients of 512 targets by the hidden states and a head of [49152, 576] in float32, K = 16 with 8
-samples. With w = 1 only the selected rows have a gradient; with w = 0.5 cross-entropy has one everywhere, and the pass
-that scores the rows comes on top. A time is the least CPU time of several runs, the cases taking turns: other programs
-do not add to it, and on a GPU it means nothing.
+The loss of 512 targets and its gradients for the hidden states and a head of [49152, 576] are timed, in float32, with
+K = 16 and 8 samples. With w = 1 only the selected rows have a gradient; with w = 0.5 cross-entropy has one everywhere,
+and the pass that scores the rows comes on top. A time is the least CPU time of several runs, the cases taking turns:
+other programs do not add to it, and on a GPU it means nothing.
 
 Not claimed: the time of a whole training step, of which the loss is a part; quality, which `study` measures.
 """

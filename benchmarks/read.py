@@ -5,14 +5,14 @@ tail samples. "random" begins anywhere in the cache, "in order" goes through it,
 training does, tokens and mask included. The layouts:
 
     ours            the direct reader
-    zarr-python     the same files through zarr.open_group, as anyone else would read them, with its defaults
+    zarr-python     the same files through zarr.open_group, with its defaults
     parquet         one file of fixed-size lists, zstd, row groups of 512 rows
     memmap          arrays that are not compressed, one file each
 
-The encoding is f16, whose rows every reader can use as they lie. One process and one thread of ours, the page cache
-warm. Ratios are medians over repetitions, all layouts in turns.
+The encoding is f16, whose log-probs every reader can use directly. One process and one thread of ours, the page
+cache warm. Ratios are medians over repetitions, all layouts in turns.
 
-Not claimed: anything of cold disks, of object stores, or of several readers.
+Not claimed: anything about cold disks, object stores or several readers.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""How long does a capture of 200,000 conversations take to begin, and how long when it goes on after a kill?
+"""How long does a capture of 200,000 conversations take to start, and to resume after a kill?
 
 Conversations of two turns are captured by `todi capture`, with a teacher so small that its own time hardly counts.
 The first run is killed once its first shards are committed, and the same command is given again:
@@ -7,11 +7,12 @@ The first run is killed once its first shards are committed, and the same comman
     found           seconds from the start of the second run until it captures
     peak            most resident memory of a process, of the run itself and of the processes that tokenise for it;
                     pages of the memory-mapped examples count, though they are given back when memory is short
-    a shard         seconds of the second run for one, from then on; it is stopped after some
+    a shard         seconds of the second run for each shard, from then on; the run is stopped after some
 
-A run's start, imports and the teacher's loading are in both. Both runs are given the same number of processes.
+The start of the run, imports and the teacher's loading are in both times. Both runs are given the same number of
+processes.
 
-Not claimed: anything of long rows, or of other disks.
+Not claimed: anything about long rows or other disks.
 """
 
 import json

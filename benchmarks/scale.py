@@ -1,8 +1,7 @@
 """Does a cache of a hundred million targets open, read and train as one of a million does?
 
-The caches are one shard's sequences again and again (real ones with `--set cache=CACHE`); the shards are hard links to
-the same files, so that what is read comes from the page cache at every size. Each size is looked at in a process of
-its own:
+Each cache repeats the sequences of one shard (real ones with `--set cache=CACHE`). Its shards are hard links to the
+same files, so reads come from the page cache at every size. Each size is measured in its own process:
 
     open            seconds until the cache is open
     memory          resident bytes that the open cache and 2,000 random reads of it add
@@ -12,7 +11,7 @@ its own:
 
 Ratios are over the smallest size, medians over repetitions in turns.
 
-Not claimed: anything of disks, or of students that are worth training.
+Not claimed: anything about disks, or about students that are worth training.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What does a training step from the cache cost, beside fine-tuning alone and distilling with a teacher in memory?
+"""What does a training step from the cache cost, compared with fine-tuning alone and with a teacher in memory?
 
 Every method trains the same student on the same sequences in the same order with transformers' Trainer, AdamW, in
 float32, and its steps are timed from the end of one to the end of the next: data, forward and backward pass, update.
@@ -7,15 +7,15 @@ float32, and its steps are timed from the end of one to the end of the next: dat
     readable    ToDiTrainer as for a head that is no linear layer: packed rows, the objective from logits at the targets
     sft         transformers.Trainer: cross-entropy of responses alone (prompts have the label -100), batches padded to
                 their longest sequence with a mask, as its DataCollatorForSeq2Seq makes them
-    online      dense ToDi with the teacher in memory, spared all that can be spared: packed rows and logits at the
-                targets alone, for teacher and student
+    online      dense ToDi with the teacher in memory, as cheap as it can be: packed rows, and logits only at the
+                targets, for teacher and student
     gkd         trl's GKDTrainer with lmbda = 0 (no generation), on the batches of sft; where trl is installed
 
-Tokens a second are real tokens, padding left out. Ratios are medians over the steps of all rounds, the first step of
-each round apart; the same step holds the same sequences in every method, which take turns by rounds. `without teacher`
+Tokens a second are real tokens, padding left out. Ratios are medians over the steps of all rounds, without the first
+step of each round. A step has the same sequences in every method. The methods take turns by rounds. `without teacher`
 is the online step less the time of its teacher's forward pass. Memory is the most that torch's allocator handed out
-during one forward and backward pass, gradients included, and what the method holds all along: the weights of the
-student and of the teacher where there is one; the optimizer's states, alike for all, are left out.
+during one forward and backward pass, gradients included, plus the weights of the student and, if there is one, of the
+teacher. The optimizer's states are the same for all methods and are left out.
 
 By default models and tokenizer are made on the spot, of Llama's shape with random weights, and the data are Python's
 own documentation. `--set teacher=T --set student=S --set cache=CACHE` takes real ones, the cache being of that teacher;
@@ -23,8 +23,7 @@ without a cache, `--set data=D` is captured first. `--set batch_size=8` is the n
 `--set device=cuda`, forward and backward passes are under bfloat16's autocast; `--set scale=4` makes models four times
 as wide.
 
-Not claimed: anything of other devices than it ran on, of other sizes, of several processes, or of the quality of what
-is trained.
+Not claimed: anything about other devices, other sizes or several processes, or about the quality of the students.
 """
 
 import copy

@@ -1,16 +1,16 @@
 """What becomes of conversations of each family that trl ships a chat template for?
 
-Each template is given to a small tokenizer that knows the special tokens that the template writes. Listed is what is
-supervised of one turn, of two turns, of two turns with thoughts, and of a call of a tool and its result:
+Each template is given to a small tokenizer that knows the special tokens that the template writes. The table has what
+is supervised in one turn, in two turns, in two turns with thoughts, and in a call of a tool and its result:
 
     yes         the answers, as the model would generate them, and nothing of the template's own
     last only   thoughts of earlier turns are left out by the template, those of the last are supervised
-    left out    the template writes no thoughts; the answers are supervised, and the rows counted and warned of
+    left out    the template writes no thoughts; the answers are supervised, and a warning counts the rows
     refused     with the reason; no row is trained on in another way than it says
 
-`template` says whose is used: the tokenizer's own, or the training template that trl publishes for it.
+`template` names the template: the tokenizer's own, or the training template that trl publishes for it.
 
-Not claimed: anything of the templates that others publish, or of images.
+Not claimed: anything about the templates that others publish, or about images.
 """
 
 import logging

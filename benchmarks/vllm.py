@@ -1,4 +1,4 @@
-"""Are the targets that vLLM's workers compute those of transformers?
+"""Do vLLM's workers compute the same targets as transformers?
 
 Both read the first rows of Python's documentation in float32, on the CPU: 60 rows by a tiny random Llama with the
 vocabulary of SmolLM2-135M-Instruct, 12 by that model itself. vLLM reads them twice, the second time in these ways:
@@ -9,8 +9,8 @@ vocabulary of SmolLM2-135M-Instruct, 12 by that model itself. vLLM reads them tw
     preempted            the cache has so few blocks that prompts are given up midway and begun anew
     two workers          tensor parallelism of 2
 
-and then makes a whole cache, which is verified and compared with one that transformers makes. Log-probs, tails and
-labels are the largest distances in nats, over the ids that are the same.
+Then vLLM makes a whole cache, which is verified and compared with a cache that transformers makes. For log-probs, tails
+and labels, the table has the largest difference in nats, over the ids that are the same.
 
     python -m benchmarks vllm --set python=vllm-env/bin/python
 
@@ -22,8 +22,8 @@ runs vLLM in an environment of its own, made by
     vllm-env/bin/pip install -e .
 
 `--set smollm2=FOLDER` takes a copy of that model; without it the environment needs `gguf`, too. Not claimed: any speed,
-for the cores are shared by both, and anything of GPUs or of vLLM's model runner V2, which has no build for CPUs: its
-batches are faked in the tests.
+because both share the cores, and anything about GPUs or about vLLM's model runner V2, which has no build for CPUs: the
+tests fake its batches.
 """
 
 import json

@@ -7,13 +7,14 @@ measured is the processor time of this process, without that of the simulation:
 
     begin           plan 100,000 shards, begin the cache
     shard           hand out a task, take its result; a task here has one example of 2,100 tokens
-    task            what a task of a whole shard of 131,072 tokens takes more: it is cut out of the data set
+    task            what a task of a full shard of 131,072 tokens takes on top, to cut it out of the data set
     seal            read the commit records, look at the size of each object, write the root, open the cache
 
-`shard` and `task` together say how many shards a second the coordinator can hand out, so how long a shard must take a
-worker for 1,000 of them never to wait. Memory is what the process has at most beyond what it had before.
+`shard` and `task` together say how many shards a second the coordinator can hand out. So they say how long a worker
+must take for a shard, if 1,000 workers are never to wait. Memory is the most that the process had beyond what it had
+before.
 
-Not claimed: anything of Ray's own scheduling, or of the requests of an object store.
+Not claimed: anything about Ray's own scheduling, or about the requests of an object store.
 """
 
 import contextlib
