@@ -11,7 +11,7 @@ _COMMANDS = {
     "inspect": "Show the contents and the size of a cache.",
     "view": "Write a page that shows a cache in a browser.",
     "verify": "Check every checksum and every invariant of a cache.",
-    "repair": "Delete damaged shards, so that the same capture writes just these again.",
+    "repair": "Delete damaged shards, so that the same capture writes only these again.",
     "diff": "Compare two caches: their manifests, sequences and targets.",
     "subset": "Write some sequences of a cache, with fewer entries or in another encoding.",
     "merge": "Write one cache with the sequences of several.",

@@ -40,10 +40,10 @@ def _print(found: dict[str, Any]) -> None:
             names = ", ".join(found[f"only_{where}_ids"]) + (", ..." if number > SHOWN_IDS else "")
             click.echo(f"only in the {where}: {number:,} sequences: {names}")
     targets = found["targets"]
-    click.echo(f"in both: {found['shared']:,} sequences, {targets['differing']:,} of them with other targets")
+    click.echo(f"in both: {found['shared']:,} sequences, {targets['differing']:,} of them with different targets")
     if targets["differing"]:
         click.echo(
-            f"    {targets['other_ids']:.2%} of ids differ from those of the same rank; log-probs of equal ids are at "
+            f"    {targets['other_ids']:.2%} of ids differ at the same rank; log-probs of equal ids are at "
             f"most {targets['largest_difference']:.3g} nats apart; mean KL of first to second {targets['mean_kl']:.3g} "
             "nats"
         )

@@ -47,7 +47,7 @@ def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
     for key in repair.renewed:
         yield f"{write} {key} again"
     for problem in repair.remaining:
-        yield f"not mended: {problem.where}: {problem.what}\n    {problem.remedy.text}"
+        yield f"not repaired: {problem.where}: {problem.what}\n    {problem.remedy.text}"
     if repair.parts:
         shards = ", ".join(map(str, repair.lost))
         effect = f"writes shard{'s' * (len(repair.lost) > 1)} {shards}" if shards else "finishes the cache"

@@ -105,7 +105,8 @@ def test_logits_that_are_no_bf16_or_not_known_are_refused() -> None:
         encode_rows(dataclasses.replace(rows, log_partition=None), "bf16_logit")
     rows.logprobs[7, 2] += 0.001
     with pytest.raises(
-        TargetsError, match=r"a teacher's logit is .* no bfloat16 number.* load the teacher in bfloat16"
+        TargetsError,
+        match=r"the teacher's logit .* is not a bfloat16 number.* load the teacher and its head in bfloat16",
     ):
         encode_rows(rows, "bf16_logit")
 

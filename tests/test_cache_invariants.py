@@ -55,21 +55,27 @@ def test_each_broken_rule_is_found_in_the_row_that_breaks_it() -> None:
     other = int(np.flatnonzero(~(rows.ids == labels[:, None]).any(axis=1))[0])
     first, last = rows.logprobs[other, 0], rows.logprobs[other, -1]
     for changes, expected in (
-        (("ids", other, rows.ids[other, 0], 1), {"ids that repeat"}),
-        (("ids", other, VOCAB, 5), {f"ids beyond the vocabulary of {VOCAB}"}),
-        (("logprobs", other, np.nan, 2), {"log-probs that are NaN or above 0"}),
-        (("logprobs", other, last, 0), {"log-probs that do not fall", "kept and tail mass differ from 1"}),
-        (("logprobs", other, first, 5), {"log-probs that do not fall"}),
+        (("ids", other, rows.ids[other, 0], 1), {"ids repeat"}),
+        (("ids", other, VOCAB, 5), {f"ids are beyond the vocabulary of {VOCAB}"}),
+        (("logprobs", other, np.nan, 2), {"log-probs are NaN or above 0"}),
+        (
+            ("logprobs", other, last, 0),
+            {"log-probs do not fall", "the kept mass and the tail's mass do not add up to 1"},
+        ),
+        (("logprobs", other, first, 5), {"log-probs do not fall"}),
         (("tail_logsumexp", other, np.nan, 1), {"the tail's mass is NaN or infinite"}),
-        (("tail_logsumexp", other, rows.tail_logsumexp[other, 0] - 0.05, 0), {"kept and tail mass differ from 1"}),
+        (
+            ("tail_logsumexp", other, rows.tail_logsumexp[other, 0] - 0.05, 0),
+            {"the kept mass and the tail's mass do not add up to 1"},
+        ),
         (
             ("label_logprob", kept, rows.label_logprob[kept] - 0.05),
-            {"the label's log-prob is not that of the same"},
+            {"the label's log-prob differs from that of the same"},
         ),
-        (("label_logprob", other, first), {"the label is not kept, but more probable than an id that is"}),
+        (("label_logprob", other, first), {"the label is not kept, but is more probable than a kept id"}),
         (("label_logprob", other, np.nan), {"the label's log-prob is NaN or above 0"}),
         (("tail_ids", other, rows.ids[other, 0], 1), {"a tail sample is a kept id"}),
-        (("tail_ids", other, VOCAB, 1), {f"tail samples beyond the vocabulary of {VOCAB}"}),
+        (("tail_ids", other, VOCAB, 1), {f"tail samples are beyond the vocabulary of {VOCAB}"}),
         (("tail_logprobs", other, np.nan, 1), {"a tail sample's log-prob is NaN or above 0"}),
         (("tail_logprobs", other, first, 1), {"a tail sample is more probable than a kept id"}),
     ):
@@ -86,9 +92,12 @@ def test_values_beyond_rounding_are_found_in_every_encoding(encoding: str) -> No
     other = int(np.flatnonzero(~(rows.ids == labels[:, None]).any(axis=1))[0])
     last = rows.logprobs[other, -1]
     for changes, expected in (
-        (("tail_logsumexp", (other, 0), -9), "kept and tail mass differ from 1"),
-        (("label_logprob", kept, rows.label_logprob[kept] - 1), "the label's log-prob is not that of the same id"),
-        (("label_logprob", other, last + 0.5), "the label is not kept, but more probable than an id that is"),
+        (("tail_logsumexp", (other, 0), -9), "the kept mass and the tail's mass do not add up to 1"),
+        (
+            ("label_logprob", kept, rows.label_logprob[kept] - 1),
+            "the label's log-prob differs from that of the same kept id",
+        ),
+        (("label_logprob", other, last + 0.5), "the label is not kept, but is more probable than a kept id"),
         (("tail_logprobs", (other, 1), last + 0.5), "a tail sample is more probable than a kept id"),
     ):
         faulty = found(changed(rows, *changes), labels, encoding)

@@ -153,7 +153,7 @@ def test_of_an_unfinished_cache_a_note_is_no_damage_and_a_repair_leaves_it(tmp_p
         writer.shards.write_note(NOTE)
     (problem,) = (problem for problem in verify_cache(tmp_path / "cache") if problem.where == attempt_key(2))
     assert problem.is_note
-    assert (problem.what, problem.remedy.drop) == ("a capture has begun the shard and not committed it", ())
+    assert (problem.what, problem.remedy.drop) == ("a capture has begun this shard and has not committed it", ())
     assert repair_cache(tmp_path / "cache").deleted == ()
     assert len(open_cache(tmp_path / "cache", allow_unsealed=True)) == 1
 

@@ -96,9 +96,9 @@ def test_a_folder_without_a_cache_is_refused(tmp_path: Path, group: str | None) 
         ({"vocab_size": 10**12}, "wrong type or range"),
         ({"vocab_size": 3}, "k = 6 of a vocabulary of 3"),
         ({"teacher": None}, "wrong type or range"),
-        ({"parts": 5}, "in the place of its parts"),
+        ({"parts": 5}, "has the parts 5, expected a list"),
         ({"parts": [{"recipe": {}}]}, "has a part of a wrong type or range"),
-        ({"parts": []}, "names 2 commit records, and its parts have 0 shards"),
+        ({"parts": []}, "names 2 commit records, but its parts have 0 shards"),
     ],
 )
 def test_an_invalid_manifest_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

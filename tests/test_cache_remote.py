@@ -257,7 +257,7 @@ def test_a_request_that_fails_once_is_retried(proxy: Proxy, tmp_path: Path, faul
     ("fault", "message"),
     [
         ("fail", "cannot fetch {store}/a: We encountered an internal error"),
-        ("refuse", "cannot fetch {store}/a: Access Denied; mend the URL, its credentials or the network"),
+        ("refuse", "cannot fetch {store}/a: Access Denied; check the URL, the credentials and the network"),
         ("cut", "cannot fetch {store}/a: Response payload is not completed"),
         ("shorten", "500 bytes of {store}/a arrived, expected 1,000; run the command again, or check the network"),
     ],
@@ -299,7 +299,7 @@ def test_an_object_that_vanishes_while_training_is_named(captured: str, tmp_path
 def test_a_capture_that_cannot_write_can_be_resumed(proxy: Proxy, tmp_path: Path) -> None:
     store = behind(proxy, tmp_path, **ONE_TRY)
     proxy.break_next("refuse", "PUT", "/commits/000000.json")
-    with pytest.raises(CacheError, match=rf"cannot write {store}/commits/000000.json: .*; mend the URL, its cred"):
+    with pytest.raises(CacheError, match=rf"cannot write {store}/commits/000000.json: .*; check the URL, the cred"):
         write_cache(store, num_shards=1, per_shard=2)
     write_cache(store, num_shards=1, per_shard=2)
     assert_same_objects(store, LocalStore(write_cache(tmp_path / "local", num_shards=1, per_shard=2)))
@@ -309,7 +309,7 @@ def test_a_missing_bucket_server_or_key_is_one_line(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nowhere = {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": ONE_TRY}
-    missing = "The specified bucket does not exist; make the bucket, or mend the URL"
+    missing = "The specified bucket does not exist; create the bucket, or correct the URL"
     attempts: list[tuple[str, Callable[[], Any]]] = [
         (f"cannot look for s3://nobucket/c/cache.json: {missing}", lambda: open_cache("s3://nobucket/c")),
         (f"cannot list s3://nobucket/c/: {missing}", lambda: open_store("s3://nobucket/c").find()),

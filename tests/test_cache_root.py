@@ -135,9 +135,9 @@ RECORD_DAMAGE: list[tuple[Callable[[str], str], str]] = [
     (lambda text: re.sub(r'"num_tokens": \d+', '"num_tokens": 4097', text), "4097 tokens"),
     (lambda text: re.sub(r'"num_sequences": \d+', '"num_sequences": 0', text), "0 sequences"),
     (lambda text: re.sub(r'"num_targets": \d+', '"num_targets": 4000', text), "sums for the chunks"),
-    (lambda text: text[:-10], "no commit record"),
-    (lambda text: "[]", "no commit record"),
-    (lambda text: "[" * 5_000, "no commit record"),
+    (lambda text: text[:-10], "not a commit record"),
+    (lambda text: "[]", "not a commit record"),
+    (lambda text: "[" * 5_000, "not a commit record"),
 ]
 
 
@@ -201,7 +201,7 @@ CONTRADICTIONS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda values: values.update(commits=[[1], [2]]), "impossible sums"),
     (lambda values: values.update(commits=[[-1, 0], [2, 0]]), "impossible sums"),
     (lambda values: values.update(tokenizer=3), "impossible sums"),
-    (lambda values: values.update(pending=3), "in the place of its parts"),
+    (lambda values: values.update(pending=3), "has the parts 3, expected a list"),
     (lambda values: values["manifest"]["parts"][0].update(num_shards=2**31 - 1), "its parts have 2147483647 shards"),
 ]
 

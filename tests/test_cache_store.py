@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_the_old_object_and_nothing_else(
 ) -> None:
     LocalStore(tmp_path).write("object", b"old")
     monkeypatch.setattr(*((os, "fsync") if name == "fsync" else (Path, "open")), full)
-    with pytest.raises(CacheError, match="No space left on device; what is committed is safe"):
+    with pytest.raises(CacheError, match="No space left on device; committed work is safe"):
         LocalStore(tmp_path).write("object", b"new")
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"object": b"old"}

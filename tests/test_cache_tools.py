@@ -113,7 +113,7 @@ def test_every_command_takes_a_cache_of_samples_alone(tmp_path: Path) -> None:
     assert "bytes" in run("view", root, "--out", tmp_path / "page.html").output
     run("export", root, "--out", tmp_path / "out.parquet")
     run("import", tmp_path / "out.parquet", "--out", tmp_path / "again")
-    assert "0 of them with other targets" in run("diff", root, tmp_path / "again", code=1).output
+    assert "0 of them with different targets" in run("diff", root, tmp_path / "again", code=1).output
     for name in ("cache", "narrow", "again"):
         assert "is whole" in run("verify", tmp_path / name).output
     with pytest.raises(TargetsError, match="export it as plain"):

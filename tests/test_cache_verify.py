@@ -60,7 +60,7 @@ def test_damaged_chunks_are_named_with_the_sequences_that_they_hold(tmp_path: Pa
     path.write_bytes(data)
     (found,) = problems(root)
     assert found.where == "topk_ids/c/0/0"
-    assert "damaged are the chunks [0], of the sequences 'fake:0', 'fake:1', 'fake:2', 'fake:3' and" in found.what
+    assert "the chunks [0] are damaged, of the sequences 'fake:0', 'fake:1', 'fake:2', 'fake:3' and" in found.what
     path.write_bytes(data[:-1])
     (found,) = problems(root)
     assert "its chunk index is lost" in found.what
@@ -234,7 +234,7 @@ FORGED_TABLES = [
     ("shard", put(0, 1), "names other shards"),
     ("token_start", put(1, lambda start: start + 1), "overlap or leave gaps on the token axis"),
     ("target_start", put(1, lambda start: start - 1), "overlap or leave gaps on the target axis"),
-    ("num_targets", put(11, lambda count: count - 1), "sequences, tokens and targets, the record"),
+    ("num_targets", put(11, lambda count: count - 1), "sequences, tokens and targets; the commit record"),
     ("content_key", put(2, bytes(16)), "its content keys are not those of the commit record"),
     ("teacher_nll", put(2, lambda nll: nll + 0.01), "its teacher NLL in the table"),
     ("teacher_nll", put(2, float("nan")), "its teacher NLL in the table"),
@@ -255,9 +255,9 @@ def test_a_table_that_disagrees_with_rows_or_record_is_found_behind_right_checks
     ("name", "where", "value", "message"),
     [
         ("token_ids", 0, 300, "token ids beyond the vocabulary of 300"),
-        ("token_ids", 0, 299, "do not give its content key"),
-        ("target_mask", 0, 2, "values beside 0 and 1"),
-        ("target_mask", 0, 0, "positions, the table has"),
+        ("token_ids", 0, 299, "its content key is not that of its tokens and mask"),
+        ("target_mask", 0, 2, "values other than 0 and 1"),
+        ("target_mask", 0, 0, "positions, but the table has"),
         ("target_mask", len(sequence(0, settings()).token_ids) - 1, 1, "supervises the last position"),
     ],
 )
@@ -373,11 +373,11 @@ def with_rows(tmp_path: Path, **changes: object) -> list[str]:
 
 ROWS = sequence(3, settings()).targets
 WRONG_ROWS: dict[str, dict[str, Any]] = {
-    "ids that repeat": {"ids": np.concatenate([ROWS.ids[:, :1], ROWS.ids[:, :1], ROWS.ids[:, 2:]], axis=1)},
+    "ids repeat": {"ids": np.concatenate([ROWS.ids[:, :1], ROWS.ids[:, :1], ROWS.ids[:, 2:]], axis=1)},
     "do not fall": {"logprobs": ROWS.logprobs[:, ::-1].copy()},
     "kept mass is above 1": {"logprobs": ROWS.logprobs / 2},
-    "kept and tail mass differ from 1": {"tail_logsumexp": ROWS.tail_logsumexp - 1},
-    "not that of the same id": {"label_logprob": np.roll(ROWS.label_logprob, 1)},
+    "the kept mass and the tail's mass do not add up to 1": {"tail_logsumexp": ROWS.tail_logsumexp - 1},
+    "differs from that of the same kept id": {"label_logprob": np.roll(ROWS.label_logprob, 1)},
     "a tail sample is a kept id": {"tail_ids": ROWS.ids[:, :3].copy()},
 }
 

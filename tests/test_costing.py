@@ -89,8 +89,8 @@ def test_the_files_equal_those_of_the_capture(planned: Plan, small: Path) -> Non
 def test_one_row_is_suggested_by_its_shares_and_its_bytes(planned: Plan) -> None:
     suggested = [each for each in planned.choices if each.is_suggested]
     assert [(each.k, each.tail_samples, each.encoding) for each in suggested] == [(16, 8, "root8")]
-    assert planned.suggestion.startswith("--k 16 --tail-samples 8 --encoding root8: the fewest bytes")
-    assert "its least is 95%" in planned.suggestion
+    assert planned.suggestion.startswith("--k 16 --tail-samples 8 --encoding root8: the fewest bytes of the shapes")
+    assert "its smallest share is 95%" in planned.suggestion
 
 
 def test_without_a_probe_the_teacher_is_not_loaded(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_the_command_prints_the_plan_and_as_json(teacher: str, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     output = result.stdout
     assert re.search(r"^sequences +24$", output, re.M)
-    assert re.search(r"^8\+4 +f16 +\d+\.\d +[\d.]+ kB +0\.\d{3} +101% +54% +95% +78% +asked for *$", output, re.M)
+    assert re.search(r"^8\+4 +f16 +\d+\.\d +[\d.]+ kB +0\.\d{3} +101% +54% +95% +78% +your settings *$", output, re.M)
     assert re.search(r"^16\+8 +root8 .* suggested *$", output, re.M)
     assert re.search(r"^time: 0:00:\d\d \(measured here", output, re.M)
     assert re.search(r"^steps +9$", output, re.M)

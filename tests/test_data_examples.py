@@ -48,7 +48,9 @@ def test_an_id_that_a_teacher_does_not_know_is_found_wherever_it_lies():
     examples.require_ids(10)
     for known, example, unknown in ((9, 2, 9), (5, 1, 5), (3, 0, 3)):
         with pytest.raises(
-            DataError, match=f"example '{example}' holds the id {unknown}, and the teacher knows {known}"
+            DataError,
+            match=f"example '{example}' holds the id {unknown}, which the tokenizer knows, but the teacher has only "
+            f"{known}",
         ):
             examples.require_ids(known)
 

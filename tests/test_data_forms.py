@@ -184,7 +184,7 @@ def test_rows_of_token_ids_have_their_own_mask(mask, supervised):
         ({"input_ids": "abc"}, "column 'input_ids' holds 'abc' .*expected a list of integers"),
         ({"input_ids": [1, 512]}, "holds the id 512; the tokenizer knows 0 to 511"),
         ({"input_ids": [1, 2], "labels": [1]}, "column 'labels' has 1 entries for 2 of 'input_ids'"),
-        ({"input_ids": [1, 2], "labels": [-100, 3]}, "'labels' holds other ids than 'input_ids'"),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, "'labels' differs from 'input_ids'"),
     ],
 )
 def test_wrong_tokens_and_masks_are_named(row, message):

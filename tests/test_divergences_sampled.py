@@ -104,5 +104,5 @@ def test_with_nothing_kept_every_divergence_is_the_weighted_tail(divergence):
 @pytest.mark.parametrize("tail", ["bucket", "none"])
 def test_without_kept_ids_and_samples_there_is_nothing_to_learn(tail):
     student, targets = random_logits(2, 9, 1), sparsify(random_logits(2, 9, 2), 4, num_tail_samples=2)
-    with pytest.raises(TargetsError, match=f"with k = 0 and tail='{tail}' nothing is left of the teacher"):
+    with pytest.raises(TargetsError, match=f"k = 0 uses only tail samples, and tail is '{tail}'"):
         sparse_divergence(student, targets, k=0, tail=tail)

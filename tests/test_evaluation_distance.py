@@ -266,7 +266,7 @@ def test_the_model_keeps_its_mode_and_gets_no_gradients(student, heldout):
 def test_a_tokenizer_head_temperature_or_k_that_does_not_fit_is_refused(student, heldout):
     with pytest.raises(CacheMismatchError, match="special_ids"):
         evaluate_cache(student, tiny_tokenizer(chat=False), heldout)
-    with pytest.raises(ModelError, match="head has 300 ids and the cache's targets are over 512"):
+    with pytest.raises(ModelError, match="head has 300 ids, but the cache's targets are over 512"):
         measured(llama(vocab_size=300), heldout)
     with pytest.raises(TargetsError, match="or capture 4 too"):
         measured(student, heldout, temperature=4.0)

@@ -66,7 +66,7 @@ def test_a_head_that_does_something_else_than_its_config_says_is_noticed(
     model.forward = _with_config(model, own)
     model.config = type(own).from_dict(changed)
     assert not tried_head(model).runs_apart
-    assert re.search(r"unknown here \(they are off by \d+\.\d% of the largest\)", caplog.text)
+    assert re.search(r"in an unknown way \(they are off by \d+\.\d% of the largest\)", caplog.text)
 
 
 def _with_config(model: Any, config: Any) -> Callable[..., Any]:
@@ -90,7 +90,7 @@ def test_an_unknown_head_falls_back_with_a_warning_and_runs_only_at_the_targets(
     model = OffsetLlama(LlamaConfig.from_dict(llama().config.to_dict())).eval()
     with caplog.at_level(logging.WARNING):
         head = tried_head(model)
-    assert "OffsetLlama does something to its logits that is unknown here" in caplog.text
+    assert "OffsetLlama changes its logits in an unknown way" in caplog.text
     with torch.no_grad(), head.at(POSITIONS):
         logits = model(input_ids=TOKENS).logits[0]
     assert logits.shape == (len(POSITIONS), VOCAB)
@@ -167,7 +167,7 @@ def test_a_head_that_is_no_plain_linear_layer_is_noticed(caplog: pytest.LogCaptu
         change(model)
         caplog.clear()
         assert not tried_head(model, linear=True).is_linear
-        assert f"the head of LlamaForCausalLM is no plain linear layer ({reason})" in caplog.text
+        assert f"the head of LlamaForCausalLM is not a plain linear layer ({reason})" in caplog.text
 
 
 def test_a_model_that_drops_out_is_compared_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -179,7 +179,7 @@ def test_a_model_that_drops_out_is_compared_without(caplog: pytest.LogCaptureFix
 def test_a_student_that_lacks_ids_of_the_cache_is_refused() -> None:
     require_vocabulary(llama(), VOCAB)
     require_vocabulary(llama(vocab_size=VOCAB + 64), VOCAB)
-    with pytest.raises(ModelError, match=r"head has 500 ids and the cache's targets are over 512"):
+    with pytest.raises(ModelError, match=r"head has 500 ids, but the cache's targets are over 512"):
         require_vocabulary(llama(vocab_size=500), VOCAB)
 
 

@@ -174,7 +174,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         ),
         ("target_ids", lambda v: v[2].__setitem__(1, VOCAB), f"column target_ids: target 2, entry 1 is {VOCAB}"),
         ("target_ids", lambda v: v[2].__setitem__(0, -1), "column target_ids: target 2, entry 0 is -1"),
-        ("target_ids", lambda v: v[2].__setitem__(0, v[2][1]), "target 2: ids that repeat"),
+        ("target_ids", lambda v: v[2].__setitem__(0, v[2][1]), "target 2: ids repeat"),
         ("target_ids", lambda v: v[2].__setitem__(0, None), "column target_ids: the value 12 is empty"),
         ("target_ids", lambda v: v.__setitem__(2, None), "column target_ids: the list of target 2 is empty"),
         ("target_ids", lambda v: v[2].pop(), "target 2 has 5 ids and 6 log-probs; expected one log-prob"),

@@ -76,11 +76,11 @@ def test_three_restarts_of_torchrun_name_an_example_that_kills_its_rank(setting:
     done = run(words)
     assert done.code != 0
     (line,) = done.error_lines
-    assert line.startswith(f"Error: example {poison!r} of shard 1 has ended each worker that read it"), done.errors
+    assert line.startswith(f"Error: each worker that read example {poison!r} of shard 1 died"), done.errors
     assert len(records_of(root)) == len(records_of(setting.whole_root)) - 1
     done = run([*words, "--skip-failed"])
     assert done.code == 0, done.errors
-    assert json.loads(done.output)["left_out"] == {poison: "each worker that read it has ended"}
+    assert json.loads(done.output)["left_out"] == {poison: "each worker that read it died"}
 
 
 def free_port() -> int:

@@ -153,14 +153,12 @@ def test_an_example_that_ends_its_process_is_named_then_left_out_or_survived(
             run(example, error)
         assert read_note(store, 1).ended == ended
         assert 1 not in committed_shards(store)
-    with pytest.raises(
-        TodiError, match=rf"^example '{poison}' of shard 1 has ended each worker that read it: the last"
-    ):
+    with pytest.raises(TodiError, match=rf"^each worker that read example '{poison}' of shard 1 died: the last"):
         run(poison, DiedError())
     assert len(committed_shards(store)) == len(committed_shards(open_store(whole))) - 1
     with pytest.raises(DiedError):  # the user has not changed a thing
         run(poison, DiedError())
-    with pytest.raises(TodiError, match="has ended each worker"):
+    with pytest.raises(TodiError, match="each worker that read example"):
         run(poison, DiedError())
     run("", DiedError())  # the cause is gone
     assert objects_in(place) == objects_in(str(whole))
@@ -183,7 +181,7 @@ def test_examples_that_end_their_processes_are_left_out_with_skip_failed(
             with pytest.raises(DiedError):
                 capture(small_teacher, many, place, skip_failed=True, **SMALL)
         summary = capture(small_teacher, many, place, skip_failed=True, **SMALL)
-    assert summary.left_out == dict.fromkeys(left_out, "each worker that read it has ended")
+    assert summary.left_out == dict.fromkeys(left_out, "each worker that read it died")
     assert noted_shards(open_store(place)) == []
 
 

@@ -42,7 +42,7 @@ def test_attention_keeps_packed_sequences_apart(build: Build) -> None:
 def test_a_recurrent_state_does_not(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert choose_collator(mamba(), flash=False) == Collator(pack=False)
-    assert "MambaForCausalLM does not keep packed sequences apart (they are off by" in caplog.text
+    assert "MambaForCausalLM does not isolate packed sequences (they are off by" in caplog.text
 
 
 class LeakingLlama(LlamaForCausalLM):
@@ -90,7 +90,7 @@ def test_a_model_says_which_arguments_it_takes_and_its_other_errors_are_not_swal
         assert choose_collator(CountingLlama(config), flash=False) == Collator(pack=False, positions=False)
         assert choose_collator(with_flash(BoundlessLlama(llama().config)), flash=True) == Collator(one_row=True)
     assert "CountingLlama takes no position_ids" in caplog.text
-    assert "BoundlessLlama takes no cu_seq_lens_q: each of its layers looks for" in caplog.text
+    assert "BoundlessLlama takes no cu_seq_lens_q, so each of its layers looks for" in caplog.text
     with pytest.raises(TypeError, match="unsupported operand"):
         choose_collator(BrokenLlama(config), flash=False)
 
@@ -108,7 +108,7 @@ def test_a_hybrid_whose_state_runs_through_the_row_gets_a_row_for_each_under_fla
 ) -> None:
     with caplog.at_level(logging.INFO, "todi_offline"), torch.autocast("cpu", torch.bfloat16):
         assert choose_collator(with_flash(tiny_model(family)), flash=True) == Collator(pack=False)
-    assert "does not keep packed sequences apart (" in caplog.text
+    assert "does not isolate packed sequences (" in caplog.text
 
 
 def test_a_float32_student_with_flash_attention_under_bfloat16_is_fused_and_packed(

@@ -139,7 +139,7 @@ def test_ranks_that_were_started_again_do_not_meet_the_addresses_of_the_dead(job
 @pytest.mark.parametrize(
     ("what", "named"),
     [
-        ("data", "the ranks do not work on one capture: parts"),
+        ("data", "the ranks do not work on the same capture: parts"),
         ("teacher", "teacher.weights: not the same"),
         ("versions", "on rank 0, '0.1' on rank 1"),
     ],
@@ -207,13 +207,13 @@ def test_an_example_that_kills_its_process_is_found_by_the_runs_that_follow(
     assert notes_of(root) == {shard: (*itself, 2)}
     (line,) = run(poison)
     assert line == (
-        f"Error: example {poison['id']!r} of shard {shard} has ended each worker that read it: the last two runs died "
-        "there; what is committed is safe. Leave the example out with --skip-failed, or take it out of the data"
+        f"Error: each worker that read example {poison['id']!r} of shard {shard} died: the last two runs died "
+        "there; what is committed is safe. Leave the example out with --skip-failed, or remove it from the data"
     )
     shutil.copytree(root, tmp_path / "cured")
     assert verify_cache(root)  # what is left is said, and no damage
     assert run(poison, "--skip-failed") == []
-    assert open_cache(root).manifest.parts[0].left_out == {poison["id"]: "each worker that read it has ended"}
+    assert open_cache(root).manifest.parts[0].left_out == {poison["id"]: "each worker that read it died"}
     assert (len(open_cache(root)), verify_cache(root)) == (len(open_cache(jobs.whole_root)) - 1, [])
     jobs.run(tmp_path / "cured", size)
     assert sums_of(tmp_path / "cured") == jobs.whole

@@ -147,7 +147,7 @@ def test_an_example_that_kills_its_teacher_is_named_and_committed_shards_stay(
         in_actors(many, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"example {poison.example!r} of shard 2 ")
-    assert ("has ended each worker that read it" in str(caught.value)) == poison.kills
+    assert ("each worker that read example" in str(caught.value)) == poison.kills
     assert "what is committed is safe" in str(caught.value)
     kept = records_of(tmp_path / "cache")
     assert kept
@@ -160,7 +160,7 @@ def test_actors_leave_an_example_out_that_their_teacher_does_not_survive(
     poison: Poison, many: Examples, tmp_path: Path
 ) -> None:
     summary = in_actors(many, tmp_path / "cache", skip_failed=True)
-    reason = "each worker that read it has ended" if poison.kills else "RuntimeError: no kernel for this"
+    reason = "each worker that read it died" if poison.kills else "RuntimeError: no kernel for this"
     assert summary.left_out == {poison.example: reason}
     cache = open_cache(tmp_path / "cache")
     assert poison.example not in cache.sequences["id"].to_pylist()

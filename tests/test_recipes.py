@@ -106,7 +106,7 @@ def test_a_step_has_32_sequences_for_any_number_of_processes_and_any_batch_size(
 def test_a_recipe_is_refused_beside_a_train_config() -> None:
     bare = TrainConfig(student=StudentConfig(student="s"), cache=("c",), out=Path("r"), recipe="paper")
     for base, settings in ((bare, {}), (dataclasses.replace(bare, recipe=None), {"recipe": "paper"})):
-        with pytest.raises(ConfigError, match="sets only settings that are not set, and a TrainConfig sets them all"):
+        with pytest.raises(ConfigError, match="sets only settings that you have not set, and a TrainConfig sets all"):
             load_train_config(base, settings)
     assert load_train_config(resolved(recipe="paper"), {"beta": 2.0}).distillation.beta == 2
 

@@ -176,12 +176,12 @@ def test_a_stopped_capture_resumes_with_and_without_reuse(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"k": 9}, "k: 8 there, 9 asked for"),
-    ({"temperatures": [1.0, 3.0]}, r"temperatures: \(1\.0, 2\.0\) there, \(1\.0, 3\.0\) asked for"),
-    ({"tail_samples": 5}, "tail_samples: 4 there, 5 asked for"),
-    ({"tail_temperature": 2.0}, "tail_temperature: 1.0 there, 2.0 asked for"),
-    ({"tail_seed": 1}, "tail_seed: 0 there, 1 asked for"),
-    ({"encoding": "q8"}, "encoding: 'f16' there, 'q8' asked for.*todi-cache subset"),
+    ({"k": 9}, "k: 8 in the cache, 9 requested"),
+    ({"temperatures": [1.0, 3.0]}, r"temperatures: \(1\.0, 2\.0\) in the cache, \(1\.0, 3\.0\) requested"),
+    ({"tail_samples": 5}, "tail_samples: 4 in the cache, 5 requested"),
+    ({"tail_temperature": 2.0}, "tail_temperature: 1.0 in the cache, 2.0 requested"),
+    ({"tail_seed": 1}, "tail_seed: 0 in the cache, 1 requested"),
+    ({"encoding": "q8"}, "encoding: 'f16' in the cache, 'q8' requested.*todi-cache subset"),
 ]
 
 

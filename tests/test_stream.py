@@ -153,7 +153,9 @@ def test_a_remote_cache_is_trained_by_windows_and_told_where_they_do_not_fit(
     assert caplog.text == ""
     store.staging.limit_gb = 1e-6
     training_order(remote, 3)
-    assert re.search(r"1 shards of memory:.* take .* GB, .* may hold 1e-06: some are fetched again", caplog.text)
+    assert re.search(
+        r"1 shards of memory:.* take .* GB, but the limit of .* is 1e-06 GB: some shards are fetched again", caplog.text
+    )
 
 
 @given(LENGTHS, st.integers(1, 300))

@@ -172,7 +172,10 @@ def test_a_model_that_transformers_cannot_make_is_an_error_of_ours(monkeypatch: 
 def test_a_student_whose_logits_are_not_those_of_its_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(todi_offline.student.depth, "config_of_layers", lambda *_: changed)
     changed = tiny_config("llama", num_hidden_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    with pytest.raises(ModelError, match=r"not these layers run one after another: its logits are off by \d+\.\d% of"):
+    with pytest.raises(
+        ModelError,
+        match=r"does not compute what these layers compute one after another: its logits are off by \d+\.\d% of",
+    ):
         prune_depth(tiny_model("llama"), [0, 3])
 
 

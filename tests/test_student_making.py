@@ -71,10 +71,10 @@ def test_a_fresh_student_is_made_of_a_config(teacher: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"nothing says how the student is smaller; name either a number of layers \(--layers 8\) or the layers"),
+        ({}, r"the student has no size; name a number of layers \(--layers 8\), the layers"),
         (
             {"layers": 1, "keep": [0]},
-            "both --layers and --keep are given; name either a number of layers or the layers",
+            "both --layers and --keep are given; name only one of them",
         ),
         ({"fresh": True, "keep": [0]}, "--keep names layers of the teacher, and --fresh keeps none"),
         ({"mlp": 8, "importance_rows": 0}, "importance_rows is 0; expected a number of examples above 0"),

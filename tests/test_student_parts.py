@@ -36,7 +36,7 @@ def test_every_norm_of_hidden_states_is_a_part_and_those_of_heads_stay_whole() -
         ("olmo2", r"which part of model\.layers\.0\.self_attn\.k_norm\.weight belongs"),  # over all heads
         ("bitnet", r"which part of model\.layers\.0\.mlp\.ffn_sub_norm\.weight belongs"),
         ("falcon_h1", r"which part of model\.layers\.0\.mamba\.A_log belongs"),
-        ("gemma4_text", "its layers have unlike sizes"),
+        ("gemma4_text", "its layers differ in size"),
         ("qwen3_5_text", r"model\.layers\.0 has no module of the linear layers q_proj"),
     ],
 )

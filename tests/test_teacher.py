@@ -194,8 +194,8 @@ def test_a_cache_whose_teacher_was_identified_in_memory_is_appended_to_from_memo
     capture(in_memory, "stdlib", cache, limit=2, **settings)
     with pytest.raises(CacheMismatchError) as raised:
         capture(str(folder), "stdlib", cache, limit=3, device="cpu", **settings)
-    assert "by its weights in memory in the cache" in str(raised.value)
-    assert "by the files of its checkpoint now" in str(raised.value)
+    assert "its weights in memory identify it in the cache" in str(raised.value)
+    assert "the files of its checkpoint identify it now" in str(raised.value)
     assert "weights:" not in str(raised.value)
     assert capture(in_memory, "stdlib", cache, limit=3, **settings).num_sequences == 3
 
@@ -295,7 +295,7 @@ def test_a_head_in_float32_brings_targets_nearer_to_those_of_the_float32_model(t
 
 def test_a_head_that_has_no_dtype_of_its_own_is_refused() -> None:
     head = as_teacher(llama(), tiny_tokenizer()).head
-    with pytest.raises(ModelError, match="no plain linear layer on a device"):
+    with pytest.raises(ModelError, match="not a plain linear layer on a device"):
         in_dtype(dataclasses.replace(head, runs_apart=False), torch.float32)
     model = llama().bfloat16()
     model.lm_head.register_forward_hook(lambda _, __, output: 2 * output)

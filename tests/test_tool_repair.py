@@ -180,7 +180,7 @@ def test_a_root_that_is_lost_with_its_copy_is_beyond_repair(tmp_path: Path) -> N
     (root / "zarr.json").unlink()
     (root / "topk_ids/c/0/0").unlink()
     begun = files_in(root)
-    assert run("repair", root, code=1).output.startswith("not mended: cache.json: ")
+    assert run("repair", root, code=1).output.startswith("not repaired: cache.json: ")
     assert files_in(root) == begun
     with pytest.raises(CacheFormatError, match="not a cache"):
         repair_cache(tmp_path / "none")

@@ -116,7 +116,7 @@ def test_a_model_that_lets_packed_sequences_meet_gets_a_row_for_each(
     with caplog.at_level("INFO", logger="todi_offline"):
         trainer = trainer_of(tmp_path, cache, mamba(), max_steps=1)
     assert trainer.data_collator == Collator(pack=False)
-    assert "MambaForCausalLM does not keep packed sequences apart" in caplog.text
+    assert "MambaForCausalLM does not isolate packed sequences" in caplog.text
     trainer.train()
     assert len(trainer.batches[0]["input_ids"]) == 4
     assert trainer_of(tmp_path, cache).data_collator == Collator(pack=True)

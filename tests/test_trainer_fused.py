@@ -237,7 +237,7 @@ def test_a_head_that_is_more_than_a_linear_layer_runs_itself_and_a_line_says_so(
         trainer.train()
     assert not trainer.head.is_linear
     assert rows == [len(batch["labels"]) for batch in trainer.batches]
-    assert caplog.text.count("is no plain linear layer") == 1
+    assert caplog.text.count("is not a plain linear layer") == 1
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_a_cache_that_is_evaluated_later_is_checked_too(teacher: Teacher, exampl
     for evaluate in (trainer.evaluate, trainer.predict, lambda cache: trainer.evaluate({"named": cache})):
         with pytest.raises(TargetsError, match="temperature 2; these targets have 1"):
             evaluate(small)
-    with pytest.raises(ConfigError, match="list is no cache; ToDiTrainer reads what `open_cache` returns"):
+    with pytest.raises(ConfigError, match="list is not a cache; ToDiTrainer reads what `open_cache` returns"):
         trainer.evaluate([1, 2])
 
 

@@ -48,7 +48,10 @@ def test_a_tokenizer_with_an_id_beyond_the_heads_rows_is_refused_where_a_row_use
     ids = known[1].token_ids.copy()
     ids[3] = VOCAB - 1
     using = Examples.from_list([known[0], dataclasses.replace(known[1], token_ids=ids)])
-    with pytest.raises(DataError, match=rf"example {known[1].id!r} holds the id 511, and the teacher knows 511 ids"):
+    with pytest.raises(
+        DataError,
+        match=rf"example {known[1].id!r} holds the id 511, which the tokenizer knows, but the teacher has only 511 ids",
+    ):
         capture(teacher, using, tmp_path / "other", k=8)
 
 

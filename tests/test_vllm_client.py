@@ -108,7 +108,7 @@ def test_an_engine_that_has_died_says_to_run_the_command_again(
 ) -> None:
     install_fake_vllm(monkeypatch, teacher=teacher, on_step=raising(EngineDeadError("dead")))
     opened = client()
-    with pytest.raises(EngineError, match=r"died as it was to read a shard.*run the same command again"):
+    with pytest.raises(EngineError, match=r"died when asked to read a shard.*run the same command again"):
         opened.targets(EXAMPLES, SETTINGS, ignore)
     opened.close()
 
@@ -128,7 +128,7 @@ def test_an_engine_that_hangs_is_given_up_and_not_asked_to_shut_down(
     log = install_fake_vllm(monkeypatch, teacher=teacher, on_step=released.wait)
     opened = client()
     opened._watchdog._patience_seconds = 0.05
-    with pytest.raises(EngineError, match="asked to read a shard and showed no sign of life"):
+    with pytest.raises(EngineError, match="asked to read a shard and did not respond"):
         opened.targets(EXAMPLES, SETTINGS, ignore)
     opened.close()
     released.set()
@@ -138,7 +138,7 @@ def test_an_engine_that_hangs_is_given_up_and_not_asked_to_shut_down(
 def test_examples_that_the_engine_leaves_out_are_named(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake_vllm(monkeypatch, teacher=teacher, step=lambda self: self._waiting.clear() or [])
     opened = client()
-    with pytest.raises(EngineError, match="4 examples without targets, the first '0'"):
+    with pytest.raises(EngineError, match="no targets for 4 examples, the first of them '0'"):
         opened.targets(EXAMPLES, SETTINGS, ignore)
     opened.close()
 
@@ -150,7 +150,7 @@ def test_two_workers_that_answer_are_refused(teacher: Teacher, monkeypatch: pyte
         collective_rpc=lambda self, method, args=(): FakeLLM.collective_rpc(self, method, args)[:1] * 2,
     )
     opened = client()
-    with pytest.raises(EngineError, match="2 workers of vLLM have answered"):
+    with pytest.raises(EngineError, match="2 workers of vLLM answered"):
         opened.targets(EXAMPLES, SETTINGS, ignore)
     opened.close()
 

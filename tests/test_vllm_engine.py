@@ -67,7 +67,7 @@ def test_an_engine_that_dies_as_examples_are_tried_one_by_one_leaves_none_of_the
         raise EngineDeadError if len(calls) > 2 else ValueError("a prompt that is refused")
 
     install_fake_vllm(monkeypatch, enqueue=enqueue)
-    with pytest.raises(EngineError, match="vLLM has died"):
+    with pytest.raises(EngineError, match="vLLM died when asked to"):
         capture(folder, examples, tmp_path, engine="vllm", skip_failed=True, **SMALL)
     assert calls == [21, 1, 1]
 
@@ -83,8 +83,8 @@ def test_a_teacher_that_is_loaded_here_is_refused(teacher: Teacher, examples: Ex
         ({"device_map": "auto"}, "--device-map .* tensor_parallel_size"),
         ({"attention": "sdpa"}, "--attention .* attention_backend"),
         ({"adapter": "lora/"}, "merge the adapter"),
-        ({"device": "cuda:1"}, "--device is not for"),
-        ({"teacher": "a.gguf"}, "no GGUF"),
+        ({"device": "cuda:1"}, "--device does not work with"),
+        ({"teacher": "a.gguf"}, "does not read GGUF"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -92,7 +92,7 @@ def test_an_early_stage_of_a_pipeline_needs_no_hook(teacher: Teacher) -> None:
 
 
 def test_an_unknown_runner_is_refused() -> None:
-    with pytest.raises(EngineError, match="types is a model runner of vLLM that is unknown here"):
+    with pytest.raises(EngineError, match="vLLM's model runner types is unknown; install vLLM"):
         installed(SimpleNamespace(model=SimpleNamespace(compute_logits=lambda hidden: hidden)))
 
 

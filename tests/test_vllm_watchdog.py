@@ -33,10 +33,10 @@ def test_an_error_of_the_function_is_raised_and_the_next_call_works(error: BaseE
 def test_a_call_without_a_sign_of_life_ends_and_no_other_is_made() -> None:
     released = threading.Event()
     watchdog = Watchdog("the engine", 0.05)
-    with pytest.raises(EngineError, match=r"asked to work and showed no sign of life for 0\.05 s.*--engine-timeout"):
+    with pytest.raises(EngineError, match=r"asked to work and did not respond for 0\.05 s.*--engine-timeout"):
         watchdog.call("work", released.wait)
     assert watchdog.is_stuck
-    with pytest.raises(EngineError, match="not asked to rest"):
+    with pytest.raises(EngineError, match="so it cannot rest"):
         watchdog.call("rest", lambda: None)
     released.set()
     watchdog.close()
@@ -46,7 +46,7 @@ def test_an_engine_that_has_died_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("todi_offline.teacher.in_vllm.watchdog._LOOK_SECONDS", 0.01)
     released, looks = threading.Event(), iter([False, False, True])
     watchdog = Watchdog("the engine", 30.0, lambda: next(looks))
-    with pytest.raises(EngineError, match="the engine has died as it was to work"):
+    with pytest.raises(EngineError, match="the engine died when asked to work"):
         watchdog.call("work", released.wait)
     assert watchdog.is_stuck
     released.set()

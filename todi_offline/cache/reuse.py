@@ -36,12 +36,12 @@ def _require_serving(cache: Cache, wanted: Manifest) -> None:
         "tail_seed": not asked.tail_samples or found.tail_seed == asked.tail_seed,
     }
     lines += [
-        f"{name}: {getattr(found, name)!r} there, {getattr(asked, name)!r} asked for"
+        f"{name}: {getattr(found, name)!r} in the cache, {getattr(asked, name)!r} requested"
         for name, does in serves.items()
         if not does
     ]
     if lines:
         raise CacheMismatchError(
-            f"{cache.root} cannot be reused: {'; '.join(lines)}; ask for no more than it holds, convert it with "
+            f"{cache.root} cannot be reused: {'; '.join(lines)}; request no more than it holds, convert it with "
             "`todi-cache subset`, or leave it out of --reuse"
         )

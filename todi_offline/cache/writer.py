@@ -316,7 +316,7 @@ def _require_no_strays(store: Store, first: int) -> None:
     if strays:
         raise CacheMismatchError(
             f"{store} has {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}, which no root names; "
-            + ("`todi-cache repair` deletes them" if first else "delete the folder, or choose another")
+            + ("delete them with `todi-cache repair`" if first else "delete the folder, or choose another")
         )
 
 

@@ -21,7 +21,7 @@ from todi_offline.errors import TodiError
 
 logger = logging.getLogger(__name__)
 
-_ALL_DIED = "each worker that read it has ended"
+_ALL_DIED = "each worker that read it died"
 
 
 @dataclass(eq=False, slots=True)
@@ -165,7 +165,7 @@ class Attempts:
             TodiError: the last two of them died at the same example.
         """
         logger.warning(
-            "an earlier run died at %s; that shard comes last, and each of its examples is read by itself first",
+            "an earlier run died at %s; that shard comes last, and its examples are first read one at a time",
             self._range(attempt),
         )
         if attempt.left_out and not self._skip_failed:  # they are wanted again
@@ -187,12 +187,12 @@ class Attempts:
     def _accusation(self, attempt: Attempt, reason: str) -> TodiError:
         """Say what has ended workers: the example that two of them were reading by itself, or else the shard."""
         if attempt.culprit is None:
-            who = f"{self._range(attempt)} has ended {len(attempt.ended)} workers"
+            who = f"{len(attempt.ended)} workers died at {self._range(attempt)}"
             return TodiError(f"{who}: {reason}; what is committed is safe")
         named = self._name(attempt.shard, attempt.culprit)
         return TodiError(
-            f"example {named!r} of shard {attempt.shard} has ended each worker that read it: {reason}; what is "
-            "committed is safe. Leave the example out with --skip-failed, or take it out of the data"
+            f"each worker that read example {named!r} of shard {attempt.shard} died: {reason}; what is committed is "
+            "safe. Leave the example out with --skip-failed, or remove it from the data"
         )
 
     def _range(self, attempt: Attempt) -> str:

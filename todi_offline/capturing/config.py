@@ -99,8 +99,8 @@ class CaptureConfig:
         """
         if self.teacher.tp > 1 and (self.engine.engine != "transformers" or self.ray.ray_actors):
             raise ConfigError(
-                "tp splits a teacher that transformers runs in ranks of torchrun; with --engine vllm, in actors of Ray "
-                f"or without, it is --engine-set tensor_parallel_size={self.teacher.tp}"
+                "tp works only with --engine transformers in ranks of torchrun; with Ray or vLLM, use --engine vllm "
+                f"--engine-set tensor_parallel_size={self.teacher.tp}"
             )
 
 

@@ -99,7 +99,7 @@ class Ranks:
         lines = [line for lines in self.gather(found) for line in lines]
         if lines:
             raise CacheMismatchError(
-                f"the ranks do not work on one capture: {'; '.join(lines)}; start all of them alike"
+                f"the ranks do not work on the same capture: {'; '.join(lines)}; start all of them with one command"
             )
 
     @property

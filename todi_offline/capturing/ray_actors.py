@@ -250,7 +250,7 @@ class RayActors:
             if self._failed_starts >= self._config.ray.ray_attempts:
                 raise TodiError(
                     f"{self._failed_starts} actors have died while they loaded the teacher: {death.reason}; what is "
-                    "committed is safe. A teacher that does not fit into the memory of an actor dies so"
+                    "committed is safe. Make sure that the teacher fits into the memory of an actor"
                 )
             self._start_actor()
         return death
@@ -268,7 +268,7 @@ class RayActors:
         mine, first = dataclasses.asdict(described), dataclasses.asdict(self._described)
         lines = differences(mine, first, (f"in {actor.name}", "in the first actor"))
         if lines:
-            raise CacheMismatchError(f"the actors differ: {'; '.join(lines)}; install the same on every node")
+            raise CacheMismatchError(f"the actors differ: {'; '.join(lines)}; install the same libraries on every node")
 
     def _start_actor(self) -> None:
         name = f"actor {next(self._numbers)}"

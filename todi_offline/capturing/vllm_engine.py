@@ -92,14 +92,16 @@ def _require_usable(teacher: TeacherConfig) -> None:
     }
     for name, remedy in remedies.items():
         if getattr(teacher, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is not for --engine vllm; {remedy}")
+            raise ConfigError(f"--{name.replace('_', '-')} does not work with --engine vllm; {remedy}")
     if teacher.device != "auto":
-        raise ConfigError("--device is not for --engine vllm, which runs where its build does; leave it out")
+        raise ConfigError("--device does not work with --engine vllm, whose build decides the device; leave it out")
     if teacher.teacher.endswith(".gguf"):
-        raise ConfigError("--engine vllm takes no GGUF file; name a folder or hub id, or use --engine transformers")
+        raise ConfigError(
+            "--engine vllm does not read GGUF files; name a folder or hub id, or use --engine transformers"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "--engine vllm starts its own workers and runs in no rank of torchrun or accelerate; use --engine-set "
+            "--engine vllm starts its own workers, so start it without torchrun or accelerate; use --engine-set "
             "tensor_parallel_size=N for a teacher on several devices, or --ray-actors for several teachers"
         )
 

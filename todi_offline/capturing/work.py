@@ -162,8 +162,8 @@ class ShardWorker:
         targets = copied | captured
         if not targets:
             raise TodiError(
-                f"the teacher fails at each of the {len(examples)} examples of shard {task.shard}, the first of them "
-                f"{examples[0].id!r}: {failed[0]}; what is committed is safe. Take these examples out of the data"
+                f"the teacher fails at each of the {len(examples)} examples of shard {task.shard}; at "
+                f"{examples[0].id!r}: {failed[0]}; what is committed is safe. Remove these examples from the data"
             )
         rows = [
             SequenceRows(example.id, example.source, example.token_ids, example.target_mask, targets[number])
@@ -223,7 +223,7 @@ class ShardWorker:
         readable = [example for example, failure in zip(examples, failures, strict=True) if failure is None]
         if len(readable) == len(examples):
             raise TodiError(
-                f"the teacher reads each example of shard {shard} by itself and fails at all of them; lower "
+                f"the teacher can read each example of shard {shard} alone, but not all of them together; lower "
                 "batch_tokens, and run the same command again"
             )
         rows = iter(self.engine.targets(readable, self.writer.manifest.settings, lambda _: None) if readable else [])

@@ -21,7 +21,7 @@ HEADINGS: Mapping[str, Mapping[str, str]] = {
     "plan": {"Plan": "probe rate student epochs batch_size", **_CAPTURE, "General": _GENERAL},
     "student": {
         "Student": "source out layers keep hidden heads kv_heads mlp fresh",
-        "What the widths keep": "importance_data importance_rows importance_length",
+        "Importance of channels, heads and neurons": "importance_data importance_rows importance_length",
         "General": _GENERAL,
     },
     "train": {

@@ -125,9 +125,9 @@ def print_plan(plan: Any) -> None:
         ]
     rows += [
         ("parameters of the teacher", f"{plan.teacher.num_parameters:,}"),
-        ("its weights in memory", size(plan.weight_bytes)),
+        ("weights of the teacher in memory", size(plan.weight_bytes)),
         *([] if plan.peak_bytes is None else [("memory of the probe, at most", size(plan.peak_bytes))]),
-        ("rows of a full shard", f"2 x {size(plan.shard_memory_bytes)}"),
+        ("rows of two full shards", f"2 x {size(plan.shard_memory_bytes)}"),
         ("work", f"{'at most ' if plan.teacher.has_experts else ''}{scaled(plan.flops, 'FLOP')}"),
     ]
     print_table("Capture", rows)
@@ -171,18 +171,18 @@ def _print_choices(plan: Any) -> None:
                 "" if choice.total_bytes is None else size(choice.total_bytes),
                 "" if choice.kept_mass is None else f"{choice.kept_mass:.3f}",
                 *("" if share is None else f"{share:.0%}" for share in shares),
-                "suggested" if choice.is_suggested else "asked for" if choice.is_asked else "",
+                "suggested" if choice.is_suggested else "your settings" if choice.is_asked else "",
             )
         )
     header = ("shape", "encoding", "bytes", "total", "kept", *_SHARES, "")
     print_table("Choices", rows, header, min_width=4)
-    source = "as SmolLM2-135M took them over Dolly; --probe 64 measures your teacher on your data"
+    source = "as measured with SmolLM2-135M on Dolly; --probe 64 measures your teacher on your data"
     click.echo(
         "shape: k + tail samples\n"
-        f"bytes: a target, {source if plan.peak_bytes is None else 'as measured'}\n"
+        f"bytes: for each target, {source if plan.peak_bytes is None else 'as measured'}\n"
         "kept: mean probability of the k ids together\n"
         "fwd, rev: share of dense ToDi's gain in forward and reverse KL, in a study of SmolLM2-135M at T = 1\n"
-        "warm, cold: the same in forward KL, in a study of a small teacher, by how the student starts"
+        "warm, cold: share in forward KL, in a study of a small teacher; the student was fine-tuned first (warm) or not"
     )
     click.echo(f"suggested: {plan.suggestion}")
 

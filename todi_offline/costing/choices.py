@@ -102,13 +102,13 @@ def reason(choices: Sequence[Choice]) -> str:
     """Return the suggestion in words."""
     best = next((choice for choice in choices if choice.is_suggested), None)
     if best is None:
-        return "nothing is suggested: the studies have none of these shapes"
+        return "none: the studies measured none of these shapes"
     options = f"--k {best.k} --tail-samples {best.tail_samples} --encoding {best.encoding}"
     why = (
-        f"the fewest bytes of the shapes that gained {REQUIRED_SHARE:.0%} of dense ToDi's forward KL or more in every "
-        f"study (its least is {best.shares.worst:.0%})"
+        f"the fewest bytes of the shapes with at least {REQUIRED_SHARE:.0%} of dense ToDi's gain in forward KL in "
+        f"every study (its smallest share is {best.shares.worst:.0%})"
     )
     asked = next((choice.total_bytes for choice in choices if choice.is_asked), None)
     if best.is_asked or not asked or not best.total_bytes:
         return f"{options}: {why}"
-    return f"{options}: {why}, in {best.total_bytes / asked:.2f} times the bytes of what is asked for"
+    return f"{options}: {why}, in {best.total_bytes / asked:.2f} times the bytes of your settings"

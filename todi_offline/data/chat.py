@@ -97,7 +97,7 @@ def render_turns(chat: ChatTemplate, conversation: Conversation, answers: Sequen
 def _find_turn(chat: ChatTemplate, conversation: Conversation, index: int, whole: str, marks: Sequence[Span]) -> Span:
     """Return the start and stop of the part of a turn that a model would generate."""
     if index == 0:
-        raise DataError("the first message is the assistant's, which answers nothing; take that message out")
+        raise DataError("the first message is the assistant's, which answers nothing; remove that message")
     traits = traits_of(chat, conversation.options)
     span = _find_turn_after_prompt(chat, conversation, index, whole, traits)
     if span is None:
@@ -197,7 +197,7 @@ def _require_calls(message: Message, text: str) -> None:
     if lost:
         raise DataError(
             f"the chat template leaves out the call of the tool {lost[0]!r}; use a template that writes it "
-            "(--chat-template FILE), or take such rows out"
+            "(--chat-template FILE), or remove such rows"
         )
 
 
@@ -217,7 +217,7 @@ def adapt_conversation(chat: ChatTemplate, conversation: Conversation) -> Conver
         if has_them and not reads_them:
             raise DataError(
                 f"the chat template leaves out {feature}; use a template that reads them (--chat-template FILE), or "
-                "take such rows out"
+                "remove such rows"
             )
     messages = tuple(_adapt_message(message, traits) for message in conversation.messages)
     return Conversation(messages, conversation.tools, conversation.options)

@@ -103,7 +103,7 @@ class DataConfig:
         if self.prompt_limit >= self.max_length:
             raise ConfigError(
                 f"max_prompt_length is {self.max_prompt_length} and max_length is {self.max_length}: no token is left "
-                "for a response; lower the one or raise the other"
+                "for a response; lower max_prompt_length or raise max_length"
             )
 
     @property
@@ -138,7 +138,7 @@ class Example:
         if ids.dtype != np.uint32 or mask.dtype != np.bool_ or ids.ndim != 1 or ids.shape != mask.shape:
             raise DataError(
                 f"example {self.id!r} has token_ids {ids.dtype}{list(ids.shape)} and target_mask "
-                f"{mask.dtype}{list(mask.shape)}; expected uint32 and bool, [token] both"
+                f"{mask.dtype}{list(mask.shape)}; expected uint32 and bool of the same length"
             )
         if mask[-1:].any():
             raise DataError(f"example {self.id!r} supervises its last position, which no token follows")
@@ -260,8 +260,8 @@ class Examples:
                 ends = np.cumsum([len(row) for row in chunk])
                 number = before + int(np.searchsorted(ends, beyond[0], "right"))
                 raise DataError(
-                    f"example {self[number].id!r} holds the id {ids[beyond[0]]}, and the teacher knows {vocab_size:,} "
-                    "ids: the tokenizer has more; take the example out, or the token out of its text"
+                    f"example {self[number].id!r} holds the id {ids[beyond[0]]}, which the tokenizer knows, but the "
+                    f"teacher has only {vocab_size:,} ids; remove the example, or remove the token from its text"
                 )
             before += len(chunk)
 

@@ -51,7 +51,7 @@ def recognise_form(first: Any, encoder: Encoder, source: str) -> Form:
     if form is None:
         raise DataError(
             f"{source} has the columns {', '.join(map(str, row))}; expected messages, or prompt and completion, or "
-            "instruction (and input) and output or response, or input_ids, or text: rename its columns"
+            "instruction (and input) and output or response, or input_ids, or text; rename the columns"
         )
     return replace(form, template=_template_of(form, row, encoder))
 
@@ -148,7 +148,7 @@ def _encode_ids(encoder: Encoder, row: Row) -> Tokens:
         if len(flags) != len(ids):
             raise DataError(f"column {column!r} has {len(flags)} entries for {len(ids)} of 'input_ids'")
         if column == "labels" and any(flag not in (-100, token) for flag, token in zip(flags, ids, strict=True)):
-            raise DataError("column 'labels' holds other ids than 'input_ids'; expected the same, or -100")
+            raise DataError("column 'labels' differs from 'input_ids'; expected the same ids, or -100")
         wanted = [flag != -100 for flag in flags] if column == "labels" else map(bool, flags)
         supervised = [one and other for one, other in zip(supervised, wanted, strict=True)]
     return Tokens(ids, supervised)

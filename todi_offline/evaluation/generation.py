@@ -210,7 +210,9 @@ def _generation_settings(model: Model, tokenizer: Tokenizer, prompts: Sequence[P
     num_ids = head_of(model).num_ids
     for prompt in prompts:
         if (largest := max(prompt.token_ids)) >= num_ids:
-            raise DataError(f"prompt {prompt.id!r} holds the id {largest}, and the student's head has {num_ids} ids")
+            raise DataError(
+                f"prompt {prompt.id!r} holds the id {largest}, but the student's head has only {num_ids} ids"
+            )
     return GenerationConfig(
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

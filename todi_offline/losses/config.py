@@ -66,4 +66,6 @@ class DistillationConfig:
             if weight is not None and not 0 <= weight < math.inf:
                 raise ConfigError(f"{name} is {weight}; expected 0 or more")
         if self.tail == "none" and not self.head_weight == self.mass_weight == 1:
-            raise ConfigError("head_weight and mass_weight weight the head against the tail; tail='none' has no tail")
+            raise ConfigError(
+                "head_weight and mass_weight need a tail, and tail is 'none'; leave them out, or choose a tail"
+            )

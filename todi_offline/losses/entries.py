@@ -183,7 +183,7 @@ def entry_divergence(teacher: Entries, student: Entries, config: DistillationCon
     k = teacher.kept.shape[1] if config.k is None else config.k
     near_teacher, near_student = teacher.narrow(k), student.narrow(k)
     if k == 0 and tail != "sampled":
-        raise TargetsError(f"with k = 0 and tail={tail!r} nothing is left of the teacher; use samples, tail='sampled'")
+        raise TargetsError(f"k = 0 uses only tail samples, and tail is {tail!r}; use tail='sampled', or k of 1 or more")
     if tail == "none":
         return values_of(resolved.function, near_teacher.kept, near_student.kept)
     bucket = _with_bucket(resolved.function, near_teacher, near_student, config)

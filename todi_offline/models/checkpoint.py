@@ -288,4 +288,4 @@ def _keep(place: Path, found: Mapping[str, Any]) -> None:
         new.write_text(json.dumps(found), encoding="utf-8")
         new.replace(place)
     except OSError as error:
-        logger.info("the fingerprint of the teacher cannot be kept in %s: %s", place.parent, error)
+        logger.info("the fingerprint of the teacher cannot be saved in %s: %s", place.parent, error)

@@ -184,7 +184,7 @@ def tried_head(model: Model, *, linear: bool = False) -> Head:
     head = head_of(model)
     if linear and (reason := _not_linear(head.module)) is not None:
         logger.warning(
-            "the head of %s is no plain linear layer (%s); the loss is computed from its logits, which takes more "
+            "the head of %s is not a plain linear layer (%s); the loss is computed from its logits, which takes more "
             "memory",
             type(model).__name__,
             reason,
@@ -196,8 +196,7 @@ def tried_head(model: Model, *, linear: bool = False) -> Head:
         found = head.logits(head.hidden_states(torch.arange(4), input_ids=tokens))
     if (difference := logits_difference(found, expected)) is not None:
         logger.warning(
-            "%s does something to its logits that is unknown here (%s); its own head runs on whole batches, which "
-            "takes more memory",
+            "%s changes its logits in an unknown way (%s); its own head runs on whole batches, which takes more memory",
             type(model).__name__,
             difference,
         )
@@ -216,8 +215,8 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
     module = head.module
     if not head.runs_apart or type(module).forward is not nn.Linear.forward or module.weight.is_meta:
         raise ModelError(
-            f"the head of {type(head.model).__name__} is no plain linear layer on a device, so that it has no dtype of "
-            "its own; leave head_dtype (--head-dtype) out"
+            f"the head of {type(head.model).__name__} is not a plain linear layer on a device, so it cannot run in "
+            "another dtype; leave head_dtype (--head-dtype) out"
         )
     weight, bias = module.weight, module.bias
     with torch.no_grad():
@@ -231,8 +230,8 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
         difference = logits_difference(changed.logits(weight[:4]), head.logits(weight[:4]))
     if difference is not None:
         raise ModelError(
-            f"the head of {type(head.model).__name__} is more than its weight and bias ({difference}); leave "
-            "head_dtype (--head-dtype) out"
+            f"the head of {type(head.model).__name__} uses more than its weight and bias ({difference}), so it cannot "
+            "run in another dtype; leave head_dtype (--head-dtype) out"
         )
     return changed
 
@@ -259,8 +258,8 @@ def require_vocabulary(model: Model, vocab_size: int) -> None:
     """
     if (num_ids := head_of(model).num_ids) < vocab_size:
         raise ModelError(
-            f"the student's head has {num_ids} ids and the cache's targets are over {vocab_size}: they do not belong "
-            "together, or the embeddings were not resized after tokens were added"
+            f"the student's head has {num_ids} ids, but the cache's targets are over {vocab_size}; choose a student "
+            "with the teacher's ids, or resize its embeddings if tokens were added"
         )
 
 

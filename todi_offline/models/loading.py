@@ -128,7 +128,7 @@ def real_vocab_size(tokenizer: Tokenizer, num_ids: int) -> int:
     known = num_known_ids(tokenizer)
     if known > num_ids:
         logger.warning(
-            "the tokenizer knows %s ids and the model's head %s; an example with one of the others will be refused",
+            "the tokenizer knows %s ids, but the model's head has only %s; an example with a later id will be refused",
             f"{known:,}",
             f"{num_ids:,}",
         )

@@ -90,7 +90,7 @@ def describe_cache(cache: Cache) -> list[tuple[str, str]]:
         ("Teacher", ", ".join(_teacher_facts(manifest.teacher)) or "unknown"),
         *(("Data", _describe_part(part)) for part in manifest.parts),
         ("Holds", f"{len(cache):,} sequences, {int(cache.num_tokens.sum()):,} tokens, {num_targets:,} targets"),
-        ("Kept of a target", f"{kept}; {samples}"),
+        ("Kept for each target", f"{kept}; {samples}"),
         ("Temperatures", ", ".join(f"{temperature:g}" for temperature in settings.temperatures)),
         ("Stored as", f"{settings.encoding}, {settings.codec}; format {manifest.format_version}"),
         ("Size", f"{num_bytes:,} bytes, {num_bytes / num_targets:.1f} a target"),
@@ -249,7 +249,7 @@ def _sequence_table(cache: Cache, shown: Sequence[Shown]) -> tuple[str, list[Blo
     found = cache.sequences.select(list(columns)).take(numbers).to_pylist()
     rows = [[number, *map(_short, row.values())] for number, row in zip(numbers, found, strict=True)]
     links = [f"#seq={number}" if number in is_shown else None for number in numbers]
-    note = f"{len(numbers):,} of {len(cache):,}. A link leads to the text above; a heading sorts."
+    note = f"{len(numbers):,} of {len(cache):,}. Click a link for its text above; click a heading to sort."
     return note, [table(["number", *columns.values()], rows, links)]
 
 

@@ -188,5 +188,5 @@ def sample_section(scores: Sequence[Scores]) -> Section:
         answers = [(name, row["prediction"]) for name, row in found if row is not None]
         columns = [("reference", "\n\n".join(first.get("references", ()))), *answers]
         rows.append((prompt[:_SHOWN_TEXT], [(name, text[:_SHOWN_TEXT]) for name, text in columns]))
-    note = f"{len(rows):,} of {len(written[0].predictions):,} prompts, with what each wrote."
+    note = f"{len(rows):,} of {len(written[0].predictions):,} prompts, with the response of each model."
     return Section("What they write", note, [texts(rows)])

@@ -28,7 +28,7 @@ def decoder_layers(model: Model) -> str:
     if len(outermost) != 1:
         raise ModelError(
             f"{type(model).__name__} has {len(outermost)} lists of {num_layers} modules, expected one, its decoder "
-            "layers; this architecture cannot be pruned by depth here"
+            "layers; this architecture cannot be cut by depth"
         )
     return str(outermost[0])
 
@@ -81,8 +81,9 @@ def require_composed(model: Model, student: Model, name: str, layers: Sequence[i
         difference = logits_difference(probe_logits(student), expected)
     if difference is not None:
         raise ModelError(
-            f"a {type(model).__name__} of the layers {list(layers)} is not these layers run one after another: "
-            f"{difference}. Its config cannot describe them; choose others with --keep, or --fresh for random weights"
+            f"a {type(model).__name__} of the layers {list(layers)} does not compute what these layers compute one "
+            f"after another: {difference}. Its config cannot describe them; choose other layers with --keep, or random "
+            "weights with --fresh"
         )
 
 

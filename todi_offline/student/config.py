@@ -47,13 +47,13 @@ class MakingConfig:
             ConfigError: they do.
         """
         if self.keep and self.layers is not None:
-            raise ConfigError("both --layers and --keep are given; name either a number of layers or the layers")
+            raise ConfigError("both --layers and --keep are given; name only one of them")
         if self.keep and self.fresh:
             raise ConfigError("--keep names layers of the teacher, and --fresh keeps none; use --layers with --fresh")
         if not (self.keep or self.layers is not None or self.widths):
             raise ConfigError(
-                "nothing says how the student is smaller; name either a number of layers (--layers 8) or the layers "
-                "themselves (--keep 0,4,8,29), or a width (--hidden, --heads, --kv-heads, --mlp)"
+                "the student has no size; name a number of layers (--layers 8), the layers themselves (--keep "
+                "0,4,8,29), or a width (--hidden, --heads, --kv-heads, --mlp)"
             )
         if self.importance_rows < 1:
             raise ConfigError(f"importance_rows is {self.importance_rows}; expected a number of examples above 0")

@@ -68,7 +68,9 @@ def require_kept(model: Model, student: Model, parts: WidthParts, sizes: Sizes, 
     difference = settings_difference(*stacks, range(len(parts.layers)), resized)
     difference = difference or _difference(model, student, parts, kept)
     if difference is not None:
-        raise refusal(model, f"with {described(sizes)} it is not what is kept of it: {difference}")
+        raise refusal(
+            model, f"a model with {described(sizes)} does not compute what the kept parts compute: {difference}"
+        )
 
 
 def _difference(model: Model, student: Model, parts: WidthParts, kept: Kept) -> str | None:

@@ -93,7 +93,7 @@ def width_parts(model: Model) -> WidthParts:
     sizes = {_sizes(model, layer) for layer in layers}
     if len(sizes) != 1:
         unlike = sorted(f"{described(size)} (heads of {size.head_dim})" for size in sizes)
-        raise refusal(model, f"its layers have unlike sizes: {'; '.join(unlike)}")
+        raise refusal(model, f"its layers differ in size: {'; '.join(unlike)}")
     (size,) = sizes
     names = {id(module): name for name, module in model.named_modules()}
     owners = [f"{stack}.{number}" for number in range(len(layers))] + [stack.rpartition(".")[0]]
@@ -114,7 +114,7 @@ def width_parts(model: Model) -> WidthParts:
 
 def described(sizes: Sizes) -> str:
     """Return sizes as a message says them."""
-    return f"{sizes.hidden} channels, {sizes.heads} heads, {sizes.kv_heads} of keys, and {sizes.mlp} neurons"
+    return f"{sizes.hidden} channels, {sizes.heads} heads, {sizes.kv_heads} heads of keys, and {sizes.mlp} neurons"
 
 
 def refusal(model: Model, why: str) -> ModelError:

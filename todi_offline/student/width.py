@@ -65,15 +65,15 @@ def resolve_sizes(widths: Widths, teacher: Sizes) -> Sizes:
     for name, option in OPTIONS.items():
         asked, most = getattr(widths, name), getattr(teacher, name)
         if asked is not None and not 1 <= asked <= most:
-            raise ConfigError(f"{option} is {asked}, the teacher has {most}; choose 1 to {most}, or --fresh")
+            raise ConfigError(f"{option} is {asked}, but the teacher has {most}; choose 1 to {most}, or --fresh")
     heads, kv_heads = widths.heads, widths.kv_heads
     if kv_heads is None:
         kv_heads = teacher.kv_heads if heads is None else heads // teacher.group
     heads = kv_heads * teacher.group if heads is None else heads
     if not kv_heads or heads % kv_heads or heads // kv_heads > teacher.group:
         raise ConfigError(
-            f"{heads} heads and {kv_heads} heads of keys do not go together: every head of keys is to be shared by as "
-            f"many heads, and by no more than the teacher's {teacher.group}; choose other --heads and --kv-heads"
+            f"{heads} heads cannot share {kv_heads} heads of keys: each head of keys needs the same number of heads, "
+            f"at most {teacher.group} as in the teacher; choose other --heads and --kv-heads"
         )
     return replace(
         teacher, hidden=widths.hidden or teacher.hidden, heads=heads, kv_heads=kv_heads, mlp=widths.mlp or teacher.mlp

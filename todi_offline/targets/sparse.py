@@ -325,7 +325,7 @@ def check_capture(vocab: int, k: int, temperatures: tuple[float, ...], tail_temp
     if tail_temperature not in temperatures:
         raise TargetsError(
             f"tail_temperature is {tail_temperature:g}, not one of the temperatures {_listed(temperatures)}; "
-            f"add it, for the tail's mass at it weights the samples"
+            f"add it to the temperatures: the tail's mass there weights the samples"
         )
 
 

@@ -59,7 +59,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("num_train_epochs", "save_steps", "logging_steps"), (lambda value: 0 < value < math.inf, "more than 0")
     ),
-    "max_steps": (lambda value: value >= 1 or value == -1, "1 or more, or -1, with which num_train_epochs decides"),
+    "max_steps": (lambda value: value >= 1 or value == -1, "1 or more, or -1 to use num_train_epochs"),
 }
 """Numbers that transformers or torch misread, or refuse once the student is loaded: their range, and it in words."""
 

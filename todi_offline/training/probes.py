@@ -55,9 +55,9 @@ def choose_collator(model: Model, *, flash: bool) -> Collator:
             if (argument := _unexpected_argument(error)) is None:
                 raise
             if argument == "position_ids":
-                logger.info("%s takes no position_ids: every sequence has its own row", name)
+                logger.info("%s takes no position_ids, so sequences are not packed", name)
                 return Collator(pack=False, positions=False)
-            logger.info("%s takes no %s: each of its layers looks for the bounds of sequences", name, argument)
+            logger.info("%s takes no %s, so each of its layers looks for the bounds of sequences", name, argument)
             continue
         except ValueError as error:
             if "packed sequences" not in str(error):  # as transformers refuses them where a kernel is missing
@@ -65,7 +65,7 @@ def choose_collator(model: Model, *, flash: bool) -> Collator:
             difference = str(error)
         if difference is None:
             return collator
-        logger.info("%s does not keep packed sequences apart (%s): every sequence has its own row", name, difference)
+        logger.info("%s does not isolate packed sequences (%s), so sequences are not packed", name, difference)
         break
     return Collator(pack=False)
 

@@ -150,8 +150,8 @@ def load_train_config(base: TrainConfig | Path | None, settings: Mapping[str, An
         added = recipe_settings(given["recipe"], given)
         if added and isinstance(base, TrainConfig):
             raise ConfigError(
-                f"recipe {given['recipe']} sets only settings that are not set, and a TrainConfig sets them all; pass "
-                "the settings by name, or a TOML file"
+                f"recipe {given['recipe']} sets only settings that you have not set, and a TrainConfig sets all; pass "
+                "the settings by name, or in a TOML file"
             )
         settings = {**added, **settings}
     ours = {name for name, _ in flat_fields(TrainConfig)}

@@ -135,8 +135,10 @@ def training_order(cache: Cache, seed: int) -> ShuffledOrder:
     needed_gb = sum(cache.bytes_by_array.values()) / num_shards * num_staged / 1e9
     staging = cache.store.staging
     if needed_gb > staging.limit_gb:
-        what = f"{num_staged} shards of {cache.root} take {needed_gb:.3g} GB, {staging.folder} may hold"
-        logger.warning("%s %g: some are fetched again and again; allow it more (staging_gb)", what, staging.limit_gb)
+        what = f"{num_staged} shards of {cache.root} take {needed_gb:.3g} GB, but the limit of {staging.folder} is"
+        logger.warning(
+            "%s %g GB: some shards are fetched again and again; raise the limit (staging_gb)", what, staging.limit_gb
+        )
     return WindowShuffledOrder(cache.shards, seed, prepare=cache.prepare)
 
 

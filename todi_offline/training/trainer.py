@@ -291,7 +291,7 @@ class ToDiTrainer(Trainer):
             return caches
         cache = caches.cache if isinstance(caches, CacheDataset) else caches
         if not isinstance(cache, Cache):
-            raise ConfigError(f"{type(cache).__name__} is no cache; ToDiTrainer reads what `open_cache` returns")
+            raise ConfigError(f"{type(cache).__name__} is not a cache; ToDiTrainer reads what `open_cache` returns")
         require_same_tokenizer(self._tokenizer, cache.manifest, "the student")
         require_vocabulary(self._student, cache.manifest.vocab_size)
         self._cache = self._cache or cache

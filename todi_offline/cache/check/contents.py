@@ -49,7 +49,7 @@ def _table_problems(store: Store, manifest: Manifest, table: pa.Table, record: C
     found = (len(table), int(table["num_tokens"].to_numpy().sum()), int(table["num_targets"].to_numpy().sum()))
     expected = (record.num_sequences, record.num_tokens, record.num_targets)
     if found != expected:
-        what = f"it has {found} sequences, tokens and targets, the record {expected}"
+        what = f"it has {found} sequences, tokens and targets; the commit record has {expected}"
         yield Problem(where, what, redo(shard))
     if ContentKeys.from_column(table["content_key"]).digest() != record.content:
         yield Problem(where, "its content keys are not those of the commit record", redo(shard))
@@ -101,7 +101,7 @@ def _target_problems(
             sums[index] += np.bincount(owners, weights=weights, minlength=len(table))
     for fault, sequences in found.items():
         others = f", and {len(sequences) - 1} more targets of shard {shard}" if len(sequences) > 1 else ""
-        yield Problem(_name(table, sequences[0]), f"{fault}: in one of its targets{others}", redo(shard))
+        yield Problem(_name(table, sequences[0]), f"in one of its targets{others}, {fault}", redo(shard))
     yield from _mean_problems(table, shard, sums)
 
 
@@ -129,11 +129,11 @@ def _sequence_problems(
     if (token_ids >= vocab_size).any():
         yield f"it has token ids beyond the vocabulary of {vocab_size}"
     if (mask > 1).any() or mask[-1:].any():
-        yield "its mask has values beside 0 and 1, or supervises the last position, which no token follows"
+        yield "its mask has values other than 0 and 1, or supervises the last position, which no token follows"
     if content_key(token_ids, mask.astype(np.bool_)) != key:
-        yield "its tokens and mask do not give its content key"
+        yield "its content key is not that of its tokens and mask"
     if np.count_nonzero(mask) != num_targets:
-        yield f"its mask supervises {np.count_nonzero(mask)} positions, the table has {num_targets} targets"
+        yield f"its mask supervises {np.count_nonzero(mask)} positions, but the table has {num_targets} targets"
 
 
 def _mean_problems(table: pa.Table, shard: int, sums: npt.NDArray[np.float64]) -> Iterator[Problem]:
@@ -149,7 +149,7 @@ def _mean_problems(table: pa.Table, shard: int, sums: npt.NDArray[np.float64]) -
     for name, wrong in differs.items():
         for index in np.flatnonzero(wrong & (num_targets > 0)):
             rows = f"NLL {-most_label[index]:.5f}, mass {most[index]:.5f}"
-            what = f"its {name} in the table does not follow from its rows ({rows})"
+            what = f"its {name} in the table differs from that of its rows ({rows})"
             yield Problem(_name(table, int(index)), what, redo(shard))
 
 

@@ -46,16 +46,16 @@ def mass_bounds(rows: TargetRows, encoding: str) -> tuple[Numbers, Numbers]:
 def _id_faults(rows: TargetRows, vocab_size: int) -> dict[str, Rows]:
     ordered: Any = np.sort(rows.ids, axis=1)
     return {
-        "ids that repeat": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1),
-        f"ids beyond the vocabulary of {vocab_size}": (ordered >= vocab_size).any(axis=1),
+        "ids repeat": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1),
+        f"ids are beyond the vocabulary of {vocab_size}": (ordered >= vocab_size).any(axis=1),
     }
 
 
 def _order_faults(rows: TargetRows) -> dict[str, Rows]:
     logprobs: Any = rows.logprobs
     return {
-        "log-probs that are NaN or above 0": ~(logprobs <= 0).all(axis=1),
-        "log-probs that do not fall": (logprobs[:, 1:] > logprobs[:, :-1]).any(axis=1),
+        "log-probs are NaN or above 0": ~(logprobs <= 0).all(axis=1),
+        "log-probs do not fall": (logprobs[:, 1:] > logprobs[:, :-1]).any(axis=1),
     }
 
 
@@ -72,7 +72,7 @@ def _mass_faults(rows: TargetRows, within: dict[str, Bounds], encoding: str) -> 
         beyond_least = beyond_least - _narrowing_error(beyond_least, encoding)
         beyond_most = beyond_most + _narrowing_error(beyond_most, encoding)
         differ = (least + beyond_least > 1 + SLACK) | (most + beyond_most < 1 - SLACK)
-        found["kept and tail mass differ from 1"] = differ
+        found["the kept mass and the tail's mass do not add up to 1"] = differ
     return found
 
 
@@ -97,8 +97,8 @@ def _label_faults(rows: TargetRows, labels: npt.NDArray[np.uint32], within: dict
     above_kept = least > _most_of_last(upper) + SLACK
     return {
         "the label's log-prob is NaN or above 0": ~(rows.label_logprob <= SLACK),
-        "the label's log-prob is not that of the same id among the kept ones": differs.any(axis=1),
-        "the label is not kept, but more probable than an id that is": above_kept[:, 0] & ~kept.any(axis=1),
+        "the label's log-prob differs from that of the same kept id": differs.any(axis=1),
+        "the label is not kept, but is more probable than a kept id": above_kept[:, 0] & ~kept.any(axis=1),
     }
 
 
@@ -111,7 +111,7 @@ def _tail_faults(rows: TargetRows, vocab_size: int, within: dict[str, Bounds]) -
     least, last_kept = within["tail_logprobs"][0], _most_of_last(within["logprobs"][1])
     return {
         "a tail sample is a kept id": (among_kept & drawn).any(axis=1),
-        f"tail samples beyond the vocabulary of {vocab_size}": (rows.tail_ids >= vocab_size).any(axis=1),
+        f"tail samples are beyond the vocabulary of {vocab_size}": (rows.tail_ids >= vocab_size).any(axis=1),
         "a tail sample's log-prob is NaN or above 0": ~(rows.tail_logprobs <= 0).all(axis=1),
         "a tail sample is more probable than a kept id": (least > last_kept + SLACK).any(axis=1),
     }

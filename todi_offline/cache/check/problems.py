@@ -35,10 +35,10 @@ class Problem:
 
 NOTHING = Remedy("nothing needs to be done")
 GO_ON = Remedy("run the same capture again: it continues")
-RENEW = Remedy("`todi-cache repair` writes it again", renews=True)
-RESTORE = Remedy("bring it back from a copy, or capture into another folder", by_hand=True)
+RENEW = Remedy("run `todi-cache repair`: it writes the object again", renews=True)
+RESTORE = Remedy("restore the object from a copy, or capture into another folder", by_hand=True)
 READ_AGAIN = Remedy(
-    "mend the disk, the permissions or the network and verify again; if the object is lost for good, delete it and run "
+    "fix the disk, the permissions or the network and verify again; if the object is lost for good, delete it and run "
     "`todi-cache repair`",
     by_hand=True,
 )
@@ -47,12 +47,14 @@ READ_AGAIN = Remedy(
 
 def redo(shard: int) -> Remedy:
     """Return the remedy of a damaged shard."""
-    return Remedy(f"`todi-cache repair`, then the same capture again: it redoes shard {shard} alone", shard=shard)
+    return Remedy(
+        f"run `todi-cache repair`, then the same capture again: it writes only shard {shard} again", shard=shard
+    )
 
 
 def drop(key: str) -> Remedy:
     """Return the remedy of an object that the cache does not need."""
-    return Remedy("`todi-cache repair` deletes it", drop=(key,))
+    return Remedy("run `todi-cache repair`: it deletes the object", drop=(key,))
 
 
 def remedy_of(error: CacheError, if_damaged: Remedy) -> Remedy:

@@ -62,7 +62,7 @@ def damaged_chunks(store: Store, manifest: Manifest, record: CommitRecord, key: 
         return ""
     if not chunks:
         return ""
-    return f"; damaged are the chunks {chunks}" + (_owners(manifest, record, spec, chunks, table) if table else "")
+    return f"; the chunks {chunks} are damaged" + (_owners(manifest, record, spec, chunks, table) if table else "")
 
 
 def _unreadable_chunks(store: Store, manifest: Manifest, record: CommitRecord, spec: ArraySpec) -> list[int]:

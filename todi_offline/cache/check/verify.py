@@ -138,13 +138,13 @@ def _state_problems(store: Store, root: Root) -> Iterator[Problem]:
     elif root.pending:
         yield Problem(ROOT_KEY, "a capture that adds to the cache has not finished", GO_ON, is_note=True)
     for shard in root.lost_shards:
-        done = "captured again but not sealed" if store.size(record_key(shard)) else "not captured again"
-        yield Problem(record_key(shard), f"the shard was lost, and is {done} yet", GO_ON)
+        done = "is captured again but not sealed" if store.size(record_key(shard)) else "is not captured again"
+        yield Problem(record_key(shard), f"the shard was lost, and {done} yet", GO_ON)
 
 
 def _tokenizer_problems(store: Store, root: Root) -> Iterator[Problem]:
     if root.tokenizer is not None and (found := difference(store, TOKENIZER_KEY, root.tokenizer)):
-        text = "`todi-cache repair`, then the same capture again: it writes the tokenizer"
+        text = "run `todi-cache repair`, then the same capture again: it writes the tokenizer"
         yield Problem(TOKENIZER_KEY, found.what, _unless_unreadable(found, Remedy(text, drop=(TOKENIZER_KEY,))))
 
 
@@ -165,7 +165,7 @@ def _metadata_problems(store: Store, root: Root) -> Iterator[Problem]:
         if found is None:
             yield Problem(key, "it is missing", RENEW)
         elif found != expected and not _says_the_same(found, expected):
-            yield Problem(key, "it does not follow from the root", RENEW)
+            yield Problem(key, "it differs from the metadata that the root gives", RENEW)
         elif found != expected:
             yield Problem(key, "this release of zarr-python writes it differently", RENEW, is_note=True)
 
@@ -200,20 +200,20 @@ def _other_objects(store: Store, root: Root) -> Iterator[Problem]:
         if shard is not None and is_attempt(key):
             yield from _note_problems(store, key, shard, is_planned=shard < num_shards)
         elif is_temporary(key):
-            yield Problem(key, "a stopped writer has left it behind", drop(key), is_note=True)
+            yield Problem(key, "a writer that was stopped left this temporary file", drop(key), is_note=True)
         elif is_own(key) and (not is_named or key in old):
-            yield Problem(key, "no commit record names it", drop(key), is_note=True)
+            yield Problem(key, "no commit record names this object", drop(key), is_note=True)
         elif not is_own(key):
             folder = key.partition("/")[0]
             foreign.add(key if folder in FOLDERS else folder)
     for name in sorted(foreign):
-        yield Problem(name, "it is not part of the cache and stays as it is", NOTHING, is_note=True)
+        yield Problem(name, "it is not part of the cache and stays unchanged", NOTHING, is_note=True)
 
 
 def _note_problems(store: Store, key: str, shard: int, *, is_planned: bool) -> Iterator[Problem]:
     """Describe the note on an attempt at a shard; a capture goes on with a sound one and refuses any other."""
     if not is_planned or store.size(record_key(shard)) is not None:
-        yield Problem(key, "the attempt at the shard is over", drop(key), is_note=True)
+        yield Problem(key, "this note is on an attempt that has ended", drop(key), is_note=True)
         return
     try:
         read_note(store, shard)
@@ -222,7 +222,7 @@ def _note_problems(store: Store, key: str, shard: int, *, is_planned: bool) -> I
     except CacheError as error:
         yield Problem(key, str(error), remedy_of(error, drop(key)))
     else:
-        yield Problem(key, "a capture has begun the shard and not committed it", GO_ON, is_note=True)
+        yield Problem(key, "a capture has begun this shard and has not committed it", GO_ON, is_note=True)
 
 
 def _shards_problems(store: Store, root: Root, progress: Progress) -> Iterator[Problem]:

@@ -115,11 +115,11 @@ def where(cache: Cache, expression: str) -> Selection:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         why = error.msg if isinstance(error, SyntaxError) else error
         raise ConfigError(
-            f"cannot choose by {expression!r}: {why}; expected comparisons of {', '.join(_COLUMNS)}, "
+            f"cannot select by {expression!r}: {why}; expected comparisons of {', '.join(_COLUMNS)}, "
             "e.g. teacher_nll < 2.5 and topk_mass > 0.9"
         ) from error
     if chosen.dtype != np.bool_ or chosen.shape != (len(cache),):
-        raise ConfigError(f"{expression!r} is no condition; compare a column with a value, e.g. teacher_nll < 2.5")
+        raise ConfigError(f"{expression!r} is not a condition; compare a column with a value, e.g. teacher_nll < 2.5")
     return chosen
 
 
@@ -145,7 +145,7 @@ def _evaluate(node: ast.AST, table: pa.Table) -> Any:
 
 def _operator(op: ast.AST) -> Callable[..., Any]:
     if type(op) not in _OPERATORS:
-        raise ValueError(f"{type(op).__name__} is no operator of these expressions")
+        raise ValueError(f"the operator {type(op).__name__} is not supported")
     return _OPERATORS[type(op)]
 
 

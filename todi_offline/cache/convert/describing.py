@@ -27,8 +27,8 @@ def describe_table(
         return None, None
     if teacher is None or tokenizer is None:
         raise ConfigError(
-            "a table without a manifest needs --teacher and --tokenizer; a table of `todi-cache export` is imported "
-            "without options, and `todi-cache subset` then changes its settings"
+            "a table without a manifest needs both --teacher and --tokenizer; to import a table of `todi-cache "
+            "export`, leave out all options, and change its settings with `todi-cache subset`"
         )
     files = read_tokenizer_files(tokenizer)
     k = settings["k"] if "k" in settings else fewest_entries(table)

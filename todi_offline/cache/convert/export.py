@@ -84,12 +84,13 @@ def export_cache(
     if temperature != 1 and (layout == "plain" or temperature not in cache.manifest.settings.temperatures):
         captured = ", ".join(f"{t:g}" for t in cache.manifest.settings.temperatures)
         raise TargetsError(
-            f"cannot export log-probs at temperature {temperature:g}: the layout plain has those at 1, and axolotl "
-            f"those at 1 and at the captured temperatures of {cache.root}: {captured}"
+            f"cannot export log-probs at temperature {temperature:g}; the layout plain takes only 1, and axolotl 1 or "
+            f"a captured temperature of {cache.root}: {captured}"
         )
     if layout == "axolotl" and not cache.manifest.settings.k:
         raise TargetsError(
-            f"{cache.root} keeps samples alone (k = 0), for which the layout axolotl has no column; export it as plain"
+            f"{cache.root} holds only samples (k = 0), and the layout axolotl has no column for them; export it as "
+            "plain"
         )
     row: Callable[[CachedSequence], dict[str, Any]] = _plain_row
     schema = {"plain": PLAIN_SCHEMA, "axolotl": AXOLOTL_SCHEMA}[layout]
@@ -114,7 +115,7 @@ def export_cache(
                 progress(members.stop, len(cache))
         temporary.replace(out)
     except OSError as error:
-        raise DataError(f"cannot write {out}: {first_line(error)}; mend that and run the export again") from error
+        raise DataError(f"cannot write {out}: {first_line(error)}; fix that and run the export again") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(cache)

@@ -69,8 +69,8 @@ def _targets(row: Row, labels: Integers, manifest: Manifest) -> TargetRows:
     kept, cut = entries.logprobs[:, :k], entries.logprobs[:, k:]
     if cut.shape[1] and settings.tail_samples:
         raise ValueError(
-            f"the row has {entries.ids.shape[1]} entries a target, and samples of the ids beyond; import all entries, "
-            f"with k = {entries.ids.shape[1]}"
+            f"k is {k}, but the samples are of the ids beyond the {entries.ids.shape[1]} entries of a target; import "
+            f"all entries, with k = {entries.ids.shape[1]}"
         )
     tail_ids, tail_logprobs = _samples(row, len(labels), manifest)
     log_partition = None
@@ -148,7 +148,7 @@ def _entries(row: Row, num_targets: int, manifest: Manifest) -> _Entries:
     padded = _Entries(np.full(is_given.shape, -1), np.full(is_given.shape, -np.inf))
     padded.ids[is_given], padded.logprobs[is_given] = ids.ids(manifest.vocab_size), logprobs.logprobs()
     ordered = np.sort(np.where(is_given, padded.ids, -1 - np.arange(is_given.shape[1])), axis=1)
-    _refuse({"ids that repeat": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)})
+    _refuse({"ids repeat": (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)})
     if (padded.logprobs[:, 1:] <= padded.logprobs[:, :-1]).all():
         return padded  # equal log-probs keep the teacher's order
     order = np.lexsort((padded.ids, -padded.logprobs, ~is_given), axis=1)
@@ -164,8 +164,8 @@ def _label_logprobs(row: Row, labels: Integers, entries: _Entries) -> Numbers:
     if not is_label.any(axis=1).all():
         target = int(np.flatnonzero(~is_label.any(axis=1))[0])
         raise ValueError(
-            f"the label of target {target}, {labels[target]}, is not among its ids, and there is no label_logprob; "
-            "add that column, or the label to the ids (serving engines return its log-prob beside the top k)"
+            f"target {target} lacks its label, id {labels[target]}, and there is no column label_logprob; add that "
+            "column, or add the label to the ids (serving engines return its log-prob beside the top k)"
         )
     of_label: Numbers = np.where(is_label, entries.logprobs, -np.inf).max(axis=1)
     return of_label

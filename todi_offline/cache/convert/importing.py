@@ -59,7 +59,7 @@ def import_table(
         if described is not None:
             described = _with_recipe(described, {"source": "imported", "table": _hash_file(path)})
         elif (described := own) is None:
-            raise DataError(f"{path} brings no manifest; name its teacher and tokenizer")
+            raise DataError(f"{path} has no manifest; name its teacher and tokenizer (--teacher, --tokenizer)")
         _require_columns(table, described.settings, str(path))
         return _write(table, str(path), out, described, tokenizer_json or tokenizer, progress)
 
@@ -127,10 +127,10 @@ def _metadata(table: pq.ParquetFile, where: str) -> tuple[Manifest | None, str |
     try:
         values = json.loads(metadata[MANIFEST_KEY.encode()])
     except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{where} brings a manifest that cannot be read: {error}") from error
+        raise CacheFormatError(f"the manifest in {where} cannot be read: {error}") from error
     manifest = Manifest.from_json(values, where)
     if not manifest.parts:
-        raise CacheFormatError(f"{where} brings a manifest without a part; export the cache again")
+        raise CacheFormatError(f"the manifest in {where} has no part; export the cache again")
     manifest = dataclasses.replace(
         manifest, format_version=FORMAT_VERSION
     )  # an older release may have written the table

@@ -88,9 +88,8 @@ def _require_alike(cache: Cache, first: Cache) -> None:
     lines = identity_differences(cache.manifest, first.manifest, where)
     if lines:
         raise CacheMismatchError(
-            f"{cache.root} and {first.root} cannot become one cache: {'; '.join(lines)}; where only settings differ, "
-            "`todi-cache subset` writes a cache with other ones, and `todi train --cache A --cache B` takes both as "
-            "they are"
+            f"{cache.root} and {first.root} cannot be merged: {'; '.join(lines)}; if only settings differ, change them "
+            "with `todi-cache subset`, or train from both caches with `todi train --cache A --cache B`"
         )
 
 

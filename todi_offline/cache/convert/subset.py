@@ -47,7 +47,7 @@ def subset_cache(
     """
     if not chosen.any():
         raise CacheMismatchError(
-            f"none of the {len(cache):,} sequences of {cache.root} is chosen; change the conditions"
+            f"no sequence of {cache.root} (it has {len(cache):,}) meets the conditions; change them"
         )
     asked = dataclasses.replace(cache.manifest.settings, **settings)
     _require_precise(cache, asked)
@@ -81,8 +81,8 @@ def _require_precise(cache: Cache, asked: CacheSettings) -> None:
     encodings = {member.manifest.settings.encoding for member in cache.members}
     if coarse := sorted(encodings & set(_COARSE) - {asked.encoding}):
         raise CacheMismatchError(
-            f"{cache.root} holds log-probs in {', '.join(coarse)}, too coarse for the bounds of {asked.encoding}; keep "
-            f"{coarse[0]}, or take the subset of the f16 or bf16_logit cache from which it was made"
+            f"{cache.root} holds log-probs in {', '.join(coarse)}, too coarse to be stored as {asked.encoding}; keep "
+            f"{coarse[0]}, or take the subset of the f16 or bf16_logit cache from which this cache was made"
         )
     others = sorted(encodings - {"bf16_logit"})
     if others and asked.encoding == "bf16_logit":

@@ -193,7 +193,7 @@ def _require_numbers(rows: TargetRows) -> None:
         if values.dtype.kind == "f" and not (values < np.inf).all():
             target = int(np.argwhere(~(values < np.inf))[0][0])
             raise TargetsError(
-                f"{name} of target {target} holds NaN or +inf; expected numbers or -inf: look at the teacher's logits"
+                f"{name} of target {target} holds NaN or +inf; expected numbers or -inf: check the teacher's logits"
             )
 
 
@@ -216,8 +216,8 @@ def _bf16_logits(rows: TargetRows) -> dict[str, Array]:
     wrong = abs(error) > _BF16_ERROR / 2
     if wrong.any():
         raise TargetsError(
-            f"a teacher's logit is {exact[wrong][0]:.6f}, which is no bfloat16 number, but bf16_logit stores only "
-            "such numbers; load the teacher in bfloat16, its head too, or choose another encoding"
+            f"the teacher's logit {exact[wrong][0]:.6f} is not a bfloat16 number, and bf16_logit stores only such "
+            "numbers; load the teacher and its head in bfloat16, or choose another encoding"
         )
     return {"topk_logprobs": bits.astype(np.uint16), "log_partition": rows.log_partition}
 

@@ -109,8 +109,8 @@ class CacheSettings:
             raise ConfigError(f"temperatures are {found}; expected each once")
         if self.tail_samples and self.tail_temperature not in found:
             raise ConfigError(
-                f"tail_temperature is {self.tail_temperature}, not one of the temperatures {found}: "
-                "samples can only be weighted with the tail's mass at their own temperature; add it"
+                f"tail_temperature is {self.tail_temperature}, not one of the temperatures {found}; add it to the "
+                "temperatures: samples are weighted with the tail's mass at their own temperature"
             )
 
 

@@ -153,9 +153,9 @@ def _identified_otherwise(found: Mapping[str, Any], wanted: Mapping[str, Any]) -
 def _otherwise_identified(found: Manifest, where: tuple[str, str]) -> str:
     by_files, in_memory = where if "identified_by" in found.teacher else where[::-1]
     return (
-        f"teacher: identified by its weights in memory {in_memory}, as in caches of earlier releases, and by the files "
-        f"of its checkpoint {by_files}, which cannot be compared (a teacher that Python hands over, by "
-        "as_teacher(load_model(PATH), load_tokenizer(PATH)), is identified by its weights in memory)"
+        f"teacher: its weights in memory identify it {in_memory}, as in earlier releases, and the files of its "
+        f"checkpoint identify it {by_files}; the two cannot be compared (in Python, pass the teacher in memory: "
+        "as_teacher(load_model(PATH), load_tokenizer(PATH)))"
     )
 
 
@@ -177,7 +177,7 @@ def read_parts(values: Any, where: str) -> tuple[Part, ...]:
     """Return the parts after checking the type and range of every value."""
     kinds = {"recipe": Mapping, "content": str, "num_sequences": int, "num_shards": int, "versions": Mapping}
     if not isinstance(values, list):
-        raise CacheFormatError(f"the manifest of {where} has {values!r:.50} in the place of its parts")
+        raise CacheFormatError(f"the manifest of {where} has the parts {values!r:.50}, expected a list")
     for part in values:
         right = isinstance(part, Mapping) and part.keys() == kinds.keys()
         right = right and all(isinstance(part[name], kind) for name, kind in kinds.items())

@@ -87,7 +87,7 @@ class CommitRecord:
         try:
             return cls(**_read_fields(json.loads(data)))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheFormatError(f"{where} is no commit record: {error}") from error
+            raise CacheFormatError(f"{where} is not a commit record: {error}") from error
 
 
 def count(value: Any) -> int:
@@ -102,7 +102,7 @@ def _read_fields(values: Any) -> dict[str, Any]:
     if values.keys() != set(CommitRecord.__slots__):
         raise ValueError(f"its fields are {list(values)!r:.200}")
     if not isinstance(values["content"], str):
-        raise ValueError("its content is no hash")
+        raise ValueError("its content is not a hash")
     objects = {_own_key(key): ObjectSum.from_json(entry) for key, entry in values.pop("objects").items()}
     counts = {name: value if name == "content" else count(value) for name, value in values.items()}
     return {**counts, "objects": objects}

@@ -72,7 +72,7 @@ class Root:
             raise CacheCorruptError(f"{where} is damaged: {error}; {_MEND}") from error
         root = cls.from_values(values, where)
         if _to_bytes(values) != data:
-            raise CacheCorruptError(f"{where} is damaged: its values stand in other bytes than were written; {_MEND}")
+            raise CacheCorruptError(f"{where} is damaged: its bytes are not those that were written; {_MEND}")
         return root
 
     @classmethod
@@ -92,7 +92,7 @@ class Root:
             raise CacheFormatError(f"{where} has impossible sums: {error}") from error
         if len(commits) != manifest.num_shards:
             raise CacheFormatError(
-                f"{where} names {len(commits)} commit records, and its parts have {manifest.num_shards} shards"
+                f"{where} names {len(commits)} commit records, but its parts have {manifest.num_shards} shards"
             )
         return cls(
             manifest=manifest, commits=commits, pending=read_parts(values["pending"], where), tokenizer=tokenizer
@@ -110,7 +110,7 @@ def is_of_other_version(data: bytes) -> bool:
         return False
 
 
-_MEND = "`todi-cache repair` restores it from the copy in zarr.json"
+_MEND = "run `todi-cache repair`: it restores the root from the copy in zarr.json"
 
 
 def _require_version(manifest: dict[str, Any], where: str) -> None:
@@ -118,7 +118,7 @@ def _require_version(manifest: dict[str, Any], where: str) -> None:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CacheFormatError(
             f"{where} has format version {manifest.get('format_version')!r:.20}; this release reads version "
-            f"{FORMAT_VERSION} in this place: install a newer release of todi_offline"
+            f"{FORMAT_VERSION} here: install a newer release of todi_offline"
         )
 
 

@@ -73,7 +73,7 @@ class SequenceRows:
         num_supervised = int(mask.sum())
         if not num_supervised or mask[-1]:
             where = "its last position, which no token follows" if num_supervised else "no position"
-            raise DataError(f"sequence {self.id!r} supervises {where}; leave it out, or mend its target mask")
+            raise DataError(f"sequence {self.id!r} supervises {where}; leave it out, or correct its target mask")
         if num_supervised != len(self.targets):
             raise DataError(
                 f"sequence {self.id!r} supervises {num_supervised} positions and has {len(self.targets)} targets; "

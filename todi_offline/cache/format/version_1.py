@@ -35,10 +35,12 @@ def read_version_1(read: Read, where: str) -> Root:
     num_shards, objects = _seal(sealed, f"{where}/{SEALED_KEY}")
     finished = _finished(manifest.parts, num_shards)
     if finished is None:
-        raise CacheFormatError(f"{where}/{SEALED_KEY} is of {num_shards} shards, which no parts of zarr.json have")
+        raise CacheFormatError(
+            f"{where}/{SEALED_KEY} seals {num_shards} shards, but zarr.json has no parts with so many shards"
+        )
     expected = objects.get(GROUP_KEY) if finished == manifest.parts else None  # an append may have renewed it
     if expected is not None and (difference := expected.difference(group or b"")):
-        raise CacheCorruptError(f"{where}/{GROUP_KEY} is damaged: {difference}; bring it back from a copy")
+        raise CacheCorruptError(f"{where}/{GROUP_KEY} is damaged: {difference}; restore it from a copy")
     return Root(
         manifest=_with_parts(manifest, finished),
         commits=tuple(objects.get(record_key(shard)) for shard in range(num_shards)),

@@ -90,7 +90,7 @@ class LocalStore:
             self._make_folder(folder)
             _sync(folder)
         except OSError as error:
-            raise CacheError(f"cannot write {folder}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot write {folder}: {error.strerror}; fix that first") from error
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[Path]:
@@ -106,7 +106,7 @@ class LocalStore:
             _sync(path.parent)
         except OSError as error:
             raise CacheError(
-                f"cannot write {path}: {error.strerror}; what is committed is safe: mend that and run the command again"
+                f"cannot write {path}: {error.strerror}; committed work is safe: fix that and run the command again"
             ) from error
 
     def delete(self, key: str) -> None:
@@ -117,7 +117,7 @@ class LocalStore:
             if path.parent.is_dir():
                 _sync(path.parent)
         except OSError as error:
-            raise CacheError(f"cannot delete {path}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot delete {path}: {error.strerror}; fix that first") from error
         with contextlib.suppress(OSError):  # not empty
             for folder in path.relative_to(self.root).parents[:-1]:
                 (self.root / folder).rmdir()
@@ -130,7 +130,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise CacheError(f"cannot look for {path}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot look for {path}: {error.strerror}; fix that first") from error
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def find(self, prefix: str = "") -> list[str]:
@@ -139,7 +139,7 @@ class LocalStore:
         try:
             return sorted(key for key in self._walk(folder) if key.startswith(prefix))
         except OSError as error:
-            raise CacheError(f"cannot list {folder}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot list {folder}: {error.strerror}; fix that first") from error
 
     def _walk(self, folder: Path) -> Iterator[str]:
         """Yield all keys in a folder; a foreign folder that cannot be listed counts as one object."""
@@ -179,7 +179,7 @@ class LocalStore:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise CacheError(f"cannot compare {path} with {origin}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot compare {path} with {origin}: {error.strerror}; fix that first") from error
         if is_same:
             self._sync_folder(key)
         return is_same

@@ -149,7 +149,7 @@ class FolderLock:
         try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise CacheError(f"cannot write in {self._path.parent}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot write in {self._path.parent}: {error.strerror}; fix that first") from error
         try:
             self._lock()
         except BaseException:
@@ -170,7 +170,7 @@ class FolderLock:
             holder = Holder.from_bytes(os.pread(self._descriptor, 1000, 0)) or "another process"
             raise CacheLockedError(f"{folder} is being written by {holder}; wait for it, or stop it") from error
         except OSError as error:
-            raise CacheError(f"cannot lock {folder}: {error.strerror}; mend that first") from error
+            raise CacheError(f"cannot lock {folder}: {error.strerror}; fix that first") from error
 
     def _is_current(self) -> bool:
         """Whether the locked file still has its name, and no other process has removed or replaced it."""
@@ -251,7 +251,10 @@ class LeaseLock:
     def _wait(self, data: bytes, holder: str) -> None:
         """Return when the lock has stood still for a lease; refuse if its holder renews it."""
         logger.warning(
-            "%s is locked by %s; waiting up to %g s for a sign of life", self._store, holder, self._lease_seconds
+            "%s is locked by %s; waiting up to %g s to see whether that process still runs",
+            self._store,
+            holder,
+            self._lease_seconds,
         )
         deadline = time.monotonic() + self._lease_seconds
         while (left := deadline - time.monotonic()) > 0:

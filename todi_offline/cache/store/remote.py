@@ -70,7 +70,7 @@ class RemoteStore:
                 return b""
             raise
         if len(data) > limit:
-            raise CacheCorruptError(f"{self}/{key} has more bytes than the {limit:,} that are expected")
+            raise CacheCorruptError(f"{self}/{key} has more than the {limit:,} bytes that are expected")
         return data
 
     def write(self, key: str, data: bytes) -> None:
@@ -204,13 +204,13 @@ class RemoteStore:
         except FileNotFoundError as error:
             if doing in ("write", "list") or "bucket does not exist" in str(error):
                 raise CacheError(
-                    f"cannot {doing} {where}: {_reason(error)}; make the bucket, or mend the URL"
+                    f"cannot {doing} {where}: {_reason(error)}; create the bucket, or correct the URL"
                 ) from error
             raise CacheIncompleteError(f"{self} lacks {key}; `todi-cache verify` lists every missing object") from error
         except Exception as error:  # they have no common class
             raise CacheError(
                 f"cannot {doing} {where}: {_reason(error)}; "
-                "mend the URL, its credentials or the network, and run the command again"
+                "check the URL, the credentials and the network, and run the command again"
             ) from error
 
     def _info(self, key: str) -> dict[str, Any]:

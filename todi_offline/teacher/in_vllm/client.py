@@ -98,7 +98,7 @@ class Client:
         self._call("read a shard", lambda: run(self._llm, prompts, params, is_read))
         rows = self._take()
         if missing := [example.id for number, example in asked.items() if number not in rows]:
-            raise EngineError(f"vLLM has read {len(missing)} examples without targets, the first {missing[0]!r}")
+            raise EngineError(f"vLLM returned no targets for {len(missing)} examples, the first of them {missing[0]!r}")
         nothing = self._no_rows(settings)
         return [parse_rows(rows[number], settings) if number in rows else nothing for number in range(len(examples))]
 
@@ -132,7 +132,7 @@ class Client:
         while num_left:
             answers = self._ask("hand over targets", "todi_take", _TAKEN_BYTES)
             if len(answers) != 1:
-                raise EngineError(f"{len(answers)} workers of vLLM have answered, where one is expected")
+                raise EngineError(f"{len(answers)} workers of vLLM answered, expected one")
             for error in answers[0]["errors"]:
                 raise _error_of(error)
             rows |= {number: message for number, message in answers[0]["rows"]}

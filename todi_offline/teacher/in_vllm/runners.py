@@ -52,7 +52,9 @@ def install(runner: Any, make: Callable[[Callable[[Tensor], Tensor | None]], Ste
     elif getattr(runner, "prompt_logprobs_worker", None) is not None:
         runner.prompt_logprobs_worker = V2Hook(steps)
     elif not hasattr(runner, "prompt_logprobs_worker"):  # else an early stage of a pipeline, which has no logits
-        raise EngineError(f"{type(runner).__module__} is a model runner of vLLM that is unknown here")
+        raise EngineError(
+            f"vLLM's model runner {type(runner).__module__} is unknown; install vLLM {TESTED_VERSIONS[-1]}"
+        )
     return steps
 
 

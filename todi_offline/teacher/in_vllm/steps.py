@@ -54,8 +54,8 @@ class Job:
         """
         if position > self.position:
             raise EngineError(
-                f"the engine read example {self.example.id!r} from position {position} on, and not the positions "
-                f"{self.position} to {position - 1} before; it must read whole prompts, without cached prefixes"
+                f"the engine read example {self.example.id!r} only from position {position}, without the positions "
+                f"{self.position} to {position - 1}; it must read whole prompts, without cached prefixes"
             )
         if position < self.position and self.parts:
             kept = int(np.searchsorted(self.columns, position))
@@ -212,10 +212,10 @@ class StepTargets:
         """
         for chunk in chunks:
             if chunk is None:
-                raise EngineError("the worker that is to answer was given no logits")
+                raise EngineError("vLLM gave no logits to the worker that computes the targets")
             if chunk.shape[1] < self._vocab_size:
                 raise EngineError(
-                    f"the tokenizer knows {self._vocab_size} ids and the engine has logits for {chunk.shape[1]}: the "
-                    "tokenizer is another model's, or the embeddings were not resized after tokens were added"
+                    f"the tokenizer knows {self._vocab_size} ids, but the engine has logits for {chunk.shape[1]}; use "
+                    "the model's own tokenizer, or resize its embeddings if tokens were added"
                 )
             yield chunk[:, : self._vocab_size]

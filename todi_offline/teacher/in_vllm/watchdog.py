@@ -38,7 +38,7 @@ class Watchdog:
                 the watchdog waits.
         """
         if self.is_stuck:
-            raise EngineError(f"{self._name} did not answer an earlier call, so it is not asked to {task}")
+            raise EngineError(f"{self._name} did not answer an earlier call, so it cannot {task}")
         future: Future[T] = Future()
         self._alive_at = time.monotonic()
         self._calls.put((future, function))
@@ -67,9 +67,9 @@ class Watchdog:
                     raise EngineError(died(self._name, task)) from None
                 if time.monotonic() >= self._alive_at + self._patience_seconds:
                     raise EngineError(
-                        f"{self._name} was asked to {task} and showed no sign of life for "
-                        f"{self._patience_seconds:g} s; what is committed is safe. Run the same command again, with a "
-                        "longer --engine-timeout where the engine is only slow"
+                        f"{self._name} was asked to {task} and did not respond for {self._patience_seconds:g} s; what "
+                        "is committed is safe. Run the same command again; if the engine is only slow, raise "
+                        "--engine-timeout"
                     ) from None
 
     def _make_calls(self) -> None:
@@ -84,6 +84,6 @@ class Watchdog:
 def died(name: str, task: str) -> str:
     """Return the message of an engine that has died, and what it was to do."""
     return (
-        f"{name} has died as it was to {task}; its log is above, if it wrote one. What is committed is safe: run the "
-        "same command again"
+        f"{name} died when asked to {task}; its log, if any, is above. What is committed is safe: run the same command "
+        "again"
     )
