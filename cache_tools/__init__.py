@@ -1,1 +1,1 @@
-"""`todi-cache`: look at, check and mend caches. One module a command, over `todi_offline.cache`; never torch."""
+"""`todi-cache`: look at, check and repair caches. One module a command, over `todi_offline.cache`; never torch."""

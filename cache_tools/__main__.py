@@ -44,7 +44,7 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy)
 @click.version_option(__version__)
 def cli() -> None:
-    """Inspect, check and mend caches of teacher targets, and make new caches from them.
+    """Inspect, check and repair caches of teacher targets, and make new caches from them.
 
     Example: todi-cache inspect cache/
     """

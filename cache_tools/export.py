@@ -13,8 +13,8 @@ from todi_offline.cache.reader import open_cache
 @click.command()
 @click.argument("cache")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The Parquet file: a local NAME.parquet.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="plain", show_default=True, help="Which columns.")
-@click.option("--temperature", type=float, default=1.0, help="For axolotl: its kd_temperature.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="plain", show_default=True, help="The columns to write.")
+@click.option("--temperature", type=float, default=1.0, help="For the layout axolotl: its kd_temperature.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(cache: str, out: Path, layout: str, temperature: float, as_json: bool) -> None:
     """Write a cache as Parquet, with a row for each sequence.

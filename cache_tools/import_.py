@@ -16,9 +16,9 @@ from todi_offline.cache.reader import open_cache
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
 @click.option("--out", required=True, help="Where the cache is written: a folder or URL.")
-@click.option("--teacher", help="The teacher's name; a table of `todi-cache export` brings it.")
+@click.option("--teacher", help="The teacher's name; a table of `todi-cache export` has it already.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="The folder of the teacher's tokenizer.")
-@click.option("--k", type=int, help="Entries of a target. [default: those of the shortest]")
+@click.option("--k", type=int, help="Entries of a target. [default: as many as the shortest target has]")
 @click.option(
     "--temperature", "temperatures", type=float, multiple=True, help="Temperatures of tail_logsumexp. [default: 1]"
 )
@@ -32,7 +32,8 @@ def command(table: Path, out: str, teacher: str | None, tokenizer: Path | None, 
     The table has a row for each sequence. input_ids: the tokens. target_mask: true at t if the prediction made at t,
     for token t + 1, is given; or `positions`, the numbers t. target_ids and target_logprobs (natural logs): a list of k
     entries in any order for each prediction, and the label's entry if it is not among these. Optional are
-    tail_logsumexp and label_logprob. Without tail_logsumexp the tail is 1 less the kept mass, up to its rounding.
+    tail_logsumexp and label_logprob. Without tail_logsumexp the mass of the tail is 1 minus the kept mass, up to
+    rounding.
 
     Example: todi-cache import targets.parquet --teacher my-70b --tokenizer tokenizer/ --k 20 --out cache/
     """

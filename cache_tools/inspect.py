@@ -27,9 +27,9 @@ LEFT_OUT = 10  # examples that are named; --json has all
     help="Show N targets, always the same ones; 0 for none.",
 )
 @click.option("--allow-unsealed", is_flag=True, help="Show the committed shards of an unfinished cache.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(cache: str, rows: int, allow_unsealed: bool, as_json: bool) -> None:
-    """Show the manifest, the arrays with their bytes a target, the mass of the first k entries, and some targets.
+    """Show the manifest, the arrays and their bytes a target, the mass of the first k entries, and some targets.
 
     Targets show text if the cache holds the teacher's tokenizer, and ids if not.
 

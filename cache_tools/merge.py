@@ -14,7 +14,7 @@ from todi_offline.cache.convert.merge import merge_caches
 @click.option("--out", required=True, help="Where the merged cache is written: a folder or URL.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(caches: tuple[str, ...], out: str, as_json: bool) -> None:
-    """Write one cache with all sequences of some caches; of sequences with the same content, the first.
+    """Write one cache with all sequences of several caches; of sequences with the same content, keep the first.
 
     The caches must have the same teacher and settings. Complete shards are hard-linked if the file system can.
 

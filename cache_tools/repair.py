@@ -20,10 +20,10 @@ _PAST = ("gave up", "deleted", "wrote")
 @click.option("--dry-run", is_flag=True, help="Show the work, and change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the work as JSON.")
 def command(cache: str, abandon: bool, dry_run: bool, as_json: bool) -> None:
-    """Take damaged shards out of a cache, so that the same capture, run again, writes just these.
+    """Delete the damaged shards of a cache. The same capture, run again, then writes only these shards.
 
-    A whole cache stays as it is, and so does every file that is not part of it. Exit code 1 if a problem remains that
-    only a copy can mend.
+    An undamaged cache stays unchanged, and so does every file that is not part of the cache. Exit code 1 if a problem
+    remains that only a copy can solve.
 
     Example: todi-cache repair cache/ --dry-run
     """

@@ -23,12 +23,14 @@ _CONDITIONS = ("ids", "keys", "like", "expression", "limit")
 @click.option(
     "--keys", type=click.Path(path_type=Path), help="A file of content keys, one a line: `todi keys` makes it."
 )
-@click.option("--like", help="Another cache, whose sequences are kept.")
+@click.option("--like", help="Another cache: keep only sequences that it has.")
 @click.option("--where", "expression", help="A condition, e.g. 'teacher_nll < 2.5 and topk_mass > 0.9'.")
 @click.option("--limit", type=click.IntRange(1), help="Keep at most this many sequences, the first ones.")
-@click.option("--k", type=int, help="Entries kept a position.")
-@click.option("--temperature", "temperatures", type=float, multiple=True, help="Temperatures kept.")
-@click.option("--tail-samples", type=int, help="Samples kept a position.")
+@click.option("--k", type=int, help="Entries to keep at each position.")
+@click.option(
+    "--temperature", "temperatures", type=float, multiple=True, help="A temperature to keep. May be repeated."
+)
+@click.option("--tail-samples", type=int, help="Samples to keep at each position.")
 @click.option("--encoding", type=click.Choice(ENCODINGS), help="How log-probs are stored.")
 @click.option("--codec", type=click.Choice(CODECS), help="How arrays are compressed.")
 @click.option("--shard-tokens", type=int, help="Tokens a shard can hold.")

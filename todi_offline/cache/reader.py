@@ -29,7 +29,7 @@ from todi_offline.errors import CacheError, CacheMismatchError
 
 
 def open_cache(place: str | Path | Store, *, allow_unsealed: bool = False) -> "Cache":
-    """Open a cache for reading. A cache that is open does not change, whatever a capture adds to it in the meantime.
+    """Open a cache for reading. An open cache does not change, even if a capture adds to it.
 
     With `allow_unsealed` an unfinished cache opens too: its committed shards are read.
 

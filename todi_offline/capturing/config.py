@@ -16,7 +16,7 @@ class RayConfig:
     """Actors of Ray that do the work of a capture."""
 
     ray_actors: int = 0
-    """Actors of Ray that capture, each with its own teacher; 0 captures without Ray."""
+    """Number of Ray actors that capture, each with its own teacher; 0 does not use Ray."""
     ray_gpus: float = 0.0
     """GPUs that each actor takes."""
     ray_cpus: float = 1.0
@@ -39,14 +39,14 @@ class RayConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """What runs the teacher."""
+    """The engine that runs the teacher."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """The library that runs the teacher; vLLM needs `pip install 'todi-offline[vllm]'`."""
     engine_set: dict[str, Any] = field(default_factory=dict, metadata={"named_values": True})
-    """An argument of `vllm.LLM`, such as tensor_parallel_size=8; may be given again for another argument."""
+    """An argument of `vllm.LLM`, such as tensor_parallel_size=8. May be repeated."""
     engine_timeout: float = 600.0
-    """Seconds that vLLM may show no sign of life, as it loads the teacher or reads, before the capture gives up."""
+    """Stop the capture if vLLM does not respond for this many seconds while it loads or runs the teacher."""
     engine_untested: bool = False
     """Try a version of vLLM that this release was not tested with."""
 
@@ -77,14 +77,14 @@ _DECIDED_ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptureConfig:
-    """All that decides a capture."""
+    """All settings of a capture."""
 
     out: str
-    """The cache to write: a folder or URL. A finished cache there gets the sequences that it lacks."""
+    """The cache to write: a folder or URL. A capture adds to a finished cache the sequences that the cache lacks."""
     reuse: tuple[str, ...] = ()
     """A cache of the same teacher; sequences that it holds are copied instead of captured. May be repeated."""
     skip_failed: bool = False
-    """Leave out an example at which the teacher fails, and say so in the cache; else it ends the capture."""
+    """Leave out an example at which the teacher fails, and record it in the cache. By default the capture ends."""
     teacher: TeacherConfig
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -112,7 +112,7 @@ class CaptureSummary:
     num_tokens: int
     num_targets: int
     num_captured_tokens: int
-    """Tokens that the teacher read in this run: fewer than `num_tokens` where it went on with an earlier one."""
+    """Tokens that the teacher read in this run: fewer than `num_tokens` if the run resumed an earlier one."""
     num_captured_targets: int
     """Targets that this run computed."""
     num_reused_targets: int
@@ -123,7 +123,7 @@ class CaptureSummary:
     bytes_per_target: float
     mean_topk_mass: float
     left_out: Mapping[str, str]
-    """The ids of the examples at which the teacher failed, each with the reason: the cache lacks them."""
+    """The ids of the examples at which the teacher failed, each with the reason. The cache lacks these examples."""
     data_report: Any
     """What `load_examples` cut and dropped."""
     workers: Mapping[str, Work]

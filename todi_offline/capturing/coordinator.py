@@ -45,10 +45,10 @@ def capture(
 ) -> CaptureSummary:
     """Run a teacher once over a data set and keep its sparse targets in a cache.
 
-    `config` is a `CaptureConfig`, or a TOML file of one. What is given beside it wins: teacher, data and out, and the
-    fields of the config's tables by their own names (`k=64`, `max_length=2048`, ...). The same call again goes on
-    where the last one was stopped. A finished cache of other data is appended to: the sequences whose content it lacks
-    become a part of their own. With `reuse`, names of caches of the same teacher, sequences that these hold are copied.
+    `config` is a `CaptureConfig` or its TOML file. Settings passed by name override it: teacher, data and out, and the
+    fields of the config's tables (`k=64`, `max_length=2048`, ...). The same call resumes a capture that was stopped. To
+    a finished cache of other data, a capture appends the sequences that the cache lacks, as a new part. `reuse` names
+    caches of the same teacher, from which sequences are copied instead of captured.
 
     Raises:
         TodiError: a setting, the data, the teacher or the folder cannot be used; see `todi_offline.errors`.

@@ -42,9 +42,9 @@ def cli() -> None:
     todi demo                                           see it work, on a real teacher
     todi plan --teacher T --data D --probe 64           what stage 1 will cost, before it runs
     todi capture --teacher T --data D --out CACHE       stage 1: run the teacher once
-    todi student --from T --layers 8 --out S            cut a student from it, or make a new one of its family
+    todi student --from T --layers 8 --out S            cut a student from the teacher, or make a new one of its family
     todi train --student S --cache CACHE --out RUN      stage 2: train, without the teacher
-    todi evaluate --student S --cache HELDOUT           its distance to the teacher, without the teacher
+    todi evaluate --student S --cache HELDOUT           measure its distance to the teacher, without the teacher
     todi view --student S --cache HELDOUT --out F       a page: ToDi's gate at every token, curves, texts
     todi-cache inspect CACHE                            look into a cache; todi-cache view makes a page of it
     """
@@ -147,7 +147,7 @@ def _shown(report: Any) -> Any:
 @click.option("--keep", help="The layers to keep, such as 0,4,8,29.")
 @config_options("Print what the student is made of as JSON.")
 def student(config: Path | None, keep: str | None, as_json: bool, **settings: Any) -> None:
-    """Make a student from a teacher: cut from it, or new in its family.
+    """Make a student: cut it from a teacher, or make a new model of the same family.
 
     Name the sizes of the student to cut depth, width or both. With --fresh its weights are random.
 
@@ -286,7 +286,7 @@ def view(config: Path | None, as_json: bool, **settings: Any) -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="The text file to write, with one key in each line."
 )
 def keys(tokenizer: str, out: Path, **settings: Any) -> None:
-    """Write the content keys of a data set. `todi-cache subset --keys` finds its sequences in a cache by them.
+    """Write the content keys of a data set, by which `todi-cache subset --keys` selects its sequences in a cache.
 
     \b
     Example: todi keys --data some.jsonl --tokenizer teacher/ --out keys.txt

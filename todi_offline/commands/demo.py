@@ -55,7 +55,7 @@ class DemoSummary:
     bytes_per_target: float
     mean_topk_mass: float
     teacher_tokens_per_second: float | None
-    """None where an earlier run had captured everything."""
+    """None if an earlier run captured everything."""
     student_tokens_per_second: float
     seconds: dict[str, float]
     """By stage: download, load, capture, prune, answer, train (its two evaluations included), page."""

@@ -37,20 +37,20 @@ from todi_offline.models.loading import Tokenizer, load_tokenizer, num_known_ids
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """How a capture is planned; all else is what `todi capture` takes."""
+    """The options of a plan, beside the settings of the capture."""
 
     probe: int = 0
     """Sequences that the teacher reads to measure time, bytes and kept mass; 0 does not load the teacher."""
     probe_seed: int = 0
-    """Seed of the draw of these sequences."""
+    """Seed that chooses the sequences of `probe`."""
     rate: float | None = None
-    """Tokens a second that the teacher reads on the machine in question, where you know it."""
+    """Tokens a second that the teacher reads on the machine of the capture, if you know this rate."""
     student: str | None = None
     """A student to train from the cache: a folder or hub id."""
     epochs: float = 3.0
     """The student's passes over the cache."""
     batch_size: int = 8
-    """Sequences of a training step, on all devices together."""
+    """Sequences in a training step, on all devices together."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense.
@@ -79,9 +79,9 @@ def plan(
 ) -> Plan:
     """Say what a capture with these settings will cost, and what training a student from it will.
 
-    `config` and the settings are those of `capture`; those of `PlanOptions` stand beside them. Without `out` a new
-    cache is planned. Without `probe` the teacher is not loaded: then an existing cache at `out` and those in `reuse`
-    are taken to be of this teacher. `stage` is told what comes next.
+    Takes the config and the settings of `capture`, and the fields of `PlanOptions`. Without `out`, the plan is for a
+    new cache. Without `probe`, the teacher is not loaded; the plan then assumes that the cache at `out` and the caches
+    in `reuse` are of this teacher. `stage` is called with the name of each stage.
 
     Raises:
         TodiError: what `capture` would raise with these settings before its first batch.

@@ -51,7 +51,7 @@ class DataConfig:
     """Read a hub data set while it is downloaded, and only as much as `limit`."""
 
     limit: int | None = None
-    """Read only the first rows, this many."""
+    """Read only this many rows, the first ones."""
 
     max_length: int = 1024
     """Cut an example after this many tokens; a longer `text` becomes several examples."""
@@ -67,14 +67,14 @@ class DataConfig:
     """Join short rows of `text` into examples of up to `max_length`."""
 
     chat_template: str | None = None
-    """The chat template: a file, or the template itself. By default the tokenizer's, or trl's training template for a
-    family whose own rewrites earlier turns."""
+    """The chat template: a file, or the template itself. By default the tokenizer's, but trl's training template
+    if the tokenizer's rewrites earlier turns."""
 
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"json": True})
     """Arguments of the chat template, as JSON: {"enable_thinking": false}. A column of this name adds to them."""
 
     supervise: Literal["all", "last"] = "all"
-    """Turns of `messages` to supervise: all of the assistant's, or those after the user's last message."""
+    """Turns of `messages` to supervise: `all` of the assistant's, or the `last`, after the user's last message."""
 
     num_proc: int = 1
     """Number of processes that tokenise."""

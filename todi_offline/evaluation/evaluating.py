@@ -34,13 +34,13 @@ class EvaluateConfig:
     student: str
     """The student: a folder, a hub id, a GGUF file, or a folder of LoRA adapters."""
     cache: str | None = None
-    """A held-out cache: the distance to its teacher is measured."""
+    """A held-out cache, to measure the distance to its teacher."""
     data: str | None = None
-    """A data set with responses: ROUGE-L of the student's own responses is measured."""
+    """A data set with responses, to measure ROUGE-L of the student's own responses."""
     split: str | None = None
     """The split to read; by default `train`, or the only split."""
     limit: int | None = None
-    """Only the first sequences of the cache and rows of the data, this many."""
+    """Use only this many sequences of the cache and rows of the data, the first ones."""
     out: Path | None = None
     """Folder for `metrics.json` and the predictions of each seed; by default nothing is kept."""
     batch_size: int = 8
@@ -54,7 +54,7 @@ class EvaluateConfig:
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     allow_unsealed: bool = False
-    """Allow an unfinished cache: what is committed of it is used."""
+    """Allow an unfinished cache, and use its committed shards."""
     temperature: float = 1.0
     """Temperature of both models; the cache must have been captured at it."""
     k: int | None = None
@@ -111,7 +111,7 @@ def evaluate(
 ) -> EvaluateSummary:
     """Measure a student's distance to the teacher of a held-out cache, its ROUGE-L on instructions, or both.
 
-    `config` is an `EvaluateConfig` or its TOML file; settings passed by name win over it. A loaded student needs its
+    `config` is an `EvaluateConfig` or its TOML file; settings passed by name override it. A loaded student needs its
     `tokenizer`, and stays on its device.
 
     Raises:

@@ -43,9 +43,9 @@ class ViewConfig:
     cache: str | None = None
     """The cache whose text the student reads, such as a held-out one."""
     run: tuple[Path, ...] = ()
-    """A folder of `todi train --out`, for its curves. May be repeated: the curves lie over each other."""
+    """A folder of `todi train --out`, for its curves. May be repeated: the curves share one chart."""
     scores: tuple[Path, ...] = ()
-    """A folder of `todi evaluate --out`, for its distances and texts. May be repeated: they stand side by side."""
+    """A folder of `todi evaluate --out`, for its distances and texts. May be repeated: they are shown side by side."""
     budget: float = BUDGET_MB
     """MB that the text may take in the file."""
     temperature: float | None = None
@@ -59,7 +59,7 @@ class ViewConfig:
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     allow_unsealed: bool = False
-    """Allow an unfinished cache: what is committed of it is used."""
+    """Allow an unfinished cache, and use its committed shards."""
 
     def __post_init__(self) -> None:
         """Refuse settings with nothing to show, a student without a cache, and a cache without a student.
@@ -83,7 +83,7 @@ def view(
 ) -> Page:
     """Write a page and return its contents. `answers` adds texts that are not in a folder of `todi evaluate --out`.
 
-    `config` is a `ViewConfig` or its TOML file; settings passed by name win over it.
+    `config` is a `ViewConfig` or its TOML file; settings passed by name override it.
 
     Raises:
         TodiError: the student, the cache, a run or scores cannot be read, or the page cannot be written.

@@ -28,22 +28,22 @@ class DistillationConfig:
     temperature: float = 1.0
     """Temperature of teacher and student; the cache must have been captured at it."""
     k: int | None = None
-    """Most probable ids to use at each position; by default all that the cache holds. 0 uses the samples alone."""
+    """Most probable ids to use at each position; by default all that the cache holds. 0 uses only the samples."""
     tail: Tail = "auto"
     """How the other ids enter the loss; `auto` is `sampled` if the cache has samples, else `bucket`."""
     tail_weight: float | None = None
     """Weight of the sampled tail; by default it follows from the divergence (1 + beta for ToDi)."""
     head_weight: float = 1.0
-    """Weight of the divergence among the k kept ids; 1 leaves the divergence as it is."""
+    """Weight of the divergence among the k kept ids; 1 does not change the divergence."""
     mass_weight: float = 1.0
     """Weight of the divergence between the mass of the kept ids and that of the tail."""
     kd_weight: float = 0.5
     """Weight of distillation against cross-entropy: 0 is plain fine-tuning, 1 distillation alone."""
     kd_schedule: Schedule = "constant"
-    """How kd_weight changes over the run: `linear-up` from 0, `linear-down` to 0, or `wsd`, up, stable and down."""
+    """How kd_weight changes over the run: `linear-up` (from 0), `linear-down` (to 0) or `wsd` (up, stable, down)."""
     positions: str = "all"
-    """The positions of KD: `all`, `student-entropy:0.2` (the fifth where the student is least sure) or `tip:0.5` (also
-    where it is sure and far from the teacher)."""
+    """The positions of KD: `all`, `student-entropy:0.2` (the fifth where the student is least sure) or `tip:0.5` (half
+    of them: where the student is unsure, or sure and far from the teacher)."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names, and numbers out of range."""

@@ -62,17 +62,17 @@ def sparse_divergence(
 
     The tail enters in one of these ways:
 
-    - "bucket": one more entry. For ToDi and every f-divergence this is the dense divergence where, inside the
-      tail, the teacher is shaped like the student; an f-divergence is never more than the dense one. With
-      every id kept, every divergence is dense.
+    - "bucket": one more entry. For ToDi and every f-divergence this equals the dense divergence if teacher and student
+      have the same distribution inside the tail. An f-divergence is never more than the dense one. With every id
+      kept, every divergence is dense.
     - "sampled": the bucket, and tail_weight times an estimate of p_tail KL(p(.|tail) || q(.|tail)), the part of
       forward KL that the bucket leaves out. A sample j weighs p(j) over the probability that it was drawn with, so
       neither value nor gradient has a bias, at any temperature. The samples of a cache are stratified, so the variance
-      is at most that of one weighted log-ratio, and of its gradient, over the number of samples. At q = p only the
-      value's is zero. Entries that a smaller k drops belong to the tail, and are summed exactly; with k = 0 everything
-      is the tail. tail_weight is by default the divergence's value near q = p over forward KL's: 1 + beta for ToDi,
-      and 1 for a function that is not in `DIVERGENCES`. For ToDi the sum has a bias: the tail is given forward KL's
-      direction, not ToDi's own, which no few samples estimate well.
+      is at most that of one weighted log-ratio, and of its gradient, over the number of samples. At q = p
+      the variance of the value is zero, but not that of the gradient. Entries that a smaller k drops belong to the
+      tail, and are summed exactly; with k = 0 everything is the tail. tail_weight is by default the divergence's value
+      near q = p over forward KL's: 1 + beta for ToDi, and 1 for a function that is not in `DIVERGENCES`. For ToDi the
+      sum has a bias: it uses forward KL's direction in the tail, because a few samples cannot estimate ToDi's own well.
     - "none": the kept ids alone, by their true probabilities.
     - "auto": "sampled" where samples are stored, else "bucket".
 

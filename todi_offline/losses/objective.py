@@ -20,7 +20,7 @@ def distillation_loss(
     *,
     num_targets: Tensor | int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Return the sum over targets of (1 - w) CE + w KD over their number, w = kd_weight, and sums to log.
+    """Return the sum over targets of (1 - w) CE + w KD, divided by `num_targets`, and sums to log; w is kd_weight.
 
     CE is at temperature 1, KD at the config's without a factor T^2, as in the code of the ToDi paper.
     `num_targets` is the number of targets over all ranks and accumulated micro-batches, so that the gradients

@@ -9,7 +9,7 @@ from todi_offline.student.width import Widths
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MakingConfig:
-    """Which teacher a student is made from, and how large it is."""
+    """The teacher that a student is made from, and the size of the student."""
 
     source: str
     """The teacher: a folder, a hub id, or a GGUF file."""
@@ -18,25 +18,25 @@ class MakingConfig:
     layers: int | None = None
     """Number of the teacher's layers to keep, evenly spaced."""
     keep: tuple[int, ...] = ()
-    """The layers to keep, in place of a number of them."""
+    """The layers to keep, by number, in place of `layers`."""
     hidden: int | None = None
-    """Channels of the hidden states; those that do most are kept, the same in every layer."""
+    """Channels of the hidden states. The most important ones are kept, the same in every layer."""
     heads: int | None = None
-    """Heads of a layer. Heads that share keys go together; where --kv-heads stays, each group loses those that do
-    least."""
+    """Heads of a layer. By default whole groups of heads that share keys are cut. With --kv-heads as in the teacher,
+    each group loses its least important heads."""
     kv_heads: int | None = None
     """Heads of keys and values of a layer."""
     mlp: int | None = None
     """Neurons of the MLP of a layer."""
     importance_data: str = "stdlib"
-    """Data that show how much each channel, head and neuron does; as `todi capture --data`."""
+    """Data that show how important each channel, head and neuron is; as in `todi capture --data`."""
     importance_rows: int = 32
-    """Number of examples of this data to read, from its first."""
+    """Number of examples of this data to read, the first ones."""
     importance_length: int = 512
     """Cut each of these examples after this many tokens."""
     fresh: bool = False
-    """Begin with random weights, but with the teacher's embeddings: copied, or projected on fewer channels. Sizes that
-    are not named go with --hidden."""
+    """Use random weights, but the teacher's embeddings: copied, or projected to fewer channels. Sizes that you leave
+    out are scaled with --hidden."""
     seed: int = 42
     """Seed of the random weights."""
 
@@ -69,7 +69,7 @@ class MadeStudent:
     """What a student is made of."""
 
     layers: tuple[int, ...]
-    """The teacher's layers that it keeps; those whose kinds it has, where it is fresh."""
+    """The teacher's layers that the student keeps; a fresh student has new layers of the same kinds."""
     sizes: dict[str, int]
     """Of its config, by their names there: `hidden_size`, `num_attention_heads`, ..."""
     teacher_sizes: dict[str, int]

@@ -13,7 +13,7 @@ class LoraSettings:
     lora_r: int = 0
     """Rank of the adapters; 0 trains the whole student."""
     lora_alpha: int = 16
-    """Scale of the adapters: it is alpha / r."""
+    """The adapters are scaled by alpha / r."""
     lora_dropout: float = 0.0
     """Dropout on the input of the adapters."""
     lora_target_modules: tuple[str, ...] = ()

@@ -30,8 +30,8 @@ def make_student(
 ) -> MadeStudent:
     """Make a student from a teacher, and save it in `out` with the teacher's tokenizer.
 
-    `config` is a `MakingConfig`, or a TOML file of one; what is given beside it wins. Layers go first, then heads,
-    channels and neurons of what is left; with `fresh`, weights are random.
+    `config` is a `MakingConfig` or its TOML file; settings passed by name override it. Layers are cut first, then
+    heads, channels and neurons. With `fresh`, weights are random.
 
     Raises:
         TodiError: the settings contradict each other, the teacher cannot be loaded or cut so; see `prune_depth`,

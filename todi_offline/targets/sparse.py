@@ -29,14 +29,15 @@ class SparseTargets:
     """A teacher's predictions at some positions: the top k ids, the mass of all others, samples of those.
 
     Attributes:
-        ids: the k most probable ids, sorted by (log-prob descending, id ascending); none where the samples, then drawn
-            from the whole vocabulary, are all that is kept (random sampling, Anshumann et al. 2025, arXiv 2503.16870).
+        ids: the k most probable ids, sorted by (log-prob descending, id ascending); no columns if only
+            samples are kept, drawn from the whole vocabulary (random sampling, Anshumann et al. 2025, arXiv
+            2503.16870).
         logprobs: their log-probs at T = 1 over the whole vocabulary.
         tail_logsumexp: log sum of exp(logprob / T) over the ids not kept, a column for each temperature;
             -inf where they have no mass.
         temperatures: the temperatures captured.
-        tail_ids: ids drawn from the tail at `tail_temperature`, or None. Each by itself has the tail's distribution,
-            and so has each of any few columns; a capture stratifies those of a row, by id, and an id may come twice.
+        tail_ids: ids drawn from the tail at `tail_temperature`, or None. Each sample has the tail's distribution,
+            so any few columns serve as well. A capture stratifies the samples of a row by id. An id may come twice.
         tail_logprobs: their log-probs at T = 1; -inf in a row whose tail has no mass.
         tail_temperature: the temperature that the samples were drawn at; one of `temperatures`.
 
@@ -92,8 +93,8 @@ class SparseTargets:
     def narrow(self, k: int) -> "SparseTargets":
         """Return the first k columns, the dropped entries moved into the tail exactly, at every temperature.
 
-        The stored samples are of the tail beyond the old k alone, so the narrowed targets have none.
-        `todi_offline.losses.sparse_divergence` takes a smaller k itself and then makes use of them.
+        The narrowed targets have no samples, because the stored samples are of the tail beyond the old k. To use the
+        samples with a smaller k, pass k to `todi_offline.losses.sparse_divergence`.
 
         Raises:
             TargetsError: k is not between 1 and the number of columns.
@@ -171,10 +172,10 @@ def sparsify(
     Among equal log-probs the smallest ids win, on every device. A logit of -inf is a probability of zero.
     `uniforms`, numbers in [0, 1), decide the samples in place of `num_tail_samples` and `generator`,
     so that a row's samples do not depend on the rows beside it.
-    Beside the logits it needs about two float32 copies of them, on a CPU of 8 MiB of them.
+    It needs memory for about two float32 copies of the logits; on a CPU, of 8 MiB of the logits.
 
     Raises:
-        TargetsError: k or a temperature is out of range; samples are asked of a tail that is empty.
+        TargetsError: k or a temperature is out of range; samples of an empty tail are requested.
         TeacherOutputError: a row holds NaN or +inf, or nothing but -inf; `row` says which.
     """
     if uniforms is None and num_tail_samples:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
-    """Which teacher, where and how it runs."""
+    """The teacher, and where and how it runs."""
 
     teacher: str
     """The teacher: a folder, a hub id, or a GGUF file."""
@@ -43,13 +43,13 @@ class TeacherConfig:
     dtype: str = "auto"
     """Dtype of the weights: float32, bfloat16 or float16; `auto` keeps the dtype of the files."""
     head_dtype: str | None = None
-    """Dtype of the head alone, for a teacher in bfloat16: float32 keeps its logits from being rounded to 8 bits."""
+    """Dtype of the head alone. In float32, the head of a bfloat16 teacher does not round its logits to 8 bits."""
     device_map: str | None = None
     """How transformers spreads a large teacher over the devices of one process: `auto` puts layer after layer on them,
     so one device is busy at a time and the others wait. With `tp`, all devices are busy."""
     tp: int = 1
-    """Ranks that each layer is split over: `torchrun --nproc-per-node 8 -m todi_offline capture --tp 8 ...`. The
-    teacher needs a `tp_plan` in transformers."""
+    """Number of ranks over which each layer is split: `torchrun --nproc-per-node 8 -m todi_offline capture --tp 8 ...`.
+    The teacher needs a `tp_plan` in transformers."""
     attention: str | None = None
     """Attention of transformers (`attn_implementation`), such as `sdpa`."""
     adapter: str | None = None

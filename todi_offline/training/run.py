@@ -47,7 +47,7 @@ CONFIG_NAME = "todi_config.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
-    """Which student to train, and how to load it."""
+    """The student to train, and how to load it."""
 
     student: str
     """The student: a folder or hub id."""
@@ -66,23 +66,23 @@ class TrainConfig:
     out: Path
     """Folder for checkpoints and the trained student."""
     cache: tuple[str, ...]
-    """A cache to train from: a folder or URL. May be repeated: a sequence that several hold is read once."""
+    """A cache to train from: a folder or URL. May be repeated: a sequence that several caches hold is read once."""
     eval_cache: str | None = None
     """A cache of held-out data, evaluated before and after training, and as --set eval_strategy says."""
     staging: Path | None = None
     """Folder for copies of a remote cache's shards; by default ~/.cache/todi_offline/staging."""
     staging_gb: float = DEFAULT_LIMIT_GB
-    """GB that these copies may take; three windows of shards should fit."""
+    """GB that these copies may take; three windows (24 shards) should fit."""
     mix_teachers: bool = False
     """Allow caches of different teachers together."""
     allow_unsealed: bool = False
-    """Allow an unfinished cache: what is committed of it is used."""
+    """Allow an unfinished cache, and use its committed shards."""
     resume: bool | None = None
-    """Resume the last checkpoint in `out` whatever its settings, or delete its checkpoints and start again. By
-    default a run with the same settings resumes, and a run with other settings is refused."""
+    """--resume resumes the last checkpoint in `out`, even with other settings. --no-resume deletes the checkpoints and
+    starts again. By default a run with the same settings resumes, and a run with other settings is refused."""
     recipe: str | None = None
     """Settings of a published experiment: `paper` (the ToDi paper's GPT-2) or `paper-lora` (its TinyLlama). Your own
-    settings win."""
+    settings override it."""
     student: StudentConfig
     data: SelectedData = field(default_factory=SelectedData)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -117,10 +117,10 @@ def train(
 ) -> TrainSummary:
     """Distil a cached teacher into a student, and save it in `out` with its tokenizer.
 
-    `config` is a `TrainConfig` or its TOML file. Settings passed by name win over it: the fields of the config's tables
+    `config` is a `TrainConfig` or its TOML file. Settings passed by name override it: the fields of the config's tables
     and of `transformers.TrainingArguments` (`beta=1.0`, `max_steps=500`, `learning_rate=1e-4`, ...). A loaded student
-    needs its `tokenizer`. Several caches are trained on together, each sequence once. With `data`, only the examples of
-    that data set are trained on.
+    needs its `tokenizer`. With several caches, the student reads each sequence once. With `data`, it reads only the
+    examples of that data set.
 
     Raises:
         TodiError: a setting, the cache or the student cannot be used, or they do not fit; see `todi_offline.errors`.

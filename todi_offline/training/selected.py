@@ -21,7 +21,7 @@ class SelectedData:
     split: str | None = None
     """The split of this data set."""
     limit: int | None = None
-    """Only the first rows of this data set, this many."""
+    """Use only this many rows of this data set, the first ones."""
     max_length: int | None = None
     """Cut an example after this many tokens; by default as the first cache's capture did."""
     max_prompt_length: int | None = None

@@ -43,15 +43,15 @@ logger = logging.getLogger(__name__)
 class ToDiTrainer(Trainer):
     """A `transformers.Trainer` whose targets come from a cache.
 
-    Where the student's head is a linear layer (`head.is_linear`), the loss is computed in the forward pass of the
-    model, without holding the logits of a batch. Where it is not, which a log line explains, logits are returned and
-    the loss is computed from them: the same numbers. So it is where `compute_loss` is asked for the outputs.
+    If the student's head is a linear layer (`head.is_linear`), the forward pass of the model computes the loss, without
+    holding the logits of a batch. Otherwise a log line says why, and the loss is computed from the logits: the numbers
+    are the same. The loss is also computed from the logits if `compute_loss` has to return the outputs.
 
-    Arguments, callbacks, reporting, checkpoints and resuming are the Trainer's own. Beside its loss it logs, as means
-    over targets: `cross_entropy`, `kd`, `forward_kl`, `reverse_kl`, `teacher_kept_mass`, `student_kept_mass`,
-    `share_a_above_half`, `tail_share`; `router_loss`, where a mixture of experts returns its routers' own, which is
-    added to the loss with the model's coefficient; and `tokens_per_second` and `data_wait_share`. Evaluation reports
-    the same; its loss is without the routers'.
+    Arguments, callbacks, reporting, checkpoints and resuming are the Trainer's own. Beside the loss, these means over
+    targets are logged: `cross_entropy`, `kd`, `forward_kl`, `reverse_kl`, `teacher_kept_mass`, `student_kept_mass`,
+    `share_a_above_half` and `tail_share`; and `tokens_per_second` and `data_wait_share`. If a mixture of experts
+    returns the loss of its routers, this `router_loss` is logged too, and added to the loss with the model's
+    coefficient. Evaluation reports the same; its loss is without the loss of the routers.
 
     A loss that is not finite ends the run at the next log or checkpoint. TensorBoard's curves lie in `runs` inside the
     run's folder. Arguments that would be ignored are refused; see `todi_offline.training.arguments`.

@@ -42,13 +42,13 @@ class CacheSettings:
     """What a cache keeps of every teacher distribution, and how it stores that."""
 
     k: int = 16
-    """Most probable ids to keep at each position; 0 keeps tail samples alone, drawn from all ids."""
+    """Most probable ids to keep at each position; 0 keeps only samples, drawn from all ids."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
     """A temperature that training may use. May be repeated: the tail's mass is kept at each."""
     tail_samples: int = 8
-    """Ids to draw from the others at each position; 0 draws none."""
+    """How many of the other ids to draw at each position; 0 draws none."""
     tail_temperature: float = 1.0
-    """Temperature at which the tail samples are drawn: the one that training will use."""
+    """Temperature at which the tail samples are drawn; use the temperature of the training."""
     tail_seed: int = 0
     """Seed of the tail samples."""
     encoding: Literal["f16", "q8", "bf16_logit", "root8"] = "root8"
