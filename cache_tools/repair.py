@@ -51,6 +51,6 @@ def _lines(cache: str, repair: Repair, *, dry_run: bool) -> Iterator[str]:
     if repair.parts:
         shards = ", ".join(map(str, repair.lost))
         effect = f"writes shard{'s' * (len(repair.lost) > 1)} {shards}" if shards else "finishes the cache"
-        yield f"run again the capture of {'; '.join(map(describe_part, repair.parts))}: it {effect}"
+        yield f"run the capture of {'; '.join(map(describe_part, repair.parts))} again: it {effect}"
     elif repair.is_whole:
         yield f"{cache} {'would be' if dry_run and repair.renewed else 'is'} whole"

@@ -54,7 +54,7 @@ def test_an_example_that_ends_two_workers_by_itself_is_named() -> None:
     assert [attempt.begin_next() for _ in range(2)] == [0, 1]
     attempts.died(attempt, "killed")
     assert attempt.begin_next() == 1
-    with pytest.raises(TodiError, match=r"^each worker that read example '0/1' of shard 0 died: no memory; what"):
+    with pytest.raises(TodiError, match=r"^each worker that read example '0/1' of shard 0 died: no memory; committed"):
         attempts.died(attempt, "no memory")
 
 
@@ -64,7 +64,9 @@ def test_a_shard_whose_examples_are_innocent_by_themselves_is_named_as_a_whole()
     assert attempt is not None
     attempts.died(attempt, "killed")
     assert list(steps(attempt))[-1] is None
-    with pytest.raises(TodiError, match=r"^2 workers died at shard 0 \(examples '0/0' to '0/2'\): killed; what is"):
+    with pytest.raises(
+        TodiError, match=r"^2 workers died at shard 0 \(examples '0/0' to '0/2'\): killed; committed work is"
+    ):
         attempts.died(attempt, "killed")
 
 
@@ -152,7 +154,7 @@ def test_the_fourth_run_names_the_example_and_the_fifth_tries_it_again() -> None
     runs = Runs()
     assert [runs.run(2) for _ in range(3)] == ["dead"] * 3
     assert runs.seen == [2]  # those before it were survived
-    named = "each worker that read example 'e2' of shard 0 died: the last two runs died there; what is committed"
+    named = "each worker that read example 'e2' of shard 0 died: the last two runs died there; committed work"
     assert runs.run(2).startswith(named)
     assert runs.run(2) == "dead"
     assert runs.run(2).startswith(named)

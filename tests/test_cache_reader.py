@@ -90,8 +90,8 @@ def test_a_folder_without_a_cache_is_refused(tmp_path: Path, group: str | None) 
     [
         ({"format_version": 3}, "has format version 3; this release reads version 2"),
         ({"format_version": "one"}, "has format version 'one'"),
-        ({"settings": {"k": -1}}, "impossible settings"),
-        ({"settings": {"depth": 3}}, "impossible settings"),
+        ({"settings": {"k": -1}}, "invalid settings"),
+        ({"settings": {"depth": 3}}, "invalid settings"),
         ({"settings": 5}, "wrong type or range"),
         ({"vocab_size": 10**12}, "wrong type or range"),
         ({"vocab_size": 3}, "k = 6 of a vocabulary of 3"),

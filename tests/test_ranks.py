@@ -113,7 +113,7 @@ def test_ranks_whose_peer_dies_in_the_midst_of_its_work_end_by_themselves(
     if victim:
         (line,) = errors_of(found)
         assert "another process of this job has ended or cannot be reached" in line
-        assert "what is committed is safe: run the same command again" in line
+        assert "committed work is safe: run the same command again" in line
     assert jobs.run(tmp_path / "cache")["codes"] == [0, 0]
     assert sums_of(tmp_path / "cache") == jobs.whole
 
@@ -169,8 +169,8 @@ def test_an_example_at_which_the_teacher_fails_is_named_and_committed_shards_sta
     assert found["codes"] == [1] * size
     (line,) = errors_of(found)
     assert line == (
-        f"Error: example {poison['id']!r} of shard 3 cannot be captured: RuntimeError: no kernel for this; what is "
-        "committed is safe"
+        f"Error: example {poison['id']!r} of shard 3 cannot be captured: RuntimeError: no kernel for this; committed "
+        "work is safe"
     )
     committed = records_of(root)
     assert "000003.json" not in committed
@@ -208,7 +208,7 @@ def test_an_example_that_kills_its_process_is_found_by_the_runs_that_follow(
     (line,) = run(poison)
     assert line == (
         f"Error: each worker that read example {poison['id']!r} of shard {shard} died: the last two runs died "
-        "there; what is committed is safe. Leave the example out with --skip-failed, or remove it from the data"
+        "there; committed work is safe. Leave the example out with --skip-failed, or remove it from the data"
     )
     shutil.copytree(root, tmp_path / "cured")
     assert verify_cache(root)  # what is left is said, and no damage

@@ -148,7 +148,7 @@ def test_an_example_that_kills_its_teacher_is_named_and_committed_shards_stay(
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"example {poison.example!r} of shard 2 ")
     assert ("each worker that read example" in str(caught.value)) == poison.kills
-    assert "what is committed is safe" in str(caught.value)
+    assert "committed work is safe" in str(caught.value)
     kept = records_of(tmp_path / "cache")
     assert kept
     assert "000002.json" not in kept

@@ -123,7 +123,7 @@ def test_a_capture_killed_again_and_again_ends_with_the_same_bytes(captures: Cap
         ("SIGTERM", "Error: stopped by SIGTERM; committed work is safe, and the same command resumes it"),
         ("SIGHUP", "Error: stopped by SIGHUP; committed work is safe, and the same command resumes it"),
         ("teacher", "Error: out of memory: DefaultCPUAllocator: can't allocate memory"),
-        ("memory", "Error: out of memory: MemoryError; what is committed is safe; lower batch_tokens"),
+        ("memory", "Error: out of memory: MemoryError; committed work is safe; lower batch_tokens"),
         ("ENOSPC", "No space left on device"),
         ("EROFS", "Read-only file system"),
         ("EACCES", "Permission denied"),

@@ -72,7 +72,7 @@ def test_unfinished_work_is_not_damage(tmp_path: Path) -> None:
     repair = repair_cache(root)
     assert (repair.deleted, repair.renewed, repair.shards, repair.lost) == ((), (), (), ())
     assert files_in(root) == begun
-    assert run("repair", root).output == "run again the capture of source fake: it finishes the cache\n"
+    assert run("repair", root).output == "run the capture of source fake again: it finishes the cache\n"
 
 
 def test_no_foreign_file_is_ever_deleted(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_repair_names_the_command_to_run_again(tmp_path: Path) -> None:
     assert [line.removeprefix("would delete ") for line in said if "delete" in line] == found["deleted"]
     assert [line.split()[2] for line in said if line.startswith("would write")] == found["renewed"]
     assert found["renewed"] == ["cache.json", "zarr.json"]
-    assert said[-1] == "run again the capture of source fake: it writes shard 1"
+    assert said[-1] == "run the capture of source fake again: it writes shard 1"
     assert found["shards"] == [1]
     assert run("repair", root).output == f"{said[-1]}\n"
 

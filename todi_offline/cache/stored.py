@@ -40,7 +40,7 @@ def open_stored(store: Store, *, allow_unsealed: bool = False) -> "StoredCache":
 def _require_whole(store: Store, root: Root) -> None:
     if lost := root.lost_shards:
         raise CacheIncompleteError(
-            f"{store} has lost the shards {', '.join(map(str, lost))}: run again the capture that wrote them, or open "
+            f"{store} has lost the shards {', '.join(map(str, lost))}: run the capture that wrote them again, or open "
             "the cache with allow_unsealed (--allow-unsealed) to use the other shards"
         )
     if not root.commits:

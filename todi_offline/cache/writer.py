@@ -138,7 +138,7 @@ class CacheWriter:
         if missing := self.missing_shards():
             whose = "; ".join(map(describe_part, parts_of(self.manifest.parts, missing)))
             raise CacheIncompleteError(
-                f"{self.store} cannot be sealed: shards {missing} are not committed; run again the capture of {whose}"
+                f"{self.store} cannot be sealed: shards {missing} are not committed; run the capture of {whose} again"
             )
         for_each(self.store, self.shards.delete_note, self._noted)
         if not self.is_sealed:

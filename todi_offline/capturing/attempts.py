@@ -188,10 +188,10 @@ class Attempts:
         """Say what has ended workers: the example that two of them were reading by itself, or else the shard."""
         if attempt.culprit is None:
             who = f"{len(attempt.ended)} workers died at {self._range(attempt)}"
-            return TodiError(f"{who}: {reason}; what is committed is safe")
+            return TodiError(f"{who}: {reason}; committed work is safe")
         named = self._name(attempt.shard, attempt.culprit)
         return TodiError(
-            f"each worker that read example {named!r} of shard {attempt.shard} died: {reason}; what is committed is "
+            f"each worker that read example {named!r} of shard {attempt.shard} died: {reason}; committed work is "
             "safe. Leave the example out with --skip-failed, or remove it from the data"
         )
 

@@ -61,7 +61,7 @@ def capture(
     return _capture(load_config(CaptureConfig, config, settings), loaded, examples, progress)
 
 
-@memory_errors("what is committed is safe; lower batch_tokens, and run the same command again")
+@memory_errors("committed work is safe; lower batch_tokens, and run the same command again")
 def _capture(
     config: CaptureConfig, teacher: Teacher | None, examples: Examples | None, progress: Progress | None
 ) -> CaptureSummary:

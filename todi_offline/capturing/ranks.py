@@ -336,7 +336,7 @@ def _lost_ranks() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise TodiError(
-            f"another process of this job has ended or cannot be reached: {first_line(error)}; what is committed is "
+            f"another process of this job has ended or cannot be reached: {first_line(error)}; committed work is "
             "safe: run the same command again"
         ) from error
 

@@ -249,8 +249,8 @@ class RayActors:
             self._failed_starts += not actor.is_loaded
             if self._failed_starts >= self._config.ray.ray_attempts:
                 raise TodiError(
-                    f"{self._failed_starts} actors have died while they loaded the teacher: {death.reason}; what is "
-                    "committed is safe. Make sure that the teacher fits into the memory of an actor"
+                    f"{self._failed_starts} actors have died while they loaded the teacher: {death.reason}; committed "
+                    "work is safe. Make sure that the teacher fits into the memory of an actor"
                 )
             self._start_actor()
         return death

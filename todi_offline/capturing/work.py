@@ -163,7 +163,7 @@ class ShardWorker:
         if not targets:
             raise TodiError(
                 f"the teacher fails at each of the {len(examples)} examples of shard {task.shard}; at "
-                f"{examples[0].id!r}: {failed[0]}; what is committed is safe. Remove these examples from the data"
+                f"{examples[0].id!r}: {failed[0]}; committed work is safe. Remove these examples from the data"
             )
         rows = [
             SequenceRows(example.id, example.source, example.token_ids, example.target_mask, targets[number])
@@ -191,7 +191,7 @@ class ShardWorker:
         """
         settings = self.writer.manifest.settings
         try:
-            with memory_errors("what is committed is safe: lower batch_tokens, and run the same command again"):
+            with memory_errors("committed work is safe: lower batch_tokens, and run the same command again"):
                 return self.engine.targets(examples, settings, report)
         except OutOfMemoryError:  # the shard is not to blame
             raise
@@ -210,7 +210,7 @@ class ShardWorker:
             else:
                 which = f"example {examples[culprit].id!r} of shard {shard}"
             raise TodiError(
-                f"{which} cannot be captured: {type(error).__name__}: {first_line(error)}; what is committed is safe"
+                f"{which} cannot be captured: {type(error).__name__}: {first_line(error)}; committed work is safe"
             ) from error
 
     def _answers_but_failed(self, shard: int, examples: Sequence[Example]) -> list[TargetRows | str]:

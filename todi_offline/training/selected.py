@@ -55,7 +55,7 @@ def select_data(cache: Cache, data: SelectedData, tokenizer: Tokenizer | None) -
         command = f"todi capture --teacher ... {' '.join(shown)}"
         raise CacheIncompleteError(
             f"{cache.root} lacks {len(missing):,} of the {len(examples):,} examples of {data.data}: {names}; append "
-            f"them with `{command} --out {cache.members[0].store}`, or copy the others into a new cache with "
+            f"them with `{command} --out {cache.members[0].store}`, or make a new cache of all examples with "
             f"`{command}{reuse} --out NEW`"
         )
     return select(cache, indices)

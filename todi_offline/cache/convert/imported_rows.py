@@ -96,7 +96,7 @@ def _tail(row: Row, kept: Numbers, cut: Numbers, manifest: Manifest) -> Numbers:
     temperatures = manifest.settings.temperatures
     if "tail_logsumexp" not in row:
         if temperatures != (1.0,):
-            raise ValueError("column tail_logsumexp: the cell is empty, which only temperature 1 allows; fill it")
+            raise ValueError("column tail_logsumexp: the cell is empty, and only temperature 1 allows that; fill it")
         with np.errstate(divide="ignore"):
             left: Numbers = np.log1p(-np.exp(kept).sum(axis=1, keepdims=True).clip(max=1))
         return left

@@ -104,7 +104,7 @@ class Manifest:
         try:
             settings = load_config(CacheSettings, overrides=values["settings"])
         except ConfigError as error:
-            raise CacheFormatError(f"the manifest of {where} has impossible settings: {error}") from error
+            raise CacheFormatError(f"the manifest of {where} has invalid settings: {error}") from error
         if settings.k > vocab_size:
             raise CacheFormatError(f"the manifest of {where} says k = {settings.k} of a vocabulary of {vocab_size}")
         return cls(

@@ -59,7 +59,7 @@ def _read_fields(values: Any, shard: int) -> dict[str, Any]:
         raise ValueError(f"it describes shard {values['shard']}")
     num_examples, ended, left_out = count(values["num_examples"]), values["ended"], values["left_out"]
     if not isinstance(ended, list) or not isinstance(left_out, list) or not isinstance(values["was_named"], bool):
-        raise ValueError("a list or a truth value is of another kind")
+        raise ValueError("a list or a truth value has the wrong type")
     numbers = [*(number for number in ended if number is not None), *left_out]
     if len(ended) > _MAX_ENDED or count(values["num_read"]) > num_examples:
         raise ValueError(f"it has {len(ended)} deaths, and {values['num_read']} of {num_examples} examples read")

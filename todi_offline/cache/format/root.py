@@ -89,7 +89,7 @@ class Root:
             commits = tuple(None if entry is None else ObjectSum.from_json(entry) for entry in values["commits"])
             tokenizer = None if values["tokenizer"] is None else ObjectSum.from_json(values["tokenizer"])
         except (ValueError, TypeError) as error:
-            raise CacheFormatError(f"{where} has impossible sums: {error}") from error
+            raise CacheFormatError(f"{where} has invalid checksums: {error}") from error
         if len(commits) != manifest.num_shards:
             raise CacheFormatError(
                 f"{where} names {len(commits)} commit records, but its parts have {manifest.num_shards} shards"

@@ -291,7 +291,7 @@ class LeaseLock:
             elif self._store.read(LOCK_KEY) == self._holder.to_bytes():
                 self._store.delete(LOCK_KEY)
         except CacheError as failure:
-            logger.warning("the lock %s/%s is left behind: %s", self._store, LOCK_KEY, failure)
+            logger.warning("the lock %s/%s was not released: %s", self._store, LOCK_KEY, failure)
 
 
 def _machine() -> str:

@@ -67,8 +67,8 @@ class Watchdog:
                     raise EngineError(died(self._name, task)) from None
                 if time.monotonic() >= self._alive_at + self._patience_seconds:
                     raise EngineError(
-                        f"{self._name} was asked to {task} and did not respond for {self._patience_seconds:g} s; what "
-                        "is committed is safe. Run the same command again; if the engine is only slow, raise "
+                        f"{self._name} was asked to {task} and did not respond for {self._patience_seconds:g} s; "
+                        "committed work is safe. Run the same command again; if the engine is only slow, raise "
                         "--engine-timeout"
                     ) from None
 
@@ -84,6 +84,6 @@ class Watchdog:
 def died(name: str, task: str) -> str:
     """Return the message of an engine that has died, and what it was to do."""
     return (
-        f"{name} died when asked to {task}; its log, if any, is above. What is committed is safe: run the same command "
+        f"{name} died when asked to {task}; its log, if any, is above. Committed work is safe: run the same command "
         "again"
     )
