@@ -145,16 +145,16 @@ def knobs() -> Iterator[Arm]:
     """Yield ToDi from a cache of K = 16 with 8 samples, and one changed setting of the objective at a time."""
     base = functools.partial(cached, 16, 8, encoding="root8")
     yield from (SFT, base(), DENSE, base(loss="forward_kl", kd_weight=matched(0.5)))
+    # beside no cross-entropy the parts of KL compete with each other alone: AdamW does not feel their common factor
+    yield from (base(kd_weight=1.0, tail_weight=weight) for weight in (0.0, 1.0, 3.0, 4.0))
+    yield from (base(kd_weight=1.0, settings=f"{part}_weight=2") for part in ("head", "mass"))
+    yield from (base(tail_weight=weight) for weight in (1.0, 3.0))
+    yield from (base(settings=f"{part}_weight={weight}") for part in ("head", "mass") for weight in (0.5, 2))
     yield cached(0, 12, "forward_kl", encoding="root8", kd_weight=matched(0.5))
     yield REFERENCES[2]
-    yield from (base(settings=f"positions={positions}") for positions in ("student-entropy:0.2", "tip:0.5"))
     yield from (
         base(loss=loss, kd_weight=matched(0.5, loss)) for loss in ("entropy_gate", "concrete_score", "alpha_mixture")
     )
+    yield from (base(settings=f"positions={positions}") for positions in ("student-entropy:0.2", "tip:0.5"))
+    yield base(kd_weight=1.0, settings="positions=student-entropy:0.2")
     yield from (base(settings=f"kd_schedule={schedule}") for schedule in ("linear-up", "linear-down", "wsd"))
-    yield from (base(tail_weight=weight) for weight in (1.0, 3.0))
-    yield from (base(settings=f"{part}_weight={weight}") for part in ("head", "mass") for weight in (0.5, 2))
-    yield from (base(kd_weight=1.0, settings=each) for each in ("", "positions=student-entropy:0.2"))
-    # beside no cross-entropy the parts of KL compete with each other alone: AdamW does not feel their common factor
-    yield from (base(kd_weight=1.0, tail_weight=weight) for weight in (1.0, 3.0, 4.0))
-    yield from (base(kd_weight=1.0, settings=f"{part}_weight=2") for part in ("head", "mass"))
