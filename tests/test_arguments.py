@@ -19,6 +19,8 @@ IGNORED: dict[str, Any] = {
     "label_smoothing_factor": 0.1,
     "train_sampling_strategy": "group_by_length",
     "average_tokens_across_devices": False,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
 }
 
 
@@ -26,6 +28,27 @@ IGNORED: dict[str, Any] = {
 def test_an_argument_that_would_be_ignored_is_refused(name: str, cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{name} is .*, which ToDiTrainer does not support; leave it out: "):
         trainer_of(tmp_path, cache, **{name: IGNORED[name]})
+
+
+@pytest.mark.parametrize("name", ["split_batches", "dispatch_batches"])
+def test_a_packed_batch_is_not_cut(name: str, cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"accelerator_config sets {name}, which ToDiTrainer does not support"):
+        trainer_of(tmp_path, cache, accelerator_config={name: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_refused"),
+    [("forward_kl", None, True), ("eval_one_kd", True, True), ("forward_kl", False, False), ("loss", None, False)],
+)
+def test_the_student_that_is_farthest_from_the_teacher_is_not_the_best(
+    name: str, value: bool | None, is_refused: bool, cache: Cache, tmp_path: Path
+) -> None:
+    given = {"metric_for_best_model": name, "greater_is_better": value}
+    if is_refused:
+        with pytest.raises(ConfigError, match=f"greater_is_better is True, so the student with the largest {name} wo"):
+            trainer_of(tmp_path, cache, **given)
+    else:
+        assert trainer_of(tmp_path, cache, **given).args.greater_is_better is False
 
 
 @pytest.mark.parametrize(
@@ -50,6 +73,9 @@ def test_a_callable_that_would_be_ignored_is_refused(name: str, cache: Cache, tm
         ("deepspeed", "ds.json", "deepspeed is 'ds.json', which ToDiTrainer does not support; .*use DDP, or FSDP"),
         ("resume_from_checkpoint", "x", "resume_from_checkpoint is 'x', .*use --resume"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor is 0.1"),
+        ("bf16_full_eval", True, "bf16_full_eval is True, .*would round the weights that are trained and saved"),
+        ("accelerator_config", {"dispatch_batches": True}, "accelerator_config sets dispatch_batches"),
+        ("output_dir", "elsewhere", r"output_dir is 'elsewhere'; name the folder of the run as out \(--out\)"),
         ("group_by_length", True, "group_by_length is True, which ToDiTrainer does not support; .*packed"),
         ("learning_rate", float("nan"), "learning_rate is nan; expected 0 or more"),
         ("learning_rate", -1, "learning_rate is -1; expected 0 or more"),
@@ -79,6 +105,21 @@ def test_integers_paths_and_lists_are_accepted_for_floats_strings_and_tuples(tmp
         load_train_config(None, {"student": "s", "cache": "c", "out": tmp_path, "use_cpu": True} | given)
     )
     assert arguments.learning_rate == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"metric_for_best_model": "forward_kl"}, False),
+        ({"metric_for_best_model": "loss"}, False),
+        ({"metric_for_best_model": "student_kept_mass"}, True),
+        ({"metric_for_best_model": "student_kept_mass", "greater_is_better": False}, False),
+        ({}, None),
+    ],
+)
+def test_less_of_a_distance_is_better(given: dict[str, Any], expected: bool | None, tmp_path: Path) -> None:
+    config = load_train_config(None, {"student": "s", "cache": "c", "out": tmp_path, "use_cpu": True} | given)
+    assert training_arguments(config).greater_is_better is expected
 
 
 def test_deepspeed_in_accelerates_config_is_refused(

@@ -16,6 +16,10 @@ _HONOURED = {
     "average_tokens_across_devices": (True, "the loss is a mean over the targets of all ranks"),
     "deepspeed": (None, "use DDP, or FSDP with fsdp_version 2"),
     "resume_from_checkpoint": (None, "use --resume, or pass it to ToDiTrainer.train"),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        (False, "an evaluation would round the weights that are trained and saved; bf16 alone evaluates in bfloat16"),
+    ),
 }
 """Arguments that work only with one value: this value, and the alternative to all others."""
 
@@ -25,6 +29,18 @@ _CALLABLES = {
     "preprocess_logits_for_metrics": "evaluation keeps no logits",
     "model_init": "pass the model itself",
 }
+
+
+_WHOLE_BATCHES = ("split_batches", "dispatch_batches")
+"""Fields of `accelerator_config` that cut a batch by its rows; the targets of a packed batch are on an axis of their
+own."""
+
+_DISTANCES = ("cross_entropy", "kd", "forward_kl", "reverse_kl", "loss")
+
+
+def is_distance(metric: str | None) -> bool:
+    """Whether less of a metric is better. transformers knows that of names that end in `loss` alone."""
+    return metric is not None and metric.endswith(_DISTANCES)
 
 
 def refuse_ignored(values: Mapping[str, Any]) -> None:
@@ -39,11 +55,27 @@ def refuse_ignored(values: Mapping[str, Any]) -> None:
     for name, remedy in _CALLABLES.items():
         if values.get(name) is not None:
             raise ConfigError(f"ToDiTrainer does not use {name}; {remedy}")
+    _refuse_cut_batches(values.get("accelerator_config"))
+    if is_distance(metric := values.get("metric_for_best_model")) and values.get("greater_is_better"):
+        raise ConfigError(
+            f"greater_is_better is True, so the student with the largest {metric} would be the best one; set it to "
+            "False (transformers' default is True for every metric whose name does not end in loss)"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
         raise ConfigError(
             "accelerate is configured for DeepSpeed, which ToDiTrainer does not support; "
             f"{_HONOURED['deepspeed'][1]}; `accelerate config` changes the choice"
         )
+
+
+def _refuse_cut_batches(config: Any) -> None:
+    settings = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    for name in _WHOLE_BATCHES:
+        if settings.get(name):
+            raise ConfigError(
+                f"accelerator_config sets {name}, which ToDiTrainer does not support; leave it out: every rank makes "
+                "its own batches"
+            )
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

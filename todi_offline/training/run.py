@@ -23,7 +23,7 @@ from todi_offline.errors import ConfigError, memory_errors
 from todi_offline.losses import DistillationConfig
 from todi_offline.models.loading import Model, Tokenizer, load_model, load_tokenizer
 from todi_offline.student import LoraSettings, add_lora
-from todi_offline.training.arguments import refuse_ignored, require_kinds, require_ranges
+from todi_offline.training.arguments import is_distance, refuse_ignored, require_kinds, require_ranges
 from todi_offline.training.first_rank import mean_over_ranks, of_first_rank
 from todi_offline.training.folder import (
     Start,
@@ -206,6 +206,8 @@ def training_arguments(config: TrainConfig) -> Any:
         names = [*known, *dict(flat_fields(TrainConfig))]
         other = "expected an option of `todi train --help`, or an argument of transformers' TrainingArguments"
         raise ConfigError(unknown_setting(unknown[0], names, otherwise=other))
+    if "output_dir" in config.trainer:
+        raise ConfigError(f"output_dir is {config.trainer['output_dir']!r}; name the folder of the run as out (--out)")
     require_kinds(config.trainer, TrainingArguments)
     require_ranges(config.trainer)
     values = {
@@ -213,6 +215,7 @@ def training_arguments(config: TrainConfig) -> Any:
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
+        **({"greater_is_better": False} if is_distance(config.trainer.get("metric_for_best_model")) else {}),
         **config.trainer,
         "output_dir": str(config.out),
     }
