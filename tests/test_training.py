@@ -131,6 +131,14 @@ def test_lora_trains_and_saves_only_adapters(folder: Path, cache: Cache, tmp_pat
         torch.testing.assert_close(worn(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
 
 
+def test_adapters_follow_from_the_seed(folder: Path, cache: Cache, tmp_path: Path) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        torch.rand(1)  # whatever was drawn before
+        train(str(folder), cache.root, tmp_path / name, max_steps=1, lora_r=2, seed=seed, data_seed=0, **SMALL)
+    first, same, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert first == same != other
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, steps: int) -> None:
         self.steps = steps

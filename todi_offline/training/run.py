@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
@@ -276,6 +277,7 @@ def _run_here(
     if start.finished is not None:
         logger.warning("%s is finished, after %s steps", config.out, f"{start.finished['num_steps']:,}")
         return TrainSummary(**start.finished)
+    set_seed(arguments.seed)  # the first weights of adapters follow from it too
     trainer = ToDiTrainer(
         model=add_lora(model, config.lora),
         args=arguments,
