@@ -21,8 +21,11 @@ from transformers import TrainerCallback
 
 import todi_offline.training.run
 from todi_offline.cache.reader import Cache
+from todi_offline.capturing import capture
+from todi_offline.data import Examples
 from todi_offline.errors import CacheLockedError, ConfigError, DivergedError, OutOfMemoryError
-from todi_offline.training.folder import find_start
+from todi_offline.teacher.in_transformers import as_teacher
+from todi_offline.training.folder import find_start, how_to_go_on
 from todi_offline.training.run import TrainSummary, train
 
 SETTINGS: dict[str, Any] = {
@@ -128,6 +131,25 @@ def test_different_settings_are_refused_with_three_solutions_before_the_student_
         train(student, cache, whole, eval_cache=heldout, beta=2.0, **SETTINGS)
 
 
+def test_different_targets_make_a_different_run(
+    student: str, cache: Cache, examples: Examples, whole: Path, tmp_path: Path
+) -> None:
+    """Another teacher of the same data, or less of the same one: a finished run is not taken for theirs."""
+    settings = {"k": 16, "tail_samples": 4, "encoding": "f16", "shard_tokens": 4096, "codec": "compact"}
+    kinds: list[tuple[int, dict[str, Any], str]] = [
+        (7, {}, r"cache_targets\.teacher\.weights: not the same"),
+        (0, {"k": 8}, r"cache_targets\.k: 8 now, 16 in that run"),
+    ]
+    killed(student, cache, tmp_path / "run")
+    for number, (seed, change, message) in enumerate(kinds):
+        capture(as_teacher(llama(seed), tiny_tokenizer()), examples, tmp_path / str(number), **(settings | change))
+        for out in (tmp_path / "run", whole):
+            with pytest.raises(ConfigError, match=message):
+                train(student, tmp_path / str(number), out, **SETTINGS)
+    capture(as_teacher(llama(), tiny_tokenizer()), examples, tmp_path / "same", **settings)  # stored otherwise
+    assert train(student, tmp_path / "same", tmp_path / "run", **SETTINGS).num_steps == 5
+
+
 def test_different_weights_make_a_different_run(student: str, cache: Cache, tmp_path: Path) -> None:
     killed(llama(seed=1), cache, tmp_path / "run", tokenizer=tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"with other settings \(student_weights: not the same\)"):
@@ -205,6 +227,16 @@ def test_a_resumed_run_may_split_its_steps_differently(student: str, cache: Cach
     assert train(student, cache, tmp_path / "run", **(SETTINGS | split)).num_steps == 5
 
 
+def test_where_incomplete_batches_are_dropped_a_resumed_run_keeps_its_batches(
+    student: str, cache: Cache, tmp_path: Path
+) -> None:
+    """An epoch of other batches has another number of steps, and drops other sequences."""
+    killed(student, cache, tmp_path / "run", dataloader_drop_last=True)
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}
+    with pytest.raises(ConfigError, match=r"cannot be resumed \(sequences_a_batch: 2 now, 4 in that run\)"):
+        train(student, cache, tmp_path / "run", resume=True, **(SETTINGS | split))
+
+
 def test_a_new_start_deletes_the_checkpoints_and_curves_of_the_previous_run(
     student: str, cache: Cache, heldout: Cache, whole: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +268,18 @@ def test_a_run_without_a_checkpoint_starts_again_with_any_settings(student: str,
     train(student, cache, tmp_path / "run", **(SETTINGS | {"max_steps": 1, "learning_rate": 0.1}))
     with pytest.raises(ConfigError, match="holds no checkpoint to resume; leave out resume"):
         train(student, cache, tmp_path / "other", resume=True, **SETTINGS)
+
+
+def test_a_checkpoint_of_a_model_alone_is_not_resumed(student: str, cache: Cache, tmp_path: Path) -> None:
+    """The schedule of the learning rate would start again in the middle of the run."""
+    killed(student, cache, tmp_path / "run", save_only_model=True)
+    for resume in (None, True):
+        with pytest.raises(ConfigError, match=r"checkpoint-2 holds a model alone .*--no-resume.*another folder"):
+            train(student, cache, tmp_path / "run", resume=resume, save_only_model=True, **SETTINGS)
+    assert how_to_go_on(tmp_path / "run").endswith("so the run cannot be resumed")
+    assert train(student, cache, tmp_path / "run", resume=False, save_only_model=True, **SETTINGS).num_steps == 5
+    again = train(student, cache, tmp_path / "run", save_only_model=True, **SETTINGS)
+    assert again.num_steps == 5
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from todi_offline.training.stream import (
     ShuffledOrder,
     WindowShuffledOrder,
     batch_targets,
+    order_name,
     pack_rows,
     prefetch,
     training_order,
@@ -150,6 +151,7 @@ def test_a_remote_cache_is_trained_by_windows_and_told_where_they_do_not_fit(
     order = training_order(remote, 3)
     assert isinstance(order, WindowShuffledOrder)
     assert list(order) == window_order(remote.shards.tolist(), 3)
+    assert order_name(cache) != order_name(remote) == order_name(open_cache(store))
     assert caplog.text == ""
     store.staging.limit_gb = 1e-6
     training_order(remote, 3)

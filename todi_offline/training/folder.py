@@ -74,8 +74,8 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
     With True, the run resumes whatever its parts; with False, it starts at step 0.
 
     Raises:
-        ConfigError: the folder holds a different run; there is no checkpoint to resume; or the number of sequences per
-            step differs, so the position in the data would be lost.
+        ConfigError: the folder holds a different run; there is no checkpoint to resume; the last one holds a model
+            alone; or the number of sequences per step differs, so the position in the data would be lost.
     """
     _require_folder(out)
     checkpoint, record = last_checkpoint(out), _read(out)
@@ -96,8 +96,8 @@ def find_start(out: Path, parts: Parts, resume: bool | None) -> Start:
         raise ConfigError(_refusal(out, lines, finished is not None))
     if checkpoint is None:
         raise ConfigError(f"{out} holds a finished run and no checkpoint to resume; name another folder (--out)")
-    if any(line.startswith("sequences_a_step") for line in lines):
-        line = next(line for line in lines if line.startswith("sequences_a_step"))
+    _require_resumable(checkpoint)
+    if line := next((line for line in lines if line.startswith(("sequences_a_step", "sequences_a_batch"))), None):
         raise ConfigError(
             f"{checkpoint} cannot be resumed ({line}): its position in the data would be lost; keep processes x "
             "per_device_train_batch_size x gradient_accumulation_steps as in that run"
@@ -129,6 +129,8 @@ def how_to_go_on(out: Path) -> str:
     checkpoint = last_checkpoint(out)
     if checkpoint is None:
         return "there is no checkpoint yet, so the same command starts again; --set save_steps=N writes one earlier"
+    if not _has_optimizer(checkpoint):
+        return f"{checkpoint} holds a model alone (save_only_model), so the run cannot be resumed"
     return f"the same command resumes from {checkpoint}"
 
 
@@ -183,6 +185,19 @@ def _require_ours(checkpoint: str | None, record: Parts) -> None:
         raise ConfigError(
             f"{checkpoint} is in a folder without {RUN_NAME}: another program may have written it, so it is not "
             "deleted; name another folder (--out)"
+        )
+
+
+def _has_optimizer(checkpoint: str) -> bool:
+    return (Path(checkpoint) / "scheduler.pt").is_file()  # beside the optimizer, which FSDP writes under other names
+
+
+def _require_resumable(checkpoint: str) -> None:
+    """Refuse a checkpoint without the optimizer: the learning rate would start again in the middle of a run."""
+    if not _has_optimizer(checkpoint):
+        raise ConfigError(
+            f"{checkpoint} holds a model alone (save_only_model), so it cannot be resumed; start again here "
+            "(--no-resume, which deletes the checkpoints), or train from it in another folder (--student, --out)"
         )
 
 

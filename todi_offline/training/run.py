@@ -39,11 +39,15 @@ from todi_offline.training.folder import (
 from todi_offline.training.log import print_rows
 from todi_offline.training.recipes import recipe_settings
 from todi_offline.training.selected import SelectedData, select_data
+from todi_offline.training.stream import order_name
 from todi_offline.training.trainer import ToDiTrainer, require_targets
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "todi_config.json"
+
+_STORAGE = {"codec", "shard_tokens"}
+"""Settings of a cache on which no target depends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -355,7 +359,8 @@ def _open_caches(
 def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache | None) -> dict[str, Any]:
     """Return everything that decides the outcome of a run, except for the student's weights; see `folder`.
 
-    A hash of the content replaces the path of a cache, and the sequences per step replace the batch settings.
+    The content, the teacher and what is kept of it replace the path of a cache, and the sequences per step replace the
+    batch settings.
     """
     settings = to_dict(config)
     for name in ("out", "cache", "eval_cache", "data", "staging", "staging_gb", "resume"):
@@ -366,10 +371,21 @@ def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache 
     settings["sequences_a_step"] = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
+    if arguments.dataloader_drop_last:  # what does not fill a batch is dropped, so the batch decides the epochs
+        settings["sequences_a_batch"] = arguments.per_device_train_batch_size * arguments.world_size
     settings["cache_content"] = cache.content_keys.digest()
+    settings["cache_targets"] = _targets(cache)
+    settings["cache_order"] = order_name(cache)
     settings["eval_cache_content"] = None if eval_cache is None else eval_cache.content_keys.digest()
+    settings["eval_cache_targets"] = None if eval_cache is None else _targets(eval_cache)
     parts: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return parts
+
+
+def _targets(cache: Cache) -> dict[str, Any]:
+    """Return what the targets of a content follow from: the teacher, and what is kept of it."""
+    settings = to_dict(cache.manifest.settings)
+    return {"teacher": cache.manifest.teacher, **{name: settings[name] for name in settings.keys() - _STORAGE}}
 
 
 def _without_prefix(metrics: dict[str, float]) -> dict[str, float]:

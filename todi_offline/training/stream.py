@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from todi_offline.cache.format.fingerprint import hash_bytes
 from todi_offline.cache.format.rows import TargetRows
 from todi_offline.cache.format.sequences import CachedSequence
 from todi_offline.cache.reader import Cache
@@ -140,6 +141,13 @@ def training_order(cache: Cache, seed: int) -> ShuffledOrder:
             "%s %g GB: some shards are fetched again and again; raise the limit (staging_gb)", what, staging.limit_gb
         )
     return WindowShuffledOrder(cache.shards, seed, prepare=cache.prepare)
+
+
+def order_name(cache: Cache) -> str:
+    """Return what `training_order` follows from beside the seed: two caches of one name are read in one order."""
+    if not isinstance(cache.store, RemoteStore):
+        return "shuffled"
+    return f"by windows of shards {hash_bytes([cache.shards.astype('<i8').tobytes()])}"
 
 
 class FilledOrder(Sampler[int | None]):
