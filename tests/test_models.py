@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from support.tiny import tiny_tokenizer
 from support.tiny_models import VOCAB, llama, save, save_llama
 from torch import Tensor
@@ -35,6 +36,42 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     torch.testing.assert_close(full_logits(loaded), full_logits(model), rtol=0, atol=0)
     assert load_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer().get_vocab()
     assert load_model(str(tmp_path), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+
+
+def test_a_gguf_file_in_half_precision_is_the_model_that_its_folder_would_be(tmp_path: Path) -> None:
+    """Its rotary frequencies are not rounded: positions are the same far into a text."""
+    gguf_of(llama(hidden_size=64, head_dim=16), tmp_path / "tiny.gguf")
+    model = load_model(str(tmp_path / "tiny.gguf"), dtype="bfloat16", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "folder")
+    saved = load_model(str(tmp_path / "folder"), dtype="bfloat16", device="cpu")
+    tokens = torch.arange(500)[None]
+    with torch.no_grad():
+        found, expected = (each(input_ids=tokens, use_cache=False).logits for each in (model, saved))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def gguf_of(model: Any, file: Path) -> None:
+    """Write a Llama as a GGUF file. Its queries and keys are not permuted, so it is another model."""
+    config, writer = model.config, GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_token_list([str(number) for number in range(config.vocab_size)])
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:

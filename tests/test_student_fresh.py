@@ -102,7 +102,8 @@ def test_a_student_has_its_teachers_dtype_and_ends_texts_as_it_does(tmp_path: Pa
     student = fresh_student(teacher, Widths(hidden=16))
     save(student, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16
+    assert loaded.dtype == student.dtype == torch.bfloat16
+    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, student.model.rotary_emb.inv_freq, rtol=0, atol=0)
     assert loaded.generation_config.eos_token_id == [2, 5]
 
 

@@ -38,7 +38,9 @@ def fresh_student(model: Model, widths: Widths, *, layers: int | None = None, se
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student = type(model)(config)
-        student = student.to(device=model.device, dtype=model.dtype)
+        student = student.to(model.device)
+        for parameter in student.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(model.dtype)
         _take_embeddings(model, student)
         finite = bool(probe_logits(student).isfinite().all())
     if not finite:
