@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import tiny_tokenizer
 from support.tiny_models import llama
-from support.tiny_runs import trainer_of
-from torch import Tensor
-from transformers import TrainerCallback
+from support.tiny_runs import QUIET, Noting, trainer_of
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 
+import todi_offline.training.meters
+import todi_offline.training.trainer
 from todi_offline.cache.reader import Cache, open_cache
 from todi_offline.capturing import capture
 from todi_offline.data import Examples
@@ -44,6 +47,61 @@ def test_logged_means_are_over_targets(cache: Cache, tmp_path: Path) -> None:
         assert logged["tokens_per_second"] > 0
         assert 0 <= logged["data_wait_share"] < 1
     assert trainer.num_tokens_trained == sum(int(batch["num_tokens"]) for batch in trainer.batches)
+
+
+def test_the_time_of_evaluations_is_no_time_of_training(
+    cache: Cache, heldout: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal seconds
+            seconds += 1
+
+        def on_prediction_step(self, *_: Any, **__: Any) -> None:
+            nonlocal seconds
+            seconds += 1000
+
+    for module in (todi_offline.training.trainer, todi_offline.training.meters):
+        monkeypatch.setattr(module, "perf_counter", lambda: seconds)
+    settings = {"eval_dataset": heldout, "eval_strategy": "steps", "eval_steps": 1, "callbacks": [Clock()]}
+    trainer = trainer_of(tmp_path, cache, max_steps=3, **settings)
+    trainer.evaluate()
+    trainer.train()
+    logged = [entry["tokens_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [int(batch["num_tokens"]) for batch in trainer.batches]
+
+
+def test_a_batch_that_was_too_large_is_not_counted(cache: Cache, tmp_path: Path) -> None:
+    """auto_find_batch_size halves the batch, and begins again."""
+
+    class Small(Noting):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if len(inputs["input_ids"]) > 1:
+                self.batches.clear()
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss
+
+    values = QUIET | {
+        "per_device_train_batch_size": 8,
+        "auto_find_batch_size": True,
+        "max_steps": 3,
+        "logging_steps": 3,
+    }
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.0, **values)
+    trainer = Small(llama(seed=1), args, cache, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert trainer.num_tokens_trained == sum(int(batch["num_tokens"]) for batch in trainer.batches)
+    expected = means_of(llama(seed=1), trainer.batches, cache)
+    assert trainer.state.log_history[0]["kd"] == pytest.approx(expected["kd"], rel=1e-4)
+
+
+def test_what_fills_up_packed_rows_counts_as_padding(cache: Cache, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cache, num_train_epochs=1, include_num_input_tokens_seen="non_padding")
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == cache.num_tokens.sum()
 
 
 def test_a_loss_logged_by_other_code_is_logged_unchanged(cache: Cache, tmp_path: Path) -> None:
@@ -92,6 +150,15 @@ def test_a_cache_that_is_evaluated_later_counts_each_sequence_once(
     assert trainer.predict(heldout).metrics["test_kd"] == expected["eval_kd"]
     alone = trainer_of(tmp_path, None, per_device_eval_batch_size=4)
     assert alone.evaluate(heldout)["eval_kd"] == expected["eval_kd"]
+
+
+def test_workers_that_stay_read_the_cache_that_is_evaluated(cache: Cache, heldout: Cache, tmp_path: Path) -> None:
+    """transformers keeps their loader under one name for all data sets."""
+    expected = trainer_of(tmp_path, None).evaluate(cache)["eval_kd"]
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = trainer_of(tmp_path, None, eval_dataset=heldout, **workers)
+    assert trainer.evaluate()["eval_kd"] != expected == trainer.evaluate(cache)["eval_kd"]
+    assert trainer.evaluate()["eval_kd"] != expected
 
 
 def test_a_cache_that_is_evaluated_later_is_checked_too(teacher: Teacher, examples: Examples, tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ class Meter:
         self._started = perf_counter()
         self.wait_seconds = 0.0
 
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was spent on something else, such as an evaluation."""
+        self._started += seconds
+
     def add(self, sums: dict[str, Tensor], num_tokens: Tensor) -> None:
         """Add the sums of a batch; they stay on its device, so the step does not wait for the device."""
         for name, value in {**sums, "num_tokens": num_tokens.sum()}.items():

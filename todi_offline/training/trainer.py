@@ -113,10 +113,11 @@ class ToDiTrainer(Trainer):
         self._meters = {True: Meter(), False: Meter()}
         self._losses = FiniteLosses()
         self._num_tokens: Tensor | int = 0
+        self._counted: Any = None  # the state of the training whose tokens are counted
 
     @property
     def num_tokens_trained(self) -> int:
-        """Tokens that were trained on since this trainer began, on all ranks."""
+        """Tokens that were trained on since the training began or was resumed, on all ranks."""
         return int(self._num_tokens)
 
     def num_planned_steps(self) -> int:
@@ -211,6 +212,8 @@ class ToDiTrainer(Trainer):
         """
         if self.state.max_steps and self.state.global_step >= self.state.max_steps:
             return [], torch.zeros((), device=device)
+        if self.state is not self._counted:  # it begins, maybe again with smaller batches (auto_find_batch_size)
+            self._counted, self._meters[True], self._num_tokens = self.state, Meter(), 0
         if epoch_iterator is not self._source:
             self._source = epoch_iterator
             if self._order is not None:  # accelerate's wrappers do not always pass the epoch on
@@ -237,12 +240,20 @@ class ToDiTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate, and report means over targets rather than over batches."""
         self._meters[False] = Meter()
+        started = perf_counter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._meters[False].means(self.accelerator)
         weight = self.distillation.kd_weight
         means["loss"] = (1 - weight) * means["cross_entropy"] + weight * means["kd"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        self._meters[True].pause(perf_counter() - started)
         return output
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Count what fills up packed rows as padding: it is no pad token."""
+        if self.args.include_num_input_tokens_seen == "non_padding":
+            inputs = {"input_ids": inputs["num_tokens"], "attention_mask": inputs["num_tokens"]}
+        super()._track_num_input_tokens(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to a training step's."""
@@ -274,6 +285,8 @@ class ToDiTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the Trainer's, of a cache that has been checked."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)  # persistent workers of an earlier cache
         return super().get_eval_dataloader(self._datasets(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
