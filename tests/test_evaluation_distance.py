@@ -274,6 +274,13 @@ def test_a_tokenizer_head_temperature_or_k_that_does_not_fit_is_refused(student,
         measured(student, heldout, k=17)
 
 
+def test_a_student_whose_logits_are_nan_is_refused(heldout):
+    broken = llama(seed=1)
+    broken.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ModelError, match=r"logits are NaN at (\d+) of \1 targets of a batch; .*--dtype float32"):
+        measured(broken, heldout)
+
+
 def test_positions_count_from_the_beginning_of_the_response():
     positions = np.array([3, 4, 5, 9, 10, 40, 41, 42, 80])
     assert position_in_response(positions).tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0]

@@ -325,6 +325,14 @@ def test_a_run_that_diverged_saves_no_student(student: str, cache: Cache, tmp_pa
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_the_records_of_a_run_hold_no_secrets(student: str, cache: Cache, tmp_path: Path) -> None:
+    train(student, cache, tmp_path, hub_token="hf_secret", **SETTINGS)
+    for name in ("todi_config.json", "todi_run.json"):
+        text = (tmp_path / name).read_text()
+        assert "hf_secret" not in text
+        assert '"hub_token": "<HUB_TOKEN>"' in text
+
+
 def squares(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return (teacher.exp() - student.exp()).square().sum(-1)
 

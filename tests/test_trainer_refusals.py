@@ -16,6 +16,7 @@ from todi_offline.capturing import capture
 from todi_offline.data import Examples
 from todi_offline.errors import CacheMismatchError, ConfigError, DataError, ModelError, TargetsError
 from todi_offline.losses import DistillationConfig
+from todi_offline.student import LoraSettings, add_lora
 from todi_offline.teacher.in_transformers import Teacher, as_teacher
 from todi_offline.training.trainer import ToDiTrainer
 
@@ -53,6 +54,14 @@ def test_a_tokenizer_with_an_id_beyond_the_heads_rows_is_refused_where_a_row_use
         match=rf"example {known[1].id!r} holds the id 511, which the tokenizer knows, but the teacher has only 511 ids",
     ):
         capture(teacher, using, tmp_path / "other", k=8)
+
+
+def test_weights_in_float16_are_not_trained(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"weights are float16, .*fp16=true .*LoRA"):
+        trainer_of(tmp_path, cache, llama().half())
+    adapted = add_lora(llama().half(), LoraSettings(lora_r=2))
+    assert trainer_of(tmp_path, cache, adapted).train_dataset is not None
+    assert trainer_of(tmp_path, None, llama().half(), eval_dataset=cache).eval_dataset is not None
 
 
 def test_a_student_of_a_smaller_vocabulary_is_refused(cache: Cache, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from torch import Tensor
 from todi_offline.cache.format.fingerprint import tokenizer_fingerprint
 from todi_offline.cache.format.manifest import require_same_tokenizer
 from todi_offline.cache.reader import Cache
-from todi_offline.errors import TargetsError
+from todi_offline.errors import ModelError, TargetsError
 from todi_offline.evaluation.tally import Group, Tally
 from todi_offline.losses import DistillationConfig
 from todi_offline.losses.divergences import forward_kl, reverse_kl
@@ -97,7 +97,7 @@ def evaluate_cache(
     only an index of the cache is kept in memory.
 
     Raises:
-        ModelError: the student's head lacks ids that the cache holds.
+        ModelError: the student's head lacks ids that the cache holds, or its logits are NaN.
         CacheMismatchError: the tokenizer differs from the cache's.
         TargetsError: the cache was not captured at the temperature or holds samples alone, or k is out of range.
     """
@@ -195,4 +195,9 @@ def _measure_batch(
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures["teacher_cross_entropy"] = -batch["label_logprob"]
     values = {name: value.cpu().numpy().astype(np.float64) for name, value in measures.items()}
+    if num_nan := int(np.isnan(values["confidence"]).sum()):
+        raise ModelError(
+            f"the student's logits are NaN at {num_nan} of {len(values['confidence'])} targets of a batch; load it in "
+            "float32 (--dtype float32), or evaluate an earlier checkpoint"
+        )
     return values, values.pop("teacher_entropy")

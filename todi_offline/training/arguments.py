@@ -7,6 +7,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 from todi_offline.errors import ConfigError
 
 _HONOURED = {
@@ -65,6 +68,19 @@ def refuse_ignored(values: Mapping[str, Any]) -> None:
         raise ConfigError(
             "accelerate is configured for DeepSpeed, which ToDiTrainer does not support; "
             f"{_HONOURED['deepspeed'][1]}; `accelerate config` changes the choice"
+        )
+
+
+def refuse_float16(model: nn.Module) -> None:
+    """Refuse to train weights in float16, where a small step rounds to nothing and a gradient overflows, unnoticed.
+
+    Raises:
+        ConfigError: with the ways to train in half precision.
+    """
+    if any(each.requires_grad and each.dtype == torch.float16 for each in model.parameters()):
+        raise ConfigError(
+            "the student's weights are float16, which is too coarse to train; load them as float32 (--dtype float32) "
+            "and set fp16=true or bf16=true, or load them as bfloat16, or train LoRA adapters (--lora-r)"
         )
 
 

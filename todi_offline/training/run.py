@@ -98,9 +98,13 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainSummary:
-    """The results of a training run; the metrics are those of `ToDiTrainer`."""
+    """The results of a training run; the metrics are those of `ToDiTrainer`.
+
+    Of a run that was resumed, `num_tokens`, `seconds` and `train_loss` cover the steps after its last checkpoint.
+    """
 
     num_steps: int
+    """Of the whole run."""
     num_tokens: int
     seconds: float
     train_loss: float
@@ -296,7 +300,7 @@ def _run_here(
     trainer.accelerator.wait_for_everyone()  # every rank has read the folder before the first rank changes it
     if trainer.is_world_process_zero():
         begin(config.out, parts, start)
-        (config.out / CONFIG_NAME).write_text(json.dumps(to_dict(config), indent=1, default=str) + "\n")
+        (config.out / CONFIG_NAME).write_text(json.dumps(_recorded(config), indent=1, default=str) + "\n")
     summary = _train(trainer, config.out, start)
     if trainer.is_world_process_zero():
         note(config.out, summary=dataclasses.asdict(summary), planned_steps=trainer.state.max_steps)
@@ -362,12 +366,12 @@ def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache 
     The content, the teacher and what is kept of it replace the path of a cache, and the sequences per step replace the
     batch settings.
     """
-    settings = to_dict(config)
+    settings = _recorded(config)
     for name in ("out", "cache", "eval_cache", "data", "staging", "staging_gb", "resume"):
         del settings[name]
     del settings["student"]["student"]
-    split = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    settings["trainer"] = {name: value for name, value in config.trainer.items() if name not in split}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        settings["trainer"].pop(name, None)
     settings["sequences_a_step"] = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
@@ -380,6 +384,16 @@ def _parts(config: TrainConfig, arguments: Any, cache: Cache, eval_cache: Cache 
     settings["eval_cache_targets"] = None if eval_cache is None else _targets(eval_cache)
     parts: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return parts
+
+
+def _recorded(config: TrainConfig) -> dict[str, Any]:
+    """Return a config as JSON values. A name stands in for a token such as `hub_token`, as transformers does."""
+    settings = to_dict(config)
+    trainer = settings["trainer"]
+    settings["trainer"] = {
+        name: f"<{name.upper()}>" if name.endswith("_token") else value for name, value in trainer.items()
+    }
+    return settings
 
 
 def _targets(cache: Cache) -> dict[str, Any]:

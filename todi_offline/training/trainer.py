@@ -23,7 +23,7 @@ from todi_offline.losses.schedule import scheduled
 from todi_offline.models.head import Head, require_vocabulary
 from todi_offline.models.loading import Model, Tokenizer
 from todi_offline.targets.sparse import SparseTargets
-from todi_offline.training.arguments import refuse_ignored
+from todi_offline.training.arguments import refuse_float16, refuse_ignored
 from todi_offline.training.meters import FiniteLosses, Meter
 from todi_offline.training.probes import probe
 from todi_offline.training.stream import (
@@ -72,12 +72,14 @@ class ToDiTrainer(Trainer):
         """Prepare training; `processing_class` is the student's tokenizer, and must be the cache's.
 
         Raises:
-            ConfigError: an argument would be ignored.
+            ConfigError: an argument would be ignored, or the weights to train are float16.
             CacheMismatchError: it is not, or the caches differ in what they hold.
             ModelError: there is no tokenizer, or the student's vocabulary is smaller than the cache's.
             TargetsError: the cache does not hold what the objective asks for.
         """
         refuse_ignored(vars(args) | kwargs)
+        if train_dataset is not None:
+            refuse_float16(model)
         self.distillation = distillation or DistillationConfig()
         self._tokenizer = _student_tokenizer(processing_class)
         self._student = model
