@@ -89,6 +89,7 @@ def arms_of(grid: str, seeds: int) -> list[Arm]:
         "bars": _each([SFT, DENSE, *(cached(*key) for key in BARS), *DENSE_FORWARD_KL], "warm"),
         "choice": [*_each(_choice(), "warm"), *_each(_choice_when_cold(), "cold")],
         "knobs": _each(knobs(), "warm"),
+        "weights": _each(weights(), "warm"),
         "full": [*_each(_full(), "warm"), *_each(_full(), "cold")],
     }
     return [dataclasses.replace(arm, seed=seed) for seed in range(seeds) for arm in starts[grid]]
@@ -141,13 +142,21 @@ def _full() -> Iterator[Arm]:
     yield from REFERENCES
 
 
+def weights() -> Iterator[Arm]:
+    """Yield the weights of the parts of KL, one changed at a time, beside no cross-entropy.
+
+    There the parts compete with each other alone: AdamW does not feel a factor that all of them have.
+    """
+    base = functools.partial(cached, 16, 8, encoding="root8", kd_weight=1.0)
+    yield from (SFT, DENSE, dataclasses.replace(DENSE, kd_weight=1.0))
+    yield from (base(tail_weight=weight) for weight in (0.0, 1.0, 3.0, 4.0))
+    yield from (base(settings=f"{part}_weight=2") for part in ("head", "mass"))
+
+
 def knobs() -> Iterator[Arm]:
     """Yield ToDi from a cache of K = 16 with 8 samples, and one changed setting of the objective at a time."""
     base = functools.partial(cached, 16, 8, encoding="root8")
     yield from (SFT, base(), DENSE, base(loss="forward_kl", kd_weight=matched(0.5)))
-    # beside no cross-entropy the parts of KL compete with each other alone: AdamW does not feel their common factor
-    yield from (base(kd_weight=1.0, tail_weight=weight) for weight in (0.0, 1.0, 3.0, 4.0))
-    yield from (base(kd_weight=1.0, settings=f"{part}_weight=2") for part in ("head", "mass"))
     yield from (base(tail_weight=weight) for weight in (1.0, 3.0))
     yield from (base(settings=f"{part}_weight={weight}") for part in ("head", "mass") for weight in (0.5, 2))
     yield cached(0, 12, "forward_kl", encoding="root8", kd_weight=matched(0.5))
@@ -156,5 +165,5 @@ def knobs() -> Iterator[Arm]:
         base(loss=loss, kd_weight=matched(0.5, loss)) for loss in ("entropy_gate", "concrete_score", "alpha_mixture")
     )
     yield from (base(settings=f"positions={positions}") for positions in ("student-entropy:0.2", "tip:0.5"))
-    yield base(kd_weight=1.0, settings="positions=student-entropy:0.2")
     yield from (base(settings=f"kd_schedule={schedule}") for schedule in ("linear-up", "linear-down", "wsd"))
+    yield from (base(kd_weight=1.0, settings=each) for each in ("", "positions=student-entropy:0.2"))

@@ -20,6 +20,7 @@ predictions; for random draws, of their different ids and how often each was dra
     --quick               a teacher trained on the spot, one seed, some of the arms: 8 min 49 s on two cores
     --set grid=bars       the same teacher, three seeds, those arms with bars of the project: 21 runs
     --set grid=knobs      the same teacher, one setting of the objective at a time: 22 runs a seed
+    --set grid=weights    the same teacher, the weights of the parts of KL at w = 1: 9 runs a seed
     --set grid=choice     the same teacher, all other settings one at a time: 61 runs a seed (--set seeds=1)
     (neither)             1,812 runs: for a GPU. Name a teacher with --set teacher=FOLDER, else SmolLM2-135M-Instruct
                           is fetched, and text with --set data=FILE and heldout=FILE, else Python's documentation

@@ -14,7 +14,7 @@ standard error is a bootstrap's over sequences). Bytes a target are those of the
     --set data=FILE       instructions that are read beside Python's documentation; its last 100 rows are held out
     --set targets=N       supervised tokens that an arm reads, 50,000
     --set seeds=N         of the five main arms, 3; the others have one
-    --set arms=main,cold  of the groups main, cold, others and knobs, by default all
+    --set arms=main,cold  of the groups main, cold, others, weights and knobs, by default all
     --set teacher=PATH    another teacher: a folder, hub id or GGUF file; its results are named after it
     --set work=FOLDER     where the teacher's words, students and rows are kept
     --set write=yes       the students of the first seed answer the held-out prompts of FILE: ROUGE-L
@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._study_arms import DENSE, DENSE_FORWARD_KL, SFT, Arm, cached, knobs, matched
+from benchmarks._study_arms import DENSE, DENSE_FORWARD_KL, SFT, Arm, cached, knobs, matched, weights
 from benchmarks._study_distance import distance
 from benchmarks._study_kept import numbered, open_kept
 from benchmarks._study_losses import (
@@ -84,9 +84,10 @@ OTHERS = [
     Arm(targets="random", samples=50, kd_weight=matched(0.5)),
 ]
 COLD = [dataclasses.replace(arm, start="cold") for arm in MAIN[:4]]
+WEIGHTS = list(weights())
 KNOBS = [arm for arm in knobs() if arm.k or arm.targets != "cached"]
 """Those of the study of 4,096 ids but samples without kept ids: a capture that keeps ids cannot be narrowed to them."""
-GROUPS = {"main": MAIN, "cold": COLD, "others": OTHERS, "knobs": KNOBS}
+GROUPS = {"main": MAIN, "cold": COLD, "others": OTHERS, "weights": WEIGHTS, "knobs": KNOBS}
 
 
 def run(

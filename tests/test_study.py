@@ -45,14 +45,14 @@ def row(start="warm", seed=0, arm=SFT, forward_kl=1.0):
     return fields | {"start": start, "seed": str(seed)} | measures
 
 
-@pytest.mark.parametrize("grid", ["quick", "bars", "knobs", "choice", "full"])
+@pytest.mark.parametrize("grid", ["quick", "bars", "knobs", "weights", "choice", "full"])
 def test_no_two_arms_of_a_grid_are_the_same_row_of_a_table(grid):
     arms = arms_of(grid, 2)
     assert len({(arm.start, arm.seed, arm.label) for arm in arms}) == len(arms)
 
 
 def test_every_grid_has_the_arms_that_shares_refer_to():
-    for grid in ("quick", "bars", "knobs", "choice", "full"):
+    for grid in ("quick", "bars", "knobs", "weights", "choice", "full"):
         arms = arms_of(grid, 1)
         for start in {arm.start for arm in arms}:
             labels = {arm.label for arm in arms if arm.start == start}
@@ -60,7 +60,7 @@ def test_every_grid_has_the_arms_that_shares_refer_to():
 
 
 def test_an_arm_survives_the_csv():
-    for arm in (*arms_of("full", 1), *arms_of("knobs", 1)):
+    for arm in (*arms_of("full", 1), *arms_of("knobs", 1), *arms_of("weights", 1)):
         assert arm_of(row(arm.start, arm.seed, arm)) == arm
 
 
@@ -88,7 +88,7 @@ def test_shares_are_counted_within_a_seed_and_a_start():
 def test_the_settings_of_an_arm_reach_the_objective():
     found = objective_of(cached(8, 2, settings="positions=tip:0.5 kd_schedule=wsd head_weight=2"))
     assert (found.positions, found.kd_schedule, found.head_weight) == ("tip:0.5", "wsd", 2.0)
-    for arm in arms_of("knobs", 1):
+    for arm in (*arms_of("knobs", 1), *arms_of("weights", 1)):
         if arm.targets == "cached":
             assert objective_of(arm).kd_weight == arm.kd_weight
 

@@ -24,7 +24,7 @@ from todi_offline.data import Examples
 from todi_offline.errors import ConfigError
 from todi_offline.training.stream import Collator
 
-ARMS = [*study_real.arms_of(1, ["knobs", "others"]), study_real.MAIN[-1]]
+ARMS = [*study_real.arms_of(1, ["weights", "knobs", "others"]), study_real.MAIN[-1]]
 
 
 @pytest.fixture(scope="module")
@@ -201,5 +201,5 @@ def test_groups_of_arms_are_chosen_by_name():
     both = study_real.arms_of(1, ["main", "knobs"])
     assert set(both) == {*study_real.MAIN, *study_real.KNOBS}
     assert len(both) == len(set(both)) < len(study_real.MAIN) + len(study_real.KNOBS)
-    with pytest.raises(ConfigError, match="'colt'; expected some of main, cold, others, knobs"):
+    with pytest.raises(ConfigError, match="'colt'; expected some of main, cold, others, weights, knobs"):
         study_real.arms_of(1, ["colt"])
