@@ -146,8 +146,8 @@ def test_an_example_that_kills_its_teacher_is_named_and_committed_shards_stay(
     with pytest.raises(TodiError) as caught:
         in_actors(many, tmp_path / "cache")
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"example {poison.example!r} of shard 2 ")
-    assert ("each worker that read example" in str(caught.value)) == poison.kills
+    example = f"example {poison.example!r} of shard 2 "
+    assert str(caught.value).startswith(f"each worker that read {example}died" if poison.kills else example)
     assert "committed work is safe" in str(caught.value)
     kept = records_of(tmp_path / "cache")
     assert kept
@@ -232,7 +232,7 @@ def test_a_teacher_that_fails_at_everything_ends_the_capture(
 
     fake(engine=Broken(TransformersEngine(small_teacher, BATCH_TOKENS), "", RuntimeError()))
     with pytest.raises(
-        TodiError, match=r"^the teacher fails at each of the \d+ examples of shard 0, .*: no device; what"
+        TodiError, match=r"^the teacher fails at each of the \d+ examples of shard 0; .*: no device; committed"
     ):
         in_actors(many, tmp_path / "cache", 1, skip_failed=True)
 

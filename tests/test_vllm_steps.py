@@ -148,7 +148,7 @@ def test_running_out_of_memory_names_the_settings_to_lower(hidden: Tensor) -> No
 @pytest.mark.parametrize(
     ("head", "text"),
     [
-        pytest.param(lambda hidden: hidden @ torch.ones(32, 100), "knows 512 ids and .* logits for 100", id="few"),
+        pytest.param(lambda hidden: hidden @ torch.ones(32, 100), "knows 512 ids, but .* logits for 100", id="few"),
         pytest.param(lambda hidden: None, "no logits", id="none"),
     ],
 )

@@ -33,13 +33,13 @@ class Shares:
 
 SHARES: dict[tuple[int, int], Shares] = {
     (4, 8): Shares(small_warm=0.988),
-    (8, 4): Shares(forward_kl=1.006, reverse_kl=0.543, small_warm=0.954, small_cold=0.779),
+    (8, 4): Shares(forward_kl=1.010, reverse_kl=0.545, small_warm=0.954, small_cold=0.779),
     (8, 8): Shares(small_warm=0.988),
     (16, 0): Shares(small_warm=0.494, small_cold=0.561),
-    (16, 8): Shares(forward_kl=1.004, reverse_kl=0.569, small_warm=0.987, small_cold=0.947),
+    (16, 8): Shares(forward_kl=1.039, reverse_kl=0.576, small_warm=0.987, small_cold=0.947),
     (32, 0): Shares(small_warm=0.562),
-    (32, 8): Shares(forward_kl=1.034, reverse_kl=0.550, small_warm=0.981),
-    (64, 0): Shares(forward_kl=0.842, reverse_kl=0.449, small_warm=0.629),
+    (32, 8): Shares(forward_kl=1.054, reverse_kl=0.586, small_warm=0.981),
+    (64, 0): Shares(forward_kl=0.869, reverse_kl=0.540, small_warm=0.629),
     (64, 8): Shares(small_warm=0.980, small_cold=0.953),
 }
 """By k and tail samples; without samples the tail is one bucket."""
